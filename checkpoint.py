@@ -1,0 +1,163 @@
+"""Checkpoints: save, find, verify, load; the same directory for every mode.
+
+    out/run/step_00000120/    .metadata, *.distcp   model and optimizer, by torch.distributed.checkpoint
+                              config.json           options, model, tokenizer, log record; size and CRC-32 of each file
+    out/run/best.json         names the checkpoint with the lowest validation loss
+
+A checkpoint exists under its name only when it is complete. Its .metadata is a pickle: trust it like code, and share
+models by exporting them (pretrained.py).
+"""
+
+import contextlib
+import json
+import math
+import shutil
+import warnings
+import zlib
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from configurator import UserError
+from tokenizer import write_json
+
+STEP = "step_" + 8 * "[0-9]"  # names of complete checkpoints, as a pattern
+# Options that may change when a run goes on: they do not alter what it computes, or extend it.
+FREE = {"out_dir", "overwrite", "eval_only", "batch_size", "max_steps", "eval_interval", "log_interval"}
+FREE |= {"checkpoint_interval", "keep_checkpoints", "device", "compile", "activation_checkpointing", "deterministic"}
+
+
+def save(out_dir, model, optimizer, about, keep):
+    """Write the checkpoint of a step, if it is not there, and drop all but the last `keep` and the best.
+
+    about   for its config.json: a dict with "record", the log record of the step, and what else belongs to the run
+    """
+    out_dir, record = Path(out_dir), about["record"]
+    final = out_dir / f"step_{record['step']:08d}"
+    for part in out_dir.glob(STEP + ".part"):  # what interrupted saves left
+        shutil.rmtree(part)
+    if not final.exists():
+        part = final.with_name(final.name + ".part")
+        part.mkdir(parents=True)
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        with _one_process_is_fine():
+            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=part)
+        files = {path.name: {"size": path.stat().st_size, "crc32": _crc32(path)} for path in sorted(part.iterdir())}
+        write_json(part / "config.json", about | {"files": files})
+        part.replace(final)
+    if record.get("val_loss", math.inf) < best_loss(out_dir):
+        write_json(out_dir / "best.json", {"checkpoint": final.name, "val_loss": record["val_loss"]})
+    for path in all_steps(out_dir)[:-keep]:
+        if path.name != _read_best(out_dir).get("checkpoint"):
+            shutil.rmtree(path)
+
+
+def remove(out_dir):
+    """Delete the run in out_dir: its checkpoints, best.json and log.jsonl, and no other file."""
+    for path in all_steps(out_dir):
+        shutil.rmtree(path)
+    for name in ("best.json", "log.jsonl"):
+        Path(out_dir, name).unlink(missing_ok=True)
+
+
+def all_steps(out_dir):
+    """The complete checkpoints of a run, in order."""
+    return sorted(Path(out_dir).glob(STEP))
+
+
+def best_loss(out_dir):
+    """The lowest validation loss that a checkpoint of the run was saved with, in nats per token."""
+    return _read_best(out_dir).get("val_loss", math.inf)
+
+
+def _read_best(out_dir):
+    path = Path(out_dir) / "best.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def find(directory):
+    """The checkpoint to sample from or begin with: the directory itself, or the best, or the last of a run."""
+    directory = Path(directory)
+    if (directory / ".metadata").exists():
+        return directory
+    steps = all_steps(directory)
+    if not steps:
+        raise UserError(f"{directory} holds no checkpoint")
+    best = directory / _read_best(directory).get("checkpoint", "none")
+    return best if best.exists() else steps[-1]
+
+
+def read_config(path):
+    """The config.json of a checkpoint, after checking every file against it; UserError where one is damaged."""
+    try:
+        about = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        files = about["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}/config.json is missing or damaged ({type(error).__name__}): {_advice(path)}"
+        ) from error
+    for name, expected in files.items():
+        file = Path(path) / name
+        size = file.stat().st_size if file.exists() else 0
+        if size != expected["size"]:
+            raise UserError(f"{file} has {size} bytes of {expected['size']}: {_advice(path)}")
+        if _crc32(file) != expected["crc32"]:
+            raise UserError(f"{file} is not what was saved (its CRC-32 differs): {_advice(path)}")
+    return about
+
+
+def keep_log(out_dir, step):
+    """Drop the lines of log.jsonl from `step` on: the run writes them again."""
+    path = Path(out_dir) / "log.jsonl"
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # a crash may have cut off the last line
+            kept += [line] if json.loads(line)["step"] < step else []
+    part = path.with_suffix(".part")
+    part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    part.replace(path)
+
+
+def check_same(about, stored, out_dir):
+    """UserError where a run in out_dir was made by options, or of data, that are not those of now."""
+    before, now = stored["options"], about["options"]
+    changed = [f"{k} was {before.get(k)}, is {now[k]}" for k in now if k not in FREE and before.get(k) != now[k]]
+    if stored["data"] != about["data"]:
+        changed.append(f"data/{now['dataset']} held {stored['data']}, holds {about['data']}")
+    if changed:
+        raise UserError(
+            f"{out_dir} holds another run ({'; '.join(changed)}): give this one its own --out_dir, or start over with "
+            "--overwrite=True"
+        )
+
+
+def load(path, model, optimizer=None):
+    """Load a checkpoint that read_config has verified into a model, and into its optimizer, in place."""
+    with _one_process_is_fine():
+        if optimizer is None:
+            dcp.load({"model": model.state_dict()}, checkpoint_id=path)
+        else:
+            model_state, optimizer_state = get_state_dict(model, optimizer)
+            state = {"model": model_state, "optimizer": optimizer_state}
+            dcp.load(state, checkpoint_id=path)
+            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def _advice(path):
+    return f"remove {path}, and the same command goes on from the checkpoint before it"
+
+
+def _crc32(path):
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+@contextlib.contextmanager
+def _one_process_is_fine():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable).*")
+        yield

@@ -1,0 +1,85 @@
+"""The machine: which device and number format to use, how fast it could be, how much memory was used."""
+
+import contextlib
+import ctypes
+import sys
+
+import torch
+
+from configurator import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+# Dense bf16 matrix products, FLOP/s, by the vendor's data sheets.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def pick_device(name):
+    """The torch.device of an option; auto is the best that is there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # compiled kernels run on the current one
+    except Exception as error:  # what a missing device raises depends on how torch was built
+        raise UserError(f"device={name} is not there: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_dtype(name, device):
+    """The torch.dtype of an option; auto is bfloat16 where matrix products in it are fast, else float32."""
+    if name in DTYPES:
+        return getattr(torch, name)
+    if name != "auto":
+        raise UserError(f"dtype={name} is none of auto, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        has = torch.cpu.get_capabilities()
+        fast = device.type == "cpu" and (has.get("amx_bf16") or has.get("avx512_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def device_name(device):
+    """What the device is called: the GPU's own name, cpu or mps."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_memory(device):
+    """The most memory that this process has held, in GB: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e9
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def keep_freed_memory():
+    """Have glibc keep what tensors free, rather than return it to the kernel, which then hands out zeroed pages anew:
+    worth a quarter of the step on a CPU. Elsewhere there is no mallopt, and nothing happens."""
+    with contextlib.suppress(AttributeError, TypeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap too
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and leave them there
+
+
+def peak_flops(device):
+    """Matrix products in bfloat16 that the device can do, FLOP/s; None where it is not a known one."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name(device)), None)
+
+
+def out_of_memory(config, block_size):
+    """What to do where memory does not suffice: a batch_size that keeps total_batch_size. Without a block_size, it did
+    not even suffice for the model."""
+    if block_size is None:
+        return "out of memory: the model alone does not fit the device"
+    sequences = config.total_batch_size // block_size
+    smaller = [n for n in range(1, config.batch_size) if sequences % n == 0]
+    help = [f"--batch_size={smaller[-1]} keeps total_batch_size={config.total_batch_size}"] if smaller else []
+    help += [] if config.activation_checkpointing else ["--activation_checkpointing=True"]
+    return f"out of memory with batch_size={config.batch_size}: " + (", or ".join(help) or "take a smaller block_size")

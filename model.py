@@ -1,0 +1,199 @@
+"""GPT-2, whole, in one file: learned positions, multi-head attention, a key-value cache.
+
+"Language Models are Unsupervised Multitask Learners" (Radford et al. 2019, section 2.3): pre-norm blocks, GELU in its
+tanh form, one matrix for the token embedding and the output head. Parameters have the released checkpoint's names, in
+nn.Linear's orientation (out, in). The model knows nothing of files, tokenizers, optimizers, distribution or sampling.
+
+Shapes: B batch, T new tokens, S keys in sight (S - T of them from the cache), C channels, H heads, D head size (C / H),
+V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model; the defaults are GPT-2 small, 124M parameters. ValueError for numbers that do not fit."""
+
+    block_size: int = 1024  # longest sequence, in tokens
+    vocab_size: int = 50257  # token ids are 0 .. vocab_size - 1
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # query heads
+    n_embd: int = 768  # channels of the residual stream
+    dropout: float = 0.0  # probability, while training
+    bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has them
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.n_embd % self.n_head:
+            near = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; n_embd={near} is")
+
+
+class KVCache:
+    """The keys and values of the tokens seen so far, preallocated: (n_layer, B, H, max_len, D) each."""
+
+    def __init__(self, n_layer, batch_size, n_head, max_len, head_dim, device, dtype):
+        shape = (n_layer, batch_size, n_head, max_len, head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.max_len = max_len
+        self.pos = 0  # tokens seen: the position of the next one
+
+    @property
+    def nbytes(self):
+        """Size in bytes."""
+        return self.k.nbytes + self.v.nbytes
+
+    def extend(self, layer, k, v):
+        """Store a layer's new keys and values (B, H, T, D); return all that the new queries may need (B, H, S, D).
+
+        A batch of one fills every row: samples of one prompt need one prefill. GPT.forward advances `pos` when all
+        layers are done. ValueError where the cache is full.
+        """
+        B, end = k.size(0), self.pos + k.size(2)
+        if end > self.max_len:
+            raise ValueError(f"the cache holds {self.max_len} tokens, not {end}: make_cache(batch_size, max_len={end})")
+        self.k[layer, :, :, self.pos : end] = k
+        self.v[layer, :, :, self.pos : end] = v
+        return self.k[layer, :B, :, :end], self.v[layer, :B, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention over the past (Vaswani et al. 2017, section 3.2): softmax(QK^T / sqrt(D)) V."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3 * self.n_head, -1).transpose(1, 2)  # (B, 3H, T, D)
+        q, k, v = qkv.split(self.n_head, dim=1)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # (B, H, S, D)
+        y = self.attend(q, k, v).transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+    def attend(self, q, k, v):
+        """Attend with the queries as the last T of S keys: training, prefill, a later chunk, decoding are one path.
+
+               keys 0 1 2 3 4
+        query 2     x x x . .      T = 3 new tokens, S = 5 keys: two from the cache
+        query 3     x x x x .
+        query 4     x x x x x      x attends, . the future
+        """
+        T, S = q.size(2), k.size(2)
+        # is_causal counts from the upper left corner, right for T = S alone; a single query sees all, without a mask.
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S)
+
+
+class MLP(nn.Module):
+    """Two linear maps, four times as wide in between, with GELU (Hendrycks & Gimpel 2016, section 2, tanh form)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on the normed stream and added to it (pre-norm)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The model: token and position embeddings, n_layer blocks, a last LayerNorm, and the head on the embedding."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict()
+        self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.transformer.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """GPT-2's initialization:
+
+        embeddings, Linear   normal, std 0.02; biases 0
+        c_proj               normal, std 0.02 / sqrt(2 n_layer), as each block adds to the stream twice
+        LayerNorm            weight 1, bias 0 (PyTorch's own)
+        """
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif p.dim() == 2:
+                p.normal_(std=0.02)
+            elif name.endswith("bias"):
+                p.zero_()
+
+    def forward(self, idx, targets=None, cache=None):
+        """Token ids (B, T) to float32 logits (B, T, V).
+
+        targets (B, T)   returns the loss instead: float32, the mean over the targets that are not -1, 0 without any
+        cache            returns the logits of the last position (B, 1, V) instead; the cache then holds idx too
+
+        ValueError past block_size, where learned positions end.
+        """
+        start = 0 if cache is None else cache.pos
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}")
+        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(start, end, device=idx.device))  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.transformer.h:
+            x = block(x, cache)
+        if cache is not None:
+            cache.pos = end
+            x = x[:, -1:]
+        logits = F.linear(self.transformer.ln_f(x), self.transformer.wte.weight).float()  # (B, T, V)
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+        return loss / (targets != -1).sum().clamp(min=1)
+
+    def make_cache(self, batch_size, max_len=None):
+        """An empty cache for max_len tokens (block_size by default), on the model's device and in its dtype."""
+        c, weight = self.config, self.transformer.wte.weight
+        max_len = max_len or c.block_size
+        return KVCache(c.n_layer, batch_size, c.n_head, max_len, c.n_embd // c.n_head, weight.device, weight.dtype)
+
+    def flops_per_token(self, T):
+        """Floating point operations per token, forward + backward, of training on sequences of T tokens: 6 a weight of
+        matrix products, 12 D a key that a head's query sees, on average (T + 1) / 2 of them. (PaLM, Chowdhery et al.
+        2022, appendix B, counts T, the future too.)"""
+        c = self.config
+        weights = c.n_layer * 12 * c.n_embd**2 + c.vocab_size * c.n_embd
+        return 6 * weights + 6 * c.n_layer * c.n_embd * (T + 1)

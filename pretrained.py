@@ -1,0 +1,213 @@
+"""Weights from elsewhere in, trained models out.
+
+    python pretrained.py --export=out/run --to=DIR      what transformers loads: GPT2LMHeadModel
+
+In: GPT-2 by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl: downloaded once from the Hugging Face hub, as safetensors), a
+directory in transformers' format, or a run of ours. Names are the same everywhere but for the prefix "transformer.";
+GPT-2 stores its Linear weights as Conv1D, (in, out), and so they are transposed.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiktoken.load import read_file_cached
+
+import checkpoint
+from configurator import UserError, configure, program
+from download import download, file_sha256, hub_url
+from tokenizer import VOCAB_SIZES, get_tokenizer, read_meta
+
+HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+FOLDER = Path("data/pretrained")
+HEAD_SIZE = 64  # of all released GPT-2s, where there is no config.json to tell n_head
+CONV1D = re.compile(r".*\.(c_attn|c_proj|c_fc)\.weight")
+NOT_WEIGHTS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|lm_head\.weight")  # masks; the head is wte
+# What a GPT-2 config.json may say otherwise, and model.py then could not compute.
+FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
+FIXED |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "n_inner": None}
+# The files of GPT-2's tokenizer, as OpenAI published them and as tiktoken caches them: address, SHA-256.
+GPT2_BPE = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_FILES = {
+    "merges.txt": ("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+    "vocab.json": ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
+}
+
+
+def model_module(name):
+    """The model file `name`.py, as a module; UserError where there is none."""
+    there = sorted(path.stem for path in Path(__file__).parent.glob("model*.py"))
+    if name not in there:
+        raise UserError(f"no model {name}: there are {', '.join(there)}")
+    return importlib.import_module(name)
+
+
+def models_with(option):
+    """For an option that the chosen model does not have: the model files that do, as a sentence, or nothing."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob("model*.py"))
+    having = [n for n in names if option in {field.name for field in dataclasses.fields(model_module(n).GPTConfig)}]
+    return f"it is an option of {', '.join(having)} (--model)" if having else ""
+
+
+def load_model(source, name=None, options=None):
+    """A model with the weights of `source`: a GPT-2 name, a run, one of its checkpoints, or transformers' format.
+
+    name      the model file to load into; None: the run's own, `model` for GPT-2
+    options   fields of its GPTConfig that were asked for: dropout is free, block_size may shrink, the rest must agree
+
+    Returns the model (CPU, float32) and the meta.json that names its tokenizer. UserError where it does not fit.
+    """
+    if source in HUB:
+        own_name, shape, weights, meta = _read_transformers(_fetch(source))
+    elif (Path(source) / "config.json").exists() and not (Path(source) / ".metadata").exists():
+        own_name, shape, weights, meta = _read_transformers(Path(source))
+    elif Path(source).is_dir():
+        own_name, shape, weights, meta = _read_run(Path(source))
+    else:
+        raise UserError(f"{source} is neither one of {', '.join(HUB)} nor a directory with a run or a model")
+    if name not in (None, own_name):
+        raise UserError(f"{source} holds weights of {own_name}, which do not fit {name}: --model={own_name}")
+    options = options or {}
+    for option, value in options.items():
+        if option != "dropout" and value != shape[option] and not (option == "block_size" and value < shape[option]):
+            raise UserError(f"{source} has {option}={shape[option]}, not {value}")
+    module = model_module(own_name)
+    with torch.device("meta"):  # no time for an initialization that is overwritten
+        model = module.GPT(module.GPTConfig(**(shape | options)))
+    if "transformer.wpe.weight" in weights:
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: model.config.block_size].clone()
+    expected = model.state_dict()
+    for key in expected.keys() | weights.keys():
+        ours, theirs = (tuple(d[key].shape) if key in d else "nothing" for d in (expected, weights))
+        if ours != theirs:
+            raise UserError(f"{source}: {key} is {theirs} there, {ours} in {own_name}.py")
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(True), meta
+
+
+def _fetch(name):
+    """The folder of a released GPT-2, downloaded once; its weights are checked against the hash of that download."""
+    folder = FOLDER / name
+    weights, sums = folder / "model.safetensors", folder / "model.safetensors.sha256"
+    if not (weights.exists() and sums.exists()):
+        print(f"downloading {name} to {folder}", flush=True)
+        download(hub_url(f"{HUB[name]}/resolve/main/model.safetensors"), weights)
+        with contextlib.suppress(UserError):  # a mirror of the weights alone will do: see HEAD_SIZE
+            download(hub_url(f"{HUB[name]}/resolve/main/config.json"), folder / "config.json")
+        _read_transformers(folder)  # before its hash makes it trusted
+        sums.write_text(f"{file_sha256(weights)}  model.safetensors\n")
+    if file_sha256(weights) != sums.read_text().split()[0]:
+        raise UserError(f"{weights} is not what was downloaded: remove {folder}, and it is downloaded again")
+    return folder
+
+
+def _read_transformers(folder):
+    """(model file, shape, weights by our names, meta) of a GPT-2 in transformers' format."""
+    try:
+        path = folder / "config.json"
+        about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"model_type": "gpt2"}
+    except ValueError as error:
+        raise UserError(f"{folder}/config.json is not JSON: {error}") from error
+    if about.get("model_type") != "gpt2":
+        raise UserError(f"{folder} holds a model of type {about.get('model_type')}, not gpt2")
+    for key, value in FIXED.items():
+        if about.get(key, value) != value:
+            raise UserError(f"{folder}/config.json has {key}={about[key]}, but model.py computes {value}")
+    raw = {}
+    try:
+        for path in sorted(folder.glob("model*.safetensors")):  # large models come in several files
+            raw |= load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or altered ({error}): remove it and get it again") from error
+    raw = {key.removeprefix("transformer."): value for key, value in raw.items()}
+    weights = {
+        f"transformer.{key}": (value.t() if CONV1D.fullmatch(key) else value).float().contiguous()
+        for key, value in raw.items()
+        if not NOT_WEIGHTS.fullmatch(key)
+    }
+    if "wte.weight" not in raw or "wpe.weight" not in raw:
+        raise UserError(f"{folder} has no model*.safetensors with wte.weight and wpe.weight")
+    (vocab_size, n_embd), block_size = raw["wte.weight"].shape, len(raw["wpe.weight"])
+    shape = {"block_size": block_size, "vocab_size": vocab_size, "n_embd": n_embd, "bias": True, "dropout": 0.0}
+    shape["n_layer"] = 1 + max(int(key.split(".")[1]) for key in raw if key.startswith("h."))
+    shape["n_head"] = about.get("n_head", n_embd // HEAD_SIZE)
+    if (folder / "meta.json").exists():
+        return "model", shape, weights, read_meta(folder)
+    return "model", shape, weights, {"tokenizer": "gpt2", "vocab_size": min(vocab_size, VOCAB_SIZES["gpt2"])}
+
+
+def _read_run(directory):
+    """(model file, shape, weights, meta) of a run's checkpoint."""
+    path = checkpoint.find(directory)
+    about = checkpoint.read_config(path)
+    name, shape = about["options"]["model"], about["model_config"]
+    module = model_module(name)
+    model = module.GPT(module.GPTConfig(**shape))
+    checkpoint.load(path, model)
+    return name, shape, model.state_dict(), about["meta"]
+
+
+def export(source, to):
+    """Write the model of `source` to the directory `to`, as transformers' GPT2LMHeadModel, with its tokenizer."""
+    model, meta = load_model(source)
+    name, config = type(model).__module__, model.config
+    if name != "model":
+        raise UserError(f"{source} is a {name}: transformers has no such model to export to")
+    if Path(to).exists():
+        raise UserError(f"{to} exists already: name a new directory")
+    weights = model.state_dict()
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: meta["vocab_size"]]  # padding goes
+    for key in [key for key in weights if (key.endswith(".weight") and ".ln_" in key) or CONV1D.fullmatch(key)]:
+        weights.setdefault(
+            key.removesuffix("weight") + "bias", torch.zeros(len(weights[key]))
+        )  # as bias=False computes
+    weights = {key: (w.t() if CONV1D.fullmatch(key) else w).contiguous() for key, w in weights.items()}
+    about = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"} | FIXED
+    about |= {"vocab_size": meta["vocab_size"], "n_positions": config.block_size}
+    about |= {key: getattr(config, key) for key in ("n_embd", "n_layer", "n_head")}
+    about |= {key: config.dropout for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    eot = get_tokenizer(meta).eot_token
+    about |= {"bos_token_id": eot, "eos_token_id": eot}
+    files = {"config.json": about, "meta.json": meta}
+    if meta["tokenizer"] == "gpt2":
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+        files["tokenizer_config.json"] = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size}
+        files["tokenizer_config.json"] |= special
+    part = Path(to).with_name(Path(to).name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+    for file, value in files.items():
+        checkpoint.write_json(part / file, value)
+    if meta["tokenizer"] == "gpt2":
+        for file, (original, sha256) in GPT2_FILES.items():
+            (part / file).write_bytes(read_file_cached(GPT2_BPE + original, sha256))
+    part.replace(to)
+
+
+@dataclass
+class ExportConfig:
+    export: str | None = None  # a run, one of its checkpoints, or any other model that --init_from takes
+    to: str | None = None  # the directory to make
+
+
+@program
+def main(argv):
+    config = configure(ExportConfig, argv, __doc__)
+    if not config.export or not config.to:
+        raise UserError("python pretrained.py --export=RUN --to=DIR")
+    export(config.export, config.to)
+    print(f'{config.to}: transformers.AutoModelForCausalLM.from_pretrained("{config.to}")')
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

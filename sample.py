@@ -1,0 +1,191 @@
+"""Generate text from a run, from GPT-2, or from any model in transformers' GPT-2 format.
+
+    python sample.py --init_from=out/quickstart --prompt="def "
+    python sample.py --init_from=gpt2 --prompt="The meaning of life is" --num_samples=3 --temperature=0.8
+
+All samples are one batch: the prompt is read once, then each new token costs one forward over it alone, thanks to the
+key-value cache. Text goes to stdout, everything else to stderr; a single sample is shown while it is made.
+"""
+
+import codecs
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from configurator import UserError, at_least, configure, program
+from machine import keep_freed_memory, pick_device, pick_dtype
+from pretrained import load_model
+from tokenizer import encode, get_tokenizer
+
+
+@dataclass
+class SampleConfig:
+    # Model and prompt
+    init_from: str = "gpt2"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, a run, a checkpoint, a transformers directory
+    prompt: str = ""  # text to continue; empty: begin a document
+    # How much
+    num_samples: int = 1  # samples, made together
+    max_new_tokens: int = 500  # tokens in each, at most; a sample also ends at <|endoftext|>
+    stop: str | None = None  # text that ends a sample; it is not printed
+    # How to choose
+    temperature: float = 0.8  # divides the logits; 0: always the likeliest token
+    top_k: int | None = 200  # choose among so many of the likeliest
+    top_p: float | None = None  # choose among the likeliest that together have this probability
+    seed: int = 1337  # same seed, same text
+    # Machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # float32, bfloat16, float16; auto: bfloat16 where the hardware is fast at it
+
+
+def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Draw a token id for each row of the logits (B, V); returns (B,) int64. Temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        lowest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, -torch.inf)
+    if top_p is not None:  # nucleus sampling (Holtzman et al. 2020, section 3.1): the token that crosses top_p is in
+        ordered, ids = logits.softmax(dim=-1).sort(descending=True)
+        out = ordered.cumsum(dim=-1) - ordered >= top_p
+        logits = logits.masked_fill(torch.zeros_like(out).scatter(1, ids, out), -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+@torch.inference_mode()
+def generate(model, idx, max_new_tokens, num_samples=1, vocab_size=None, note=lambda text: None, **how):
+    """Continue a prompt (1, T) by num_samples samples; yields (num_samples,) token ids at a time.
+
+    vocab_size   ids from here on are padding, and never chosen
+    note         told in a sentence when the text outgrows the context
+    how          temperature, top_k, top_p and generator, as for choose()
+
+    A model with learned positions ends at block_size: from there, the last half of the text becomes its prompt anew.
+    ValueError for a prompt that is empty or longer than the context.
+    """
+    if not 0 < idx.size(1):
+        raise ValueError("the prompt has no tokens")
+    positions = model.config.block_size if "wpe" in model.transformer else float("inf")
+    text = idx.expand(num_samples, -1)  # (B, T), all tokens so far
+    cache = model.make_cache(num_samples, min(positions, idx.size(1) + max_new_tokens))
+    logits = model(idx, cache=cache)  # (1, 1, V): a batch of one fills the cache for all samples
+    noted = False
+    for made in range(1, max_new_tokens + 1):
+        token = choose(logits[:, -1, :vocab_size].expand(num_samples, -1), **how)
+        yield token
+        if made == max_new_tokens:
+            return
+        text = torch.cat([text, token[:, None]], dim=1)
+        if cache.pos == positions:
+            if not noted:
+                note(f"the text passes block_size={positions}: the model goes on with the last {positions // 2} tokens")
+            noted = True
+            cache = model.make_cache(num_samples, positions)
+            logits = model(text[:, -max(1, positions // 2) :], cache=cache)
+        else:
+            logits = model(token[:, None], cache=cache)
+
+
+class Sample:
+    """The text of one sample, token by token: whole characters only, up to a stop string or <|endoftext|>."""
+
+    def __init__(self, tokenizer, stop):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.text, self.done = "", False
+
+    def add(self, id):
+        """Take a token, if the sample is not done."""
+        if self.done:
+            return
+        if id == self.tokenizer.eot_token:
+            self.finish()
+            return
+        self.text += self.decoder.decode(self.tokenizer.decode_single_token_bytes(id))
+        if self.stop and self.stop in self.text:
+            self.text, self.done = self.text[: self.text.index(self.stop)], True
+
+    def finish(self):
+        """No more tokens come: what is left of an unfinished character becomes U+FFFD."""
+        if not self.done:
+            self.text += self.decoder.decode(b"", final=True)
+            self.done = True
+
+    def shown(self):
+        """The text that is certain: without an end that may become the stop string."""
+        lengths = range(min(len(self.stop or ""), len(self.text)), 0, -1)
+        held = 0 if self.done else next((n for n in lengths if self.text.endswith(self.stop[:n])), 0)
+        return self.text[: len(self.text) - held]
+
+
+def check(config):
+    """UserError for a SampleConfig that makes no sense."""
+    at_least(1, config, "num_samples", "max_new_tokens", "top_k")
+    at_least(0, config, "temperature", "seed")
+    if config.top_p is not None and not 0 < config.top_p <= 1:
+        raise UserError(f"top_p={config.top_p} must be above 0 and at most 1")
+    if config.stop == "":
+        raise UserError("stop is empty: name the text that ends a sample")
+
+
+@program
+def main(argv):
+    config = configure(SampleConfig, argv, __doc__)
+    check(config)
+    keep_freed_memory()
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    model, meta = load_model(config.init_from)
+    model.to(device, dtype).eval()
+    tokenizer = get_tokenizer(meta)
+    ids = encode(tokenizer, config.prompt).tolist()
+    if not ids:
+        ids = [0 if tokenizer.eot_token is None else tokenizer.eot_token]
+    if max(ids) >= meta["vocab_size"]:
+        raise UserError(
+            f"the prompt has the token id {max(ids)}, the model {meta['vocab_size']} ids: its tokenizer is not "
+            f"{meta['tokenizer']}; a meta.json in {config.init_from} can name it"
+        )
+    if "wpe" in model.transformer and len(ids) > model.config.block_size:
+        raise UserError(f"the prompt has {len(ids)} tokens, more than the context of {model.config.block_size}")
+    samples = [Sample(tokenizer, config.stop) for _ in range(config.num_samples)]
+    stream = config.num_samples == 1
+    if stream:
+        print(config.prompt, end="", flush=True)
+    shown = made = 0
+    begun = time.perf_counter()
+    tokens = generate(
+        model,
+        torch.tensor([ids], device=device),
+        config.max_new_tokens,
+        config.num_samples,
+        vocab_size=meta["vocab_size"],
+        note=lambda text: print(f"\n[{text}]", file=sys.stderr),
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        generator=torch.Generator(device).manual_seed(config.seed),
+    )
+    for token in tokens:
+        made += sum(not sample.done for sample in samples)
+        for sample, id in zip(samples, token.tolist(), strict=True):
+            sample.add(id)
+        if stream:
+            print(samples[0].shown()[shown:], end="", flush=True)
+            shown = len(samples[0].shown())
+        if all(sample.done for sample in samples):
+            break
+    seconds = time.perf_counter() - begun
+    for sample in samples:
+        sample.finish()
+    if stream:
+        print(samples[0].text[shown:])
+    else:
+        print("\n---------------\n".join(config.prompt + sample.text for sample in samples))
+    print(f"[{made} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

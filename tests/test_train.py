@@ -1,0 +1,484 @@
+"""train.py: the same bits twice, exact resume, and one line for everything that the user can mend."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, arguments, read_log, write_dataset
+
+import checkpoint
+import train
+from pretrained import load_model
+
+ROOT = Path(train.__file__).parent
+
+
+def losses(run):
+    return [(r["step"], r.get("train_loss"), r.get("grad_norm"), r.get("val_loss")) for r in read_log(run)]
+
+
+def weights(run):
+    return load_model(str(run / "step_00000012"))[0].state_dict()
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def refused(capsys, argv):
+    """Run train.py with arguments that it must refuse; returns its one line on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(argv)
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+# Determinism and resume
+
+
+def test_twice_the_same_run_gives_the_same_bits(tiny_run, workdir):
+    train.main(arguments(out_dir="out/again"))
+    assert losses(workdir / "out/again") == losses(tiny_run)
+    assert_same_weights(workdir / "out/again", tiny_run)
+
+
+def test_another_seed_gives_other_losses(tiny_run, workdir):
+    train.main(arguments(out_dir="out/other", seed=7))
+    assert losses(workdir / "out/other")[-1] != losses(tiny_run)[-1]
+
+
+@pytest.mark.parametrize("step", [1, 5, 8, 11])
+def test_stopping_after_any_step_and_going_on_gives_the_same_bits(tiny_run, workdir, monkeypatch, step):
+    original = train.train_step
+
+    def stop_in_the_next_step(run, at):
+        if at == step:
+            signal.raise_signal(signal.SIGTERM)
+        return original(run, at)
+
+    monkeypatch.setattr(train, "train_step", stop_in_the_next_step)
+    train.main(arguments(out_dir="out/stopped"))
+    stopped = workdir / "out/stopped"
+    assert [path.name for path in checkpoint.all_steps(stopped)][-1] == f"step_{step:08d}"
+    assert [r["step"] for r in read_log(stopped)] == list(range(step + 1))
+    monkeypatch.setattr(train, "train_step", original)
+    train.main(arguments(out_dir="out/stopped"))
+    assert losses(stopped) == losses(tiny_run)
+    assert_same_weights(stopped, tiny_run)
+
+
+def test_a_signal_between_micro_steps_drops_the_unfinished_step(tiny_run, workdir, monkeypatch):
+    original, calls = train.Loader.train_batch, []
+
+    def signal_in_the_second_micro_step_of_step_3(loader, first, count):
+        calls.append(first)
+        if len(calls) == 2 * 3:
+            signal.raise_signal(signal.SIGINT)
+        return original(loader, first, count)
+
+    monkeypatch.setattr(train.Loader, "train_batch", signal_in_the_second_micro_step_of_step_3)
+    train.main(arguments(out_dir="out/stopped", max_steps=12))
+    monkeypatch.setattr(train.Loader, "train_batch", original)
+    assert read_log(workdir / "out/stopped")[-1]["step"] in (2, 3)
+    train.main(arguments(out_dir="out/stopped"))
+    assert_same_weights(workdir / "out/stopped", tiny_run)
+
+
+def test_a_signal_during_an_evaluation_loses_neither_steps_nor_the_evaluation(tiny_run, workdir, monkeypatch):
+    original = train.evaluate
+
+    def signalled(run):
+        if run.optimizer.state:
+            signal.raise_signal(signal.SIGTERM)
+        return original(run)
+
+    monkeypatch.setattr(train, "evaluate", signalled)
+    train.main(arguments(out_dir="out/stopped"))
+    assert "val_loss" not in read_log(workdir / "out/stopped")[-1]
+    monkeypatch.setattr(train, "evaluate", original)
+    train.main(arguments(out_dir="out/stopped"))
+    assert losses(workdir / "out/stopped") == losses(tiny_run)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_and_drops_the_log_beyond(tiny_run, workdir, monkeypatch):
+    original = train.train_step
+
+    def die_in_step_7(run, at):
+        if at == 7:
+            raise MemoryError("stands for a crash")
+        return original(run, at)
+
+    monkeypatch.setattr(train, "train_step", die_in_step_7)
+    with pytest.raises(MemoryError):
+        train.main(arguments(out_dir="out/killed"))
+    killed = workdir / "out/killed"
+    assert read_log(killed)[-1]["step"] == 7  # the last checkpoint is of step 5, where it was evaluated
+    with open(killed / "log.jsonl", "a") as log:
+        log.write('{"step": 8, "train_l')  # a line that the crash cut off
+    monkeypatch.setattr(train, "train_step", original)
+    train.main(arguments(out_dir="out/killed"))
+    assert losses(killed) == losses(tiny_run)
+    assert_same_weights(killed, tiny_run)
+
+
+def test_sigterm_to_the_program_ends_it_with_status_0_and_the_same_command_finishes_it(tiny_run, workdir):
+    command = [sys.executable, ROOT / "train.py", *arguments(out_dir="out/program", max_steps=3000, eval_interval=1000)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        log, limit = workdir / "out/program/log.jsonl", time.monotonic() + 60
+        while (not log.exists() or len(log.read_text().splitlines()) < 4) and time.monotonic() < limit:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        out = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0, out
+    stopped = read_log(workdir / "out/program")[-1]["step"]
+    assert f"stopped after step {stopped}: the same command goes on from there" in out
+    assert checkpoint.find(workdir / "out/program").name == f"step_{stopped:08d}"
+
+
+def test_a_second_signal_ends_the_program_at_once(workdir):
+    code = (
+        "import os, signal, sys; sys.argv = ['']; import train\n"
+        "stop = train.Stop(); signal.raise_signal(signal.SIGINT); assert stop.asked\n"
+        "signal.raise_signal(signal.SIGINT); print('still here')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGINT and "still here" not in done.stdout
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(tiny_run, capsys):
+    before = (tiny_run / "log.jsonl").read_text()
+    train.main(arguments())
+    assert "is finished, at step 12: a larger --max_steps goes on" in capsys.readouterr().out
+    assert (tiny_run / "log.jsonl").read_text() == before
+
+
+def test_a_larger_max_steps_goes_on(tiny_run):
+    train.main(arguments(max_steps=15))
+    assert [r["step"] for r in read_log(tiny_run)] == list(range(16))
+
+
+def test_overwrite_starts_over_and_leaves_other_files_alone(tiny_run):
+    (tiny_run / "notes.txt").write_text("mine")
+    train.main(arguments(overwrite=True, max_steps=6))
+    assert [r["step"] for r in read_log(tiny_run)] == list(range(7))
+    assert not (tiny_run / "step_00000012").exists()
+    assert (tiny_run / "notes.txt").read_text() == "mine"
+
+
+def test_intervals_batch_size_and_the_like_may_change_when_a_run_goes_on(tiny_run):
+    train.main(arguments(max_steps=14, batch_size=8, eval_interval=7, log_interval=1, keep_checkpoints=1))
+    assert read_log(tiny_run)[-1]["step"] == 14
+
+
+# What a step computes
+
+
+def test_gradient_accumulation_gives_the_loss_and_norm_of_one_large_batch(workdir):
+    train.main(arguments(out_dir="out/1", batch_size=8, dropout=0.0))
+    train.main(arguments(out_dir="out/4", batch_size=2, dropout=0.0))
+    for one, four in zip(read_log(Path("out/1"))[1:], read_log(Path("out/4"))[1:], strict=True):
+        assert one["train_loss"] == pytest.approx(four["train_loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-4)
+
+
+def test_activation_checkpointing_changes_no_loss(tiny_run, workdir):
+    train.main(arguments(out_dir="out/recomputed", activation_checkpointing=True))
+    assert losses(workdir / "out/recomputed") == losses(tiny_run)
+
+
+def test_a_step_is_that_of_an_optimizer_written_out_by_hand(workdir):
+    """Two steps of AdamW with clipping, from the formulas (Loshchilov & Hutter 2019, algorithm 2), in float64."""
+    options = dict(dropout=0.0, batch_size=8, max_steps=2, eval_interval=1, weight_decay=0.3, warmup_steps=0)
+    train.main(arguments(out_dir="out/hand", **options, lr_schedule="wsd", learning_rate=0.01, min_lr=0.01))
+    module = train.model_module("model")
+    torch.manual_seed(1337)
+    shape = {name: TINY[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    model = module.GPT(module.GPTConfig(**shape, vocab_size=257))
+    loader = train.Loader("data/tiny", 16, 257, 1337)
+    state = {name: (torch.zeros_like(p).double(), torch.zeros_like(p).double()) for name, p in model.named_parameters()}
+    for step in range(2):
+        model.zero_grad()
+        model(*loader.train_batch(8 * step, 8)).backward()
+        norm = math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in model.parameters()))
+        assert read_log(Path("out/hand"))[step + 1]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        for name, p in model.named_parameters():
+            g = p.grad.double() * min(1.0, 0.5 / norm)
+            m, v = state[name]
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.95).add_(0.05 * g * g)
+            m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.95 ** (step + 1))
+            decay = 0.3 if p.dim() == 2 else 0.0
+            p.data = (p.double() * (1 - 0.01 * decay) - 0.01 * m_hat / (v_hat.sqrt() + 1e-8)).float()
+    trained = load_model("out/hand/step_00000002")[0].state_dict()
+    for name, p in model.named_parameters():
+        # The gradient of the key bias is zero but for rounding, which Adam scales up to a whole step.
+        rows = slice(0, 16) if name.endswith("c_attn.bias") else slice(None)
+        torch.testing.assert_close(trained[name][rows], p.data[rows], rtol=1e-4, atol=1e-5)
+
+
+def test_the_log_has_a_line_for_every_step_with_all_its_fields(tiny_run):
+    records = read_log(tiny_run)
+    assert [r["step"] for r in records] == list(range(13))
+    assert [r["step"] for r in records if "val_loss" in r] == [0, 5, 10, 12]
+    for record in records[1:]:
+        assert record.keys() >= {"train_loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second", "mfu"}
+        assert record["tokens"] == 128 * record["step"] and record["memory_gb"] > 0.01
+    assert all(b["seconds"] > a["seconds"] for a, b in itertools.pairwise(records))
+
+
+def test_the_validation_loss_is_the_mean_over_every_token_of_the_split(workdir, capsys):
+    train.main(arguments(eval_tokens=10**6, max_steps=1))
+    model = load_model("out/tiny")[0].eval()
+    ids = torch.from_numpy(np.fromfile("data/tiny/val.bin", dtype="<u2").astype(np.int64))
+    total = 0.0
+    for start in range(0, len(ids) - 1, 16):
+        window = ids[start : start + 17]
+        with torch.no_grad():
+            logits = model(window[None, :-1])
+        total -= logits.log_softmax(-1)[0].gather(1, window[1:, None]).sum().item()
+    val_loss = read_log(Path("out/tiny"))[-1]["val_loss"]
+    assert val_loss == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+    assert f"val loss {val_loss:.4f} | perplexity {math.exp(val_loss):.2f}" in capsys.readouterr().out
+
+
+def test_bits_per_byte_counts_the_bytes_of_meta_json(workdir, capsys):
+    meta = {"tokenizer": "byte", "val": {"tokens": 600, "bytes": 1200}}
+    (workdir / "data/tiny/meta.json").write_text(json.dumps(meta))
+    train.main(arguments(eval_only=True))
+    words = capsys.readouterr().out.split()
+    loss, bits = float(words[words.index("loss") + 1]), float(words[words.index("bits") - 1])
+    assert bits == pytest.approx(loss / math.log(2) / 2, abs=1e-3)
+
+
+def test_the_cosine_schedule_meets_its_known_points():
+    config = train.TrainConfig(max_steps=110, warmup_steps=10, learning_rate=1.0, min_lr=0.1)
+    rates = {step: train.learning_rate(config, step) for step in (0, 4, 9, 10, 60, 110, 500)}
+    assert rates == pytest.approx({0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 60: 0.55, 110: 0.1, 500: 0.1})
+
+
+def test_wsd_is_constant_until_the_last_fifth_and_then_linear():
+    config = train.TrainConfig(max_steps=100, warmup_steps=10, learning_rate=1.0, min_lr=0.0, lr_schedule="wsd")
+    rates = [train.learning_rate(config, step) for step in (10, 79, 80, 90, 100, 200)]
+    assert rates == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.0, 0.0])
+
+
+def test_decay_is_on_matrices_only():
+    module = train.model_module("model")
+    model = module.GPT(module.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=16))
+    decayed, rest = train.make_optimizer(model, train.TrainConfig(weight_decay=0.2)).param_groups
+    assert decayed["weight_decay"] == 0.2 and all(p.dim() == 2 for p in decayed["params"])
+    assert rest["weight_decay"] == 0 and all(p.dim() == 1 for p in rest["params"])
+    assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+def test_the_model_learns_the_repetitive_text(workdir):
+    train.main(arguments(max_steps=150, dropout=0.0, eval_interval=1000, checkpoint_interval=1000))
+    records = read_log(Path("out/tiny"))
+    assert records[0]["val_loss"] == pytest.approx(math.log(257), abs=0.1)
+    assert records[-1]["val_loss"] < 1.8
+
+
+# dtypes and compilation
+
+
+def test_bfloat16_follows_float32(tiny_run, workdir):
+    train.main(arguments(out_dir="out/bf16", dtype="bfloat16"))
+    for a, b in zip(read_log(tiny_run)[1:], read_log(workdir / "out/bf16")[1:], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=0.01)
+
+
+def test_a_float16_run_scales_its_loss_and_resumes_with_the_scale(workdir):
+    train.main(arguments(dtype="float16", max_steps=6))
+    stored = checkpoint.read_config(checkpoint.all_steps(workdir / "out/tiny")[-1])
+    assert stored["scaler"]["scale"] > 1
+    train.main(arguments(dtype="float16", max_steps=8))
+    assert read_log(workdir / "out/tiny")[-1]["step"] == 8
+
+
+def test_a_float16_overflow_skips_the_step_and_halves_the_scale(workdir, monkeypatch):
+    original = train.train_step
+    seen = []
+
+    def spoil_step_2(run, step):
+        before = run.model.transformer.wte.weight.clone()
+        hook = run.model.transformer.wte.weight.register_hook(lambda g: g * (torch.inf if step == 2 else 1))
+        result = original(run, step)
+        hook.remove()
+        seen.append((torch.equal(before, run.model.transformer.wte.weight), run.scaler.get_scale()))
+        return result
+
+    monkeypatch.setattr(train, "train_step", spoil_step_2)
+    train.main(arguments(dtype="float16", max_steps=4))
+    unchanged, scales = zip(*seen, strict=True)
+    assert unchanged == (False, False, True, False)
+    assert scales[2] == scales[1] / 2
+    assert read_log(workdir / "out/tiny")[3]["grad_norm"] is None
+
+
+def test_float16_overflows_without_end_stop_the_run(workdir, monkeypatch, capsys):
+    original = train.train_step
+
+    def spoil(run, step):
+        hook = run.model.transformer.wte.weight.register_hook(lambda g: g * torch.inf)
+        try:
+            return original(run, step)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(train, "train_step", spoil)
+    assert "step 20: " in refused(capsys, arguments(dtype="float16", max_steps=30))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_names_the_step_and_keeps_what_was_good(
+    workdir, monkeypatch, capsys
+):
+    original = train.train_step
+
+    def spoil_step_6(run, step):
+        if step == 6:
+            run.model.transformer.wte.weight.register_hook(lambda g: g * torch.nan)
+        return original(run, step)
+
+    monkeypatch.setattr(train, "train_step", spoil_step_6)
+    assert "step 7: loss" in refused(capsys, arguments())
+    kept = load_model("out/tiny/step_00000006")[0]
+    assert all(p.isfinite().all() for p in kept.parameters())
+
+
+def test_a_failed_compilation_warns_and_goes_on_uncompiled(workdir):
+    command = [sys.executable, ROOT / "train.py", *arguments(compile=True, max_steps=1)]
+    environment = os.environ | {"CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(workdir / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "compiling during the first step" in done.stdout and done.stderr
+    assert read_log(workdir / "out/tiny")[-1]["step"] == 1
+
+
+def test_out_of_memory_is_one_line_with_a_batch_size_that_keeps_the_total(workdir, monkeypatch, capsys):
+    def no_memory(run, step):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train, "train_step", no_memory)
+    line = refused(capsys, arguments(batch_size=4))
+    assert "--batch_size=2 keeps total_batch_size=128" in line and "--activation_checkpointing=True" in line
+
+
+# init_from
+
+
+def test_a_run_can_begin_with_the_best_weights_of_another(tiny_run, workdir):
+    train.main(arguments(out_dir="out/next", init_from="out/tiny", max_steps=1))
+    assert read_log(workdir / "out/next")[0]["val_loss"] == json.loads((tiny_run / "best.json").read_text())["val_loss"]
+
+
+def test_eval_only_prints_the_loss_of_the_run_and_writes_nothing(tiny_run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
+    train.main(arguments(eval_only=True))
+    assert f"val loss {read_log(tiny_run)[-1]['val_loss']:.4f}" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before
+
+
+def test_eval_only_of_a_new_run_makes_no_directory(workdir, capsys):
+    train.main(arguments(eval_only=True))
+    assert "val loss 5.5" in capsys.readouterr().out
+    assert not (workdir / "out").exists()
+
+
+def test_the_default_out_dir_names_the_configs_and_the_model_of_the_command_line():
+    assert train.default_out_dir([]) == "out/gpt2"
+    assert train.default_out_dir(["config/quickstart.py", "--seed=1"]) == "out/quickstart"
+    argv = ["config/gpt2.py", "config/small_gpu.py", "--model=model_rope"]
+    assert train.default_out_dir(argv) == "out/gpt2-small_gpu-model_rope"
+
+
+# Bad input: one line, status 2, nothing written or lost
+
+BAD = {
+    "an unknown option": (dict(lerning_rate=1), "unknown option lerning_rate: did you mean learning_rate?"),
+    "a wrong type": (dict(max_steps="many"), "max_steps=many: expected int"),
+    "an unknown model": (dict(model="model_none"), "no model model_none: there are model"),
+    "n_embd not divisible by n_head": (dict(n_embd=15), "n_embd=15 is not divisible by n_head=2"),
+    "a total_batch_size that does not divide": (
+        dict(total_batch_size=100),
+        "total_batch_size=100 is not a multiple of batch_size x block_size = 4 x 16 = 64: the nearest are 64 and 128",
+    ),
+    "a missing dataset": (dict(dataset="none"), "no data/none: python prepare_data.py none --input='FILES' makes it"),
+    "missing fineweb": (dict(dataset="fineweb"), "python prepare_data.py fineweb downloads"),
+    "a vocabulary smaller than the data's": (dict(vocab_size=100), "vocab_size=100 is below the 257 of data/tiny"),
+    "a block_size longer than the text": (
+        dict(block_size=65536, total_batch_size=262144),
+        "too short: block_size=65536",
+    ),
+    "no such device": (dict(device="cuda:77"), "device=cuda:77 is not there"),
+    "an unknown dtype": (dict(dtype="float8"), "dtype=float8 is none of auto, float32, bfloat16, float16"),
+    "an unknown schedule": (dict(lr_schedule="linear"), "lr_schedule=linear is neither cosine nor wsd"),
+    "min_lr above learning_rate": (dict(min_lr=0.1), "min_lr=0.1 is above learning_rate=0.01"),
+    "no steps": (dict(max_steps=0), "max_steps=0 must be at least 1"),
+    "init_from nothing": (dict(init_from="out/nothing"), "out/nothing is neither one of gpt2"),
+}
+
+
+@pytest.mark.parametrize("options, message", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_writes_nothing(workdir, capsys, options, message):
+    assert message in refused(capsys, arguments(**options))
+    assert not (workdir / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(n_layer=3), "n_layer was 2, is 3"),
+        (dict(learning_rate=0.02), "learning_rate was 0.01, is 0.02"),
+        (dict(dataset="twin"), "dataset was tiny, is twin"),
+    ],
+)
+def test_an_out_dir_that_holds_another_run_is_refused_and_kept(tiny_run, workdir, capsys, options, message):
+    ids = list(b"other text " * 100)
+    write_dataset(workdir / "data/twin", ids, ids, {"tokenizer": "byte"})
+    before = (tiny_run / "log.jsonl").read_text()
+    line = refused(capsys, arguments(**options, max_steps=20))
+    assert message in line and "--out_dir" in line and "--overwrite=True" in line
+    assert (tiny_run / "log.jsonl").read_text() == before and (tiny_run / "step_00000012").exists()
+
+
+def test_data_that_changed_under_a_run_is_refused(tiny_run, workdir, capsys):
+    with open(workdir / "data/tiny/train.bin", "ab") as file:
+        file.write(b"\0\0")
+    assert "data/tiny held" in refused(capsys, arguments(max_steps=20))
+
+
+def test_an_id_beyond_vocab_size_found_in_a_batch_stops_the_run(workdir, capsys):
+    ids = np.fromfile("data/tiny/train.bin", dtype="<u2")
+    ids[len(ids) // 2 :] = 999
+    ids.tofile("data/tiny/train.bin")
+    assert "holds the token id 999: vocab_size=257 must be at least 1000" in refused(capsys, arguments())
+
+
+def test_a_truncated_checkpoint_is_refused_and_names_the_file_and_both_sizes(tiny_run, capsys):
+    file = next((tiny_run / "step_00000012").glob("*.distcp"))
+    size = file.stat().st_size
+    os.truncate(file, size - 10)
+    line = refused(capsys, arguments(max_steps=20))
+    assert f"{file.name} has {size - 10} bytes of {size}" in line and "remove" in line
+
+
+def test_weights_of_another_tokenizer_are_refused(tiny_run, workdir, capsys):
+    write_dataset(workdir / "data/char", [0, 1] * 300, [0, 1] * 300, {"tokenizer": "char", "chars": ["a", "b"]})
+    line = refused(capsys, arguments(dataset="char", init_from="out/tiny", out_dir="out/new"))
+    assert "trained with the tokenizer byte, data/char has char" in line
