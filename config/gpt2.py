@@ -1,0 +1,19 @@
+"""GPT-2 124M on FineWeb, 10 billion tokens: python prepare_data.py fineweb --shards=103 (20 GB) has them all.
+
+batch_size fits 24 GB; small_gpu.py is a layer for less.
+"""
+
+dataset = "fineweb"
+vocab_size = 50304  # 50257 and padding: a multiple of 128 is faster on GPUs, sampling and export cut it off
+
+batch_size = 16
+total_batch_size = 16 * 1024 * 32  # sequences x tokens x micro-steps = 524,288 tokens
+max_steps = 10_000_000_000 // total_batch_size  # 19,073
+learning_rate = 6e-4  # GPT-3 small's (Brown et al. 2020, table 2.1)
+min_lr = 6e-5
+warmup_steps = 700  # 367 million tokens, as in GPT-3
+weight_decay = 0.1
+
+eval_interval = 250
+eval_tokens = 20 * 524_288  # 10 million
+checkpoint_interval = 1000
