@@ -84,7 +84,7 @@ def configure(options, argv, doc, positional=None, more=None, elsewhere=None):
     second = more(filled) if more else None
     if "--help" in argv or "-h" in argv:
         print(doc.strip() + "\n\nOptions, as --key=value or in a config file:")
-        print("\n".join(_help(options) + (_help(second) if second else [])))
+        print("\n".join(_help(options) + (_help(second, f"Model ({second.__module__}.py)") if second else [])))
         sys.exit(0)
     more_kinds = typing.get_type_hints(second) if second else {}
     for name in given:
@@ -142,6 +142,8 @@ def _convert(name, kind, value):
                 return _read(k, value)
         elif type(value) is (typing.get_origin(k) or k) or (k is float and type(value) is int):
             return k(value)
+        elif k is bool and type(value) is int and value in (0, 1):
+            return bool(value)
     expected = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
     raise UserError(f"{name}={str(value) if isinstance(value, _Typed) else repr(value)}: expected {expected}")
 
@@ -159,11 +161,11 @@ def _read(kind, text):
     return kind(text)
 
 
-def _help(options):
-    """Lines of help: the dataclass's source has the order, the group titles and the comments."""
+def _help(options, title=None):
+    """Lines of help: the dataclass's source has the order, the titles of its groups and the comments."""
     kinds = typing.get_type_hints(options)
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    lines = [""]
+    lines = ["", f"  {title}:"] if title else [""]
     for line in inspect.getsource(options).splitlines():
         title = re.fullmatch(r"    # (.*)", line)
         field = re.fullmatch(r"    (\w+): [^#]*(?:# (.*))?", line)

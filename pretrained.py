@@ -25,7 +25,7 @@ from tiktoken.load import read_file_cached
 import checkpoint
 from configurator import UserError, configure, program
 from download import download, file_sha256, hub_url
-from tokenizer import VOCAB_SIZES, get_tokenizer, read_meta
+from tokenizer import EOT, VOCAB_SIZES, get_tokenizer, read_meta, write_json
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 FOLDER = Path("data/pretrained")
@@ -61,26 +61,22 @@ def models_with(option):
 def load_model(source, name=None, options=None):
     """A model with the weights of `source`: a GPT-2 name, a run, one of its checkpoints, or transformers' format.
 
-    name      the model file to load into; None: the run's own, `model` for GPT-2
+    name      the model file to load into, by parameter names; None: the run's own, `model` for GPT-2
     options   fields of its GPTConfig that were asked for: dropout is free, block_size may shrink, the rest must agree
 
     Returns the model (CPU, float32) and the meta.json that names its tokenizer. UserError where it does not fit.
     """
-    if source in HUB:
-        own_name, shape, weights, meta = _read_transformers(_fetch(source))
-    elif (Path(source) / "config.json").exists() and not (Path(source) / ".metadata").exists():
-        own_name, shape, weights, meta = _read_transformers(Path(source))
-    elif Path(source).is_dir():
-        own_name, shape, weights, meta = _read_run(Path(source))
-    else:
+    directory = _fetch(source) if source in HUB else Path(source)
+    if not directory.is_dir():
         raise UserError(f"{source} is neither one of {', '.join(HUB)} nor a directory with a run or a model")
-    if name not in (None, own_name):
-        raise UserError(f"{source} holds weights of {own_name}, which do not fit {name}: --model={own_name}")
-    options = options or {}
+    is_run = source not in HUB and not _says_model_type(directory / "config.json")
+    own_name, shape, weights, meta = _read_run(directory) if is_run else _read_transformers(directory)
+    name, options = name or own_name, options or {}
+    module = model_module(name)
+    shape = {f.name: shape.get(f.name, f.default) for f in dataclasses.fields(module.GPTConfig)}
     for option, value in options.items():
         if option != "dropout" and value != shape[option] and not (option == "block_size" and value < shape[option]):
             raise UserError(f"{source} has {option}={shape[option]}, not {value}")
-    module = model_module(own_name)
     with torch.device("meta"):  # no time for an initialization that is overwritten
         model = module.GPT(module.GPTConfig(**(shape | options)))
     if "transformer.wpe.weight" in weights:
@@ -89,9 +85,14 @@ def load_model(source, name=None, options=None):
     for key in expected.keys() | weights.keys():
         ours, theirs = (tuple(d[key].shape) if key in d else "nothing" for d in (expected, weights))
         if ours != theirs:
-            raise UserError(f"{source}: {key} is {theirs} there, {ours} in {own_name}.py")
+            raise UserError(f"{source}: {key} is {theirs} there, {ours} in {name}.py")
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True), meta
+
+
+def _says_model_type(path):
+    """Whether a config.json is transformers'; a checkpoint of ours has one too."""
+    return path.exists() and '"model_type"' in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _fetch(name):
@@ -166,10 +167,8 @@ def export(source, to):
         raise UserError(f"{to} exists already: name a new directory")
     weights = model.state_dict()
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: meta["vocab_size"]]  # padding goes
-    for key in [key for key in weights if (key.endswith(".weight") and ".ln_" in key) or CONV1D.fullmatch(key)]:
-        weights.setdefault(
-            key.removesuffix("weight") + "bias", torch.zeros(len(weights[key]))
-        )  # as bias=False computes
+    for key in [key for key in weights if key.endswith("weight") and not key.startswith("transformer.w")]:
+        weights.setdefault(key.removesuffix("weight") + "bias", torch.zeros(len(weights[key])))  # for bias=False
     weights = {key: (w.t() if CONV1D.fullmatch(key) else w).contiguous() for key, w in weights.items()}
     about = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"} | FIXED
     about |= {"vocab_size": meta["vocab_size"], "n_positions": config.block_size}
@@ -179,15 +178,15 @@ def export(source, to):
     about |= {"bos_token_id": eot, "eos_token_id": eot}
     files = {"config.json": about, "meta.json": meta}
     if meta["tokenizer"] == "gpt2":
-        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-        files["tokenizer_config.json"] = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size}
-        files["tokenizer_config.json"] |= special
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
+        about = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size} | special
+        files["tokenizer_config.json"] = about
     part = Path(to).with_name(Path(to).name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
     for file, value in files.items():
-        checkpoint.write_json(part / file, value)
+        write_json(part / file, value)
     if meta["tokenizer"] == "gpt2":
         for file, (original, sha256) in GPT2_FILES.items():
             (part / file).write_bytes(read_file_cached(GPT2_BPE + original, sha256))

@@ -43,10 +43,11 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw a token id for each row of the logits (B, V); returns (B,) int64. Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
     if top_k is not None and top_k < logits.size(-1):
-        lowest = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, -torch.inf)
+        values, ids = logits.topk(top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter(1, ids, values)
     if top_p is not None:  # nucleus sampling (Holtzman et al. 2020, section 3.1): the token that crosses top_p is in
         ordered, ids = logits.softmax(dim=-1).sort(descending=True)
         out = ordered.cumsum(dim=-1) - ordered >= top_p

@@ -61,9 +61,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # the last ones; the best is kept beside them
     # Machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = (
-        "auto"  # of the computation: float32, bfloat16, float16; auto: bfloat16 where the hardware is fast at it
-    )
+    dtype: str = "auto"  # float32, bfloat16, float16; auto: bfloat16 where the hardware is fast at it
     compile: bool | str = "auto"  # torch.compile; auto: on CUDA
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
     deterministic: bool = False  # the same bits on CUDA too, slower

@@ -7,14 +7,15 @@ n_head = 4
 n_embd = 128
 block_size = 128
 
-batch_size = 16
-total_batch_size = batch_size * block_size
-max_steps = 900
+batch_size = 8
+total_batch_size = batch_size * block_size  # small steps, and many: the most for a minute
+max_steps = 1600
 learning_rate = 4e-3  # small models learn at high rates
-min_lr = 4e-4
+min_lr = 1e-5
+lr_schedule = "wsd"
 warmup_steps = 50
-beta2 = 0.99
+beta2 = 0.99  # few tokens a step: a longer memory of the gradient's square
 
-eval_interval = 300
+eval_interval = 400
 eval_tokens = 32 * 1024
-log_interval = 50
+log_interval = 100

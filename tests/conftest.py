@@ -40,6 +40,17 @@ def write_dataset(folder, train_ids, val_ids, meta):
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
+def refused(capsys, argv):
+    """Run train.py with arguments that it must refuse; returns its one line on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(argv)
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
 def decode(tokenizer, ids):
     """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
     return b"".join(tokenizer.decode_single_token_bytes(id) for id in ids).decode("utf-8", errors="replace")

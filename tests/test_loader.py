@@ -44,14 +44,9 @@ def test_a_batch_is_int64_inputs_and_targets_of_block_size(dataset):
     assert (x.shape, y.shape, x.dtype, y.dtype) == ((3, 5), (3, 5), torch.int64, torch.int64)
 
 
-def test_inputs_are_consecutive_tokens(dataset):
-    x, _ = Loader(dataset(range(100)), 7, BIG_VOCAB, 1).train_batch(0, 20)
-    assert torch.equal(x, x[:, :1] + torch.arange(7))
-
-
-def test_targets_are_the_tokens_after_the_inputs(dataset):
+def test_inputs_are_consecutive_tokens_and_targets_the_ones_after(dataset):
     x, y = Loader(dataset(range(100)), 7, BIG_VOCAB, 1).train_batch(0, 20)
-    assert torch.equal(y, x + 1)
+    assert torch.equal(x, x[:, :1] + torch.arange(7)) and torch.equal(y, x + 1)
 
 
 def test_the_same_seed_gives_the_same_batch(dataset):
@@ -66,7 +61,7 @@ def test_other_seeds_give_another_order(dataset):
     assert all(a != b for a, b in itertools.combinations(orders, 2))
 
 
-@pytest.mark.parametrize("first", [1, 8, 9, 13, 40, 95])
+@pytest.mark.parametrize("first", [1, 8, 9, 40])  # an epoch has 9
 def test_a_fresh_loader_at_sequence_i_equals_one_that_read_from_0(dataset, first):
     folder = dataset(range(100))
     everything = starts(Loader(folder, 10, BIG_VOCAB, 1), 0, 100)
@@ -80,7 +75,7 @@ def test_going_back_gives_the_same_sequences_again(dataset):
     assert starts(loader, 3, 4) == before
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("micro_batch", [1, 4, 12])
 def test_micro_batches_split_a_global_batch_into_the_same_sequences(dataset, micro_batch):
     folder = dataset(range(100))
     step = 12 * 3
@@ -90,7 +85,7 @@ def test_micro_batches_split_a_global_batch_into_the_same_sequences(dataset, mic
     assert list(itertools.chain(*parts)) == whole
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_with_loaders_of_their_own_split_a_global_batch_into_the_same_sequences(dataset, ranks):
     folder, share = dataset(range(100)), 12 // ranks
     loaders = [Loader(folder, 10, BIG_VOCAB, 1) for _ in range(ranks)]
@@ -101,37 +96,22 @@ def test_ranks_with_loaders_of_their_own_split_a_global_batch_into_the_same_sequ
 
 
 # (tokens, block_size): one window, two, many; dividing and not; the shortest that is allowed.
-SIZES = [(2, 1), (9, 8), (15, 8), (16, 8), (17, 8), (24, 8), (25, 8), (64, 8), (71, 8), (100, 7), (101, 1), (997, 13)]
+SIZES = [(2, 1), (9, 8), (16, 8), (17, 8), (24, 8), (25, 8), (71, 8), (101, 1), (997, 13)]
 
 
 @pytest.mark.parametrize(("n", "block_size"), SIZES)
-def test_no_token_is_read_twice_in_an_epoch(dataset, n, block_size):
+def test_an_epoch_is_windows_edge_to_edge_that_leave_out_fewer_than_two_windows_of_tokens(dataset, n, block_size):
     loader = Loader(dataset(range(n)), block_size, BIG_VOCAB, 1)
     for epoch in range(5):
         x, _ = loader.train_batch(epoch * loader.n_windows, loader.n_windows)
-        assert x.flatten().unique().numel() == loader.n_windows * block_size
-
-
-@pytest.mark.parametrize(("n", "block_size"), SIZES)
-def test_an_epoch_leaves_out_fewer_than_two_windows_of_tokens(dataset, n, block_size):
-    loader = Loader(dataset(range(n)), block_size, BIG_VOCAB, 1)
-    for epoch in range(5):
-        x, _ = loader.train_batch(epoch * loader.n_windows, loader.n_windows)
-        assert n - x.unique().numel() < 2 * block_size
-
-
-@pytest.mark.parametrize(("n", "block_size"), SIZES)
-def test_the_windows_of_an_epoch_lie_edge_to_edge(dataset, n, block_size):
-    loader = Loader(dataset(range(n)), block_size, BIG_VOCAB, 1)
-    for epoch in range(5):
-        begin = sorted(starts(loader, epoch * loader.n_windows, loader.n_windows))
-        assert begin == list(range(begin[0], begin[0] + block_size * len(begin), block_size))
+        read = x[x[:, 0].argsort()].flatten().tolist()
+        assert read == list(range(read[0], read[0] + len(read)))
+        assert n - len(read) < 2 * block_size
 
 
 def test_over_the_epochs_every_token_is_read(dataset):
     loader = Loader(dataset(range(71)), 8, BIG_VOCAB, 1)
-    x, y = loader.train_batch(0, 60 * loader.n_windows)
-    assert set(x.flatten().tolist()) | set(y.flatten().tolist()) == set(range(71))
+    assert torch.cat(loader.train_batch(0, 60 * loader.n_windows), dim=1).unique().tolist() == list(range(71))
 
 
 def test_epochs_differ_in_order(dataset):
@@ -167,47 +147,33 @@ def validation(loader, eval_tokens=10**9, batch_size=3):
 
 
 # lengths of val.bin: a multiple of block_size and one token more or less, shorter than block_size, and the shortest
-LENGTHS = [2, 3, 7, 8, 9, 10, 16, 17, 18, 24, 25, 26, 63, 64, 65, 66, 100]
+LENGTHS = [2, 3, 8, 9, 10, 24, 25, 26, 100]
 
 
 @pytest.mark.parametrize("n", LENGTHS)
-def test_every_validation_token_but_the_first_is_a_target_once(dataset, n):
-    _, y = validation(Loader(dataset(val=range(n)), 8, BIG_VOCAB, 1))
-    assert sorted(y[y != -1].tolist()) == list(range(1, n))
-
-
-@pytest.mark.parametrize("n", LENGTHS)
-def test_the_input_of_each_validation_target_is_the_token_before(dataset, n):
+def test_every_validation_token_but_the_first_is_a_target_once_and_its_input_the_token_before(dataset, n):
     x, y = validation(Loader(dataset(val=range(n)), 8, BIG_VOCAB, 1))
+    assert sorted(y[y != -1].tolist()) == list(range(1, n))
     assert torch.equal(x[y != -1], y[y != -1] - 1)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
-def test_all_validation_batches_have_the_same_shape(dataset, n):
+def test_all_validation_batches_have_one_shape_and_targets(dataset, n):
     loader = Loader(dataset(val=range(n)), 8, BIG_VOCAB, 1)
-    assert all(x.shape == y.shape == (3, 8) for x, y in loader.val_batches(10**9, 3))
-
-
-@pytest.mark.parametrize("n", LENGTHS)
-def test_no_validation_batch_is_without_targets(dataset, n):
-    loader = Loader(dataset(val=range(n)), 8, BIG_VOCAB, 1)
+    assert all(x.shape == y.shape == (3, 8) and (y != -1).any() for x, y in loader.val_batches(10**9, 3))
     assert all((y != -1).any() for _, y in loader.val_batches(10**9, 1))
 
 
-def test_validation_is_the_same_in_every_call(dataset):
-    loader = Loader(dataset(val=range(100)), 8, BIG_VOCAB, 1)
+def test_validation_is_the_same_in_every_call_and_for_every_seed(dataset):
+    folder = dataset(val=range(100))
+    loader, other = (Loader(folder, 8, BIG_VOCAB, seed) for seed in (1, 2))
     before = validation(loader, 40)
     loader.train_batch(0, 10)
-    assert all(torch.equal(a, b) for a, b in zip(before, validation(loader, 40), strict=True))
+    for again in (loader, other):
+        assert all(torch.equal(a, b) for a, b in zip(before, validation(again, 40), strict=True))
 
 
-def test_validation_does_not_depend_on_the_seed(dataset):
-    folder = dataset(val=range(100))
-    a, b = (validation(Loader(folder, 8, BIG_VOCAB, seed), 40)[1] for seed in (1, 2))
-    assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("eval_tokens", [8, 40, 10**9])
+@pytest.mark.parametrize("eval_tokens", [40, 10**9])
 def test_validation_windows_do_not_depend_on_batch_size(dataset, eval_tokens):
     loader = Loader(dataset(val=range(100)), 8, BIG_VOCAB, 1)
     targets = [validation(loader, eval_tokens, batch_size)[1] for batch_size in (1, 2, 5, 64)]
@@ -221,7 +187,7 @@ def test_eval_tokens_limits_the_windows(dataset, eval_tokens, windows):
     assert (y != -1).any(dim=1).sum() == windows
 
 
-@pytest.mark.parametrize("eval_tokens", [16, 40, 240, 320, 400, 792])
+@pytest.mark.parametrize("eval_tokens", [16, 40, 240, 792])
 def test_limited_validation_windows_are_spread_evenly(dataset, eval_tokens):
     x, y = validation(Loader(dataset(val=range(801)), 8, BIG_VOCAB, 1), eval_tokens)  # 100 windows
     places = (x[(y != -1).any(dim=1), 0] // 8).tolist()
@@ -244,8 +210,7 @@ def complaint(folder, block_size=8, vocab_size=100, use=lambda loader: None):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_bin_of_an_odd_number_of_bytes_is_refused_with_the_number(dataset, split):
     folder = dataset()
-    with open(folder / f"{split}.bin", "ab") as file:
-        file.write(b"x")
+    os.truncate(folder / f"{split}.bin", 129)
     message = complaint(folder)
     assert f"{split}.bin" in message and "129 bytes" in message
 
@@ -254,11 +219,6 @@ def test_a_bin_of_an_odd_number_of_bytes_is_refused_with_the_number(dataset, spl
 def test_a_bin_that_is_not_as_long_as_meta_json_says_is_refused_with_both_numbers(dataset, split):
     message = complaint(dataset(about={"tokenizer": "byte", split: {"tokens": 65}}))
     assert f"{split}.bin" in message and "64" in message and "65" in message
-
-
-def test_a_bin_as_long_as_meta_json_says_is_accepted(dataset):
-    folder = dataset(about={"tokenizer": "byte", "train": {"tokens": 64}, "val": {"tokens": 64}})
-    assert Loader(folder, 8, 100, 1).n_train == 64
 
 
 def test_training_tokens_too_few_for_a_window_are_refused_with_both_numbers(dataset):
@@ -282,19 +242,16 @@ def test_an_id_beyond_the_vocabulary_is_found_from_meta_json_with_both_numbers(d
     assert f"{split}.bin" in message and "100" in message and "101" in message
 
 
-def test_the_largest_id_of_meta_json_may_be_the_last_of_the_vocabulary(dataset):
-    folder = dataset(about={"tokenizer": "byte", "train": {"largest_id": 99}, "val": {"largest_id": 99}})
-    assert Loader(folder, 8, 100, 1).vocab_size == 100
+def test_a_bin_at_the_limits_of_meta_json_is_accepted(dataset):
+    about = {"tokens": 64, "largest_id": 99}
+    assert Loader(dataset(about={"tokenizer": "byte", "train": about, "val": about}), 8, 100, 1).n_train == 64
 
 
-def test_an_id_beyond_the_vocabulary_is_found_in_a_training_batch_with_both_numbers(dataset):
-    message = complaint(dataset(train=[100] * 64), use=lambda loader: loader.train_batch(0, 1))
-    assert "train.bin" in message and "token id 100" in message and "vocab_size=100" in message and "101" in message
-
-
-def test_an_id_beyond_the_vocabulary_is_found_in_a_validation_batch_with_both_numbers(dataset):
-    message = complaint(dataset(val=[*range(40), 100]), use=lambda loader: validation(loader))
-    assert "val.bin" in message and "token id 100" in message and "vocab_size=100" in message and "101" in message
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_id_beyond_the_vocabulary_is_found_in_a_batch_with_both_numbers(dataset, split):
+    use = {"train": lambda loader: loader.train_batch(0, 100), "val": validation}
+    message = complaint(dataset(**{split: [*range(40), 100]}), use=use[split])
+    assert f"{split}.bin" in message and "token id 100" in message and "vocab_size=100" in message and "101" in message
 
 
 def test_an_id_that_is_the_last_of_the_vocabulary_is_accepted(dataset):
@@ -328,8 +285,7 @@ def test_foreign_bins_need_no_more_than_the_tokenizer_s_name(dataset):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
 def test_memory_does_not_grow_with_what_was_read(dataset):
     folder = dataset()
-    with open(folder / "train.bin", "wb") as file:
-        file.truncate(100 * 2**20)
+    os.truncate(folder / "train.bin", 100 * 2**20)
 
     def resident():
         with open("/proc/self/statm") as file:

@@ -8,15 +8,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from model import GPT, GPTConfig
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small lose most of the time to threads that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tokens(*shape, vocab_size):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(1))
 

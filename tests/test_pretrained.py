@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import types
 
 import pytest
 import torch
@@ -118,13 +118,8 @@ def test_no_network_is_one_line_of_sample_and_of_train(workdir, monkeypatch, cap
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("download.RETRY_WAIT", 0.0)
     (workdir / "data/tiny/meta.json").write_text('{"tokenizer": "gpt2"}')
-    for main, argv in (
-        (sample.main, ["--init_from=gpt2"]),
-        (
-            train.main,
-            ["--dataset=tiny", "--init_from=gpt2", "--out_dir=out/x"],
-        ),
-    ):
+    training = ["--dataset=tiny", "--init_from=gpt2", "--out_dir=out/x"]
+    for main, argv in ((sample.main, ["--init_from=gpt2"]), (train.main, training)):
         with pytest.raises(SystemExit) as stopped:
             main(argv)
         assert stopped.value.code == 2
@@ -132,11 +127,8 @@ def test_no_network_is_one_line_of_sample_and_of_train(workdir, monkeypatch, cap
     assert not (workdir / "out").exists()
 
 
-def test_greedy_text_of_sample_is_that_of_transformers(served, tmp_path, capsys, gpt2_tokenizer):
-    """200 tokens in float32, past the first key-value cache's prefill."""
+def test_greedy_text_of_sample_is_that_of_transformers(tmp_path, capsys, gpt2_tokenizer):
     theirs = random_gpt2(n_positions=256)
-    save_file(as_released(theirs), tmp_path / "released.safetensors")
-    shutil.rmtree(pretrained.FOLDER, ignore_errors=True)
     theirs.save_pretrained(tmp_path / "long")
     prompt = "Once upon a time"
     sample.main([f"--init_from={tmp_path / 'long'}", f"--prompt={prompt}", "--temperature=0", "--dtype=float32"])
@@ -176,6 +168,16 @@ def test_a_missing_tensor_is_refused_by_name(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"h.1.mlp.c_fc.bias is nothing there, \(512,\) in model.py"):
         load_model(str(tmp_path))
+
+
+def test_a_model_file_of_the_user_s_own_loads_what_has_its_names_and_shapes(tmp_path, monkeypatch):
+    theirs = random_gpt2(vocab_size=301)
+    theirs.save_pretrained(tmp_path)
+    mine = types.ModuleType("model_mine")
+    mine.GPT, mine.GPTConfig = pretrained.model_module("model").GPT, pretrained.model_module("model").GPTConfig
+    monkeypatch.setattr(pretrained, "model_module", {"model_mine": mine}.get)
+    ids = torch.randint(301, (1, 9))
+    assert (logits(load_model(str(tmp_path), "model_mine")[0], ids) - logits(theirs, ids)).abs().max() < 1e-4
 
 
 def test_a_pickle_is_never_read(tmp_path):

@@ -13,15 +13,6 @@ from tokenizer import byte_tokenizer
 EOT = 256  # <|endoftext|> of the byte tokenizer
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small lose most of the time to threads that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -40,38 +31,31 @@ def softmax(logits, temperature=1.0):
 # choose ---------------------------------------------------------------------------------------------------------------
 
 
-def test_temperature_0_takes_the_likeliest():
+@pytest.mark.parametrize("how", [{"temperature": 0, "top_k": 3, "top_p": 0.5}, {"temperature": 5.0, "top_k": 1}])
+def test_temperature_0_and_top_k_1_take_the_likeliest(how):
     logits = torch.randn(50, 31, generator=seeded())
     likeliest = [max(range(31), key=row.__getitem__) for row in logits.tolist()]
-    assert choose(logits, temperature=0, top_k=3, top_p=0.5).tolist() == likeliest
+    assert choose(logits, **how).tolist() == likeliest
 
 
-def test_top_k_1_takes_the_likeliest():
-    logits = torch.randn(50, 31, generator=seeded())
-    assert torch.equal(choose(logits, temperature=5.0, top_k=1), logits.argmax(dim=1))
-
-
-@pytest.mark.parametrize("how", [{}, {"top_k": 4}, {"top_p": 0.5}])
-def test_a_token_is_chosen_for_each_row(how):
-    ids = choose(torch.randn(5, 31, generator=seeded()), **how)
-    assert (ids.shape, ids.dtype) == ((5,), torch.int64)
-
-
-def test_each_row_is_chosen_from_its_own_logits():
+@pytest.mark.parametrize("how", [{}, {"top_k": 5}, {"top_p": 0.9}])
+def test_a_token_is_chosen_for_each_row_from_its_own_logits(how):
     logits = torch.full((4, 9), -torch.inf)
-    for row, id in enumerate([3, 8, 0, 5]):
-        logits[row, id] = 0
-    assert choose(logits, top_k=5, top_p=0.9).tolist() == [3, 8, 0, 5]
+    logits[range(4), [3, 8, 0, 5]] = 0
+    ids = choose(logits, **how)
+    assert ids.tolist() == [3, 8, 0, 5] and ids.dtype == torch.int64
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_many_draws_are_distributed_as_softmax_of_logits_over_temperature(temperature):
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.5, 8), (1.0, 8), (2.0, 8), (1.0, 3)])
+def test_many_draws_are_distributed_as_softmax_of_logits_over_temperature_among_the_top_k(temperature, top_k):
     logits = torch.randn(8, generator=seeded(1))
-    shares = draws(logits, temperature=temperature).bincount(minlength=8) / 20_000
-    assert shares.tolist() == pytest.approx(softmax(logits, temperature), abs=0.02)
+    shares = draws(logits, temperature=temperature, top_k=top_k).bincount(minlength=8) / 20_000
+    p = softmax(logits, temperature)
+    kept = sorted(p)[-top_k:]
+    assert shares.tolist() == pytest.approx([v / sum(kept) if v in kept else 0 for v in p], abs=0.02)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 5, 11, 12, 100])
+@pytest.mark.parametrize("top_k", [1, 5, 11, 12, 100])
 def test_top_k_draws_all_of_the_k_likeliest_and_no_others(top_k):
     for seed in range(5):
         logits = torch.randn(12, generator=seeded(seed)) / 2
@@ -79,44 +63,34 @@ def test_top_k_draws_all_of_the_k_likeliest_and_no_others(top_k):
         assert set(draws(logits, top_k=top_k).tolist()) == set(likeliest)
 
 
-def test_top_k_keeps_the_proportions_of_the_k_likeliest():
-    logits = torch.tensor([0.0, 2.0, 1.0, -1.0, 1.5])
-    p = softmax(logits)
-    kept = p[1] + p[4] + p[2]
-    shares = draws(logits, top_k=3).bincount(minlength=5) / 20_000
-    assert shares.tolist() == pytest.approx([0, p[1] / kept, p[2] / kept, 0, p[4] / kept], abs=0.02)
-
-
 def nucleus(probabilities, top_p):
     """The fewest of the likeliest ids that together have top_p."""
-    ids = sorted(range(len(probabilities)), key=lambda id: -probabilities[id])
-    return next(set(ids[:n]) for n in range(1, len(ids) + 1) if n == len(ids) or total(probabilities, ids[:n]) >= top_p)
+    kept, together = set(), 0.0
+    for id in sorted(range(len(probabilities)), key=lambda id: -probabilities[id]):
+        if together < top_p:
+            kept.add(id)
+        together += probabilities[id]
+    return kept
 
 
-def total(probabilities, ids):
-    return sum(probabilities[id] for id in ids)
-
-
-@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.5, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.95, 1.0])
 def test_top_p_draws_the_smallest_set_that_reaches_p_and_no_others(top_p):
     for seed in range(10):
         logits = torch.randn(12, generator=seeded(seed))
         assert set(draws(logits, top_p=top_p).tolist()) == nucleus(softmax(logits), top_p)
 
 
-def test_top_p_keeps_the_token_that_crosses_p():
-    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    assert set(draws(logits, top_p=0.5).tolist()) == {0, 1}
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.51, 3)])
+def test_top_p_keeps_the_token_that_crosses_p_and_none_after_p_is_reached(top_p, kept):
+    assert len(set(draws(torch.zeros(4), top_p=top_p).tolist())) == kept
 
 
-def test_top_p_applies_after_temperature():
-    logits = torch.randn(12, generator=seeded(1))
-    assert set(draws(logits, temperature=0.5, top_p=0.8).tolist()) == nucleus(softmax(logits, 0.5), 0.8)
-
-
-def test_top_p_applies_among_the_top_k():
-    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()  # the two likeliest have 4/7 and 3/7 of each other
-    assert set(draws(logits, top_k=2, top_p=0.56).tolist()) == {0}
+# The squares of 4, 3, 2, 1 are as 16, 9, 4, 1; the two likeliest have 4/7 and 3/7 of each other.
+@pytest.mark.parametrize(
+    ("how", "ids"), [({"temperature": 0.5, "top_p": 0.8}, {0, 1}), ({"top_k": 2, "top_p": 0.56}, {0})]
+)
+def test_top_p_applies_after_temperature_and_top_k(how, ids):
+    assert set(draws(torch.tensor([0.4, 0.3, 0.2, 0.1]).log(), **how).tolist()) == ids
 
 
 def test_top_p_of_each_row_is_its_own():
@@ -125,20 +99,12 @@ def test_top_p_of_each_row_is_its_own():
     assert set(ids[::2].tolist()) == {0, 1, 2, 3} and set(ids[1::2].tolist()) == {0}
 
 
-def test_the_same_generator_seed_gives_the_same_draws():
-    logits = torch.randn(200, 31, generator=seeded())
-    assert torch.equal(choose(logits, generator=seeded(3)), choose(logits, generator=seeded(3)))
-
-
-def test_another_generator_seed_gives_other_draws():
-    logits = torch.randn(200, 31, generator=seeded())
-    assert not torch.equal(choose(logits, generator=seeded(3)), choose(logits, generator=seeded(4)))
-
-
-def test_a_generator_s_draws_do_not_depend_on_the_global_seed():
-    logits = torch.randn(200, 31, generator=seeded())
-    a, b = (torch.manual_seed(seed) and choose(logits, generator=seeded(3)) for seed in (1, 2))
-    assert torch.equal(a, b)
+def test_the_generator_alone_decides_the_draws():
+    logits, drawn = torch.randn(200, 31, generator=seeded()), []
+    for global_seed, seed in [(1, 3), (2, 3), (1, 4)]:
+        torch.manual_seed(global_seed)
+        drawn.append(choose(logits, generator=seeded(seed)))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
 def test_choosing_leaves_the_logits_as_they_were():
@@ -210,31 +176,21 @@ def test_greedy_rows_are_equal_however_many(model):
     assert torch.equal(generated(model, prompt(1), 40, num_samples=4, temperature=0), one.expand(4, -1))
 
 
-def test_sampled_rows_differ():
-    rows = generated(vivid(16), prompt(4), 10, num_samples=5, generator=seeded())
-    assert len({tuple(row) for row in rows.tolist()}) == 5
+def test_sampled_rows_differ_and_the_seed_decides_them():
+    a, b = (generated(vivid(16), prompt(4), 40, num_samples=5, generator=seeded(7)) for _ in range(2))
+    assert torch.equal(a, b) and len({tuple(row[:10]) for row in a.tolist()}) == 5
 
 
-def test_the_same_seed_gives_the_same_text():
-    a, b = (generated(vivid(16), prompt(4), 40, num_samples=3, generator=seeded(7)) for _ in range(2))
-    assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("count", [1, 2, 12, 13, 40])
+@pytest.mark.parametrize("count", [1, 12, 13, 40])
 def test_as_many_tokens_are_made_as_were_asked_for(count):
     assert generated(vivid(16), prompt(4), count).shape == (1, count)
 
 
-def test_passing_block_size_is_told_once():
+@pytest.mark.parametrize(("count", "times"), [(13, 0), (14, 1), (100, 1)])  # the last token is made, but not read
+def test_passing_block_size_is_told_once_and_just_filling_it_is_not(count, times):
     told = []
-    generated(vivid(16), prompt(4), 100, note=told.append)
-    assert len(told) == 1 and "block_size=16" in told[0] and "8" in told[0]
-
-
-def test_a_text_that_just_fills_the_context_is_not_told_of():
-    told = []
-    generated(vivid(16), prompt(4), 13, note=told.append)  # the last token is made, but not read
-    assert told == []
+    generated(vivid(16), prompt(4), count, note=told.append)
+    assert len(told) == times and all("block_size=16" in note and "8" in note for note in told)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
@@ -245,34 +201,32 @@ def test_padding_ids_are_never_chosen(temperature):
     assert unlimited.max() >= 20 > limited.max()
 
 
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(ValueError):
-        generated(vivid(16), prompt(0), 5)
-
-
-def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers():
-    with pytest.raises(ValueError, match=r"17.*16"):
-        generated(vivid(16), prompt(17), 5)
+@pytest.mark.parametrize(("length", "message"), [(0, "no tokens"), (17, r"17.*16")])
+def test_a_prompt_empty_or_longer_than_the_context_is_refused(length, message):
+    with pytest.raises(ValueError, match=message):
+        generated(vivid(16), prompt(length), 5)
 
 
 # Sample ---------------------------------------------------------------------------------------------------------------
 
 
-def fed(content, stop=None):
-    """A sample that took these bytes as tokens, one by one, and what it showed after each."""
-    sample = Sample(byte_tokenizer(), stop)
-    shown = []
-    for id in content:
+class Pieces(list):
+    """A tokenizer of these tokens, without <|endoftext|>."""
+
+    eot_token = None
+    decode_single_token_bytes = list.__getitem__
+
+
+def fed(ids, stop=None, tokenizer=None):
+    """A sample that took these tokens, one by one (of bytes: their ids), and what it showed after each."""
+    sample, shown = Sample(tokenizer or byte_tokenizer(), stop), []
+    for id in ids:
         sample.add(id)
         shown.append(sample.shown())
     return sample, shown
 
 
-def test_text_is_shown_as_it_comes():
-    assert fed(b"abc")[1] == ["a", "ab", "abc"]
-
-
-def test_a_character_of_several_tokens_is_shown_when_it_is_whole():
+def test_text_is_shown_as_soon_as_its_characters_are_whole():
     assert fed("aé€😀".encode())[1] == ["a", "a", "aé", "aé", "aé", "aé€", "aé€", "aé€", "aé€", "aé€😀"]
 
 
@@ -290,34 +244,28 @@ def test_a_character_left_unfinished_at_endoftext_becomes_the_replacement_charac
     assert fed([*"a€".encode()[:-1], EOT])[0].text == "a\ufffd"
 
 
-def test_a_stop_string_of_several_tokens_ends_the_sample():
-    sample, _ = fed(b"one END two", stop="END")
-    assert sample.done and sample.text == "one "
+@pytest.mark.parametrize(("content", "stop", "text"), [("one END two", "END", "one "), ("für € und", "€", "für ")])
+def test_a_stop_string_of_several_tokens_ends_the_sample(content, stop, text):
+    sample, _ = fed(content.encode(), stop)
+    assert sample.done and sample.text == text
 
 
 def test_a_stop_string_within_one_token_ends_the_sample():
-    class Words:
-        eot_token = None
-
-        def decode_single_token_bytes(self, id):
-            return [b"one EN", b"D. two"][id]
-
-    sample = Sample(Words(), "D.")
-    sample.add(0)
-    sample.add(1)
+    sample, _ = fed([0, 1], "D.", Pieces([b"one EN", b"D. two"]))
     assert sample.done and sample.text == "one EN"
 
 
-def test_what_may_become_the_stop_string_is_held_back():
-    assert fed(b"a EN ENDx", stop="END")[1] == ["a", "a ", "a ", "a ", "a EN ", "a EN ", "a EN ", "a EN ", "a EN "]
-
-
-def test_the_longest_end_that_may_become_the_stop_string_is_held_back():
-    assert fed(b"xaab", stop="aab")[1] == ["x", "x", "x", "x"]
-
-
-def test_an_end_that_no_longer_becomes_the_stop_string_is_shown_but_for_its_own_end():
-    assert fed(b"aaa", stop="aab")[1] == ["", "", "a"]
+@pytest.mark.parametrize(
+    ("content", "stop", "shown"),
+    [
+        (b"a EN ENDx", "END", ["a", "a ", "a ", "a ", "a EN ", "a EN ", "a EN ", "a EN ", "a EN "]),
+        (b"xaab", "aab", ["x", "x", "x", "x"]),
+        (b"aaa", "aab", ["", "", "a"]),
+        (b"END", None, ["E", "EN", "END"]),
+    ],
+)
+def test_the_longest_end_that_may_become_the_stop_string_is_held_back(content, stop, shown):
+    assert fed(content, stop)[1] == shown
 
 
 @pytest.mark.parametrize("stop", ["\n\n", "aab", "aba", "é", "abcabd"])
@@ -333,23 +281,10 @@ def test_what_was_held_back_is_text_when_the_sample_ends_otherwise():
     assert sample.shown() == "a EN"
 
 
-def test_a_stop_string_of_characters_of_several_tokens_ends_the_sample():
-    sample, _ = fed("für € und".encode(), stop="€")
-    assert sample.done and sample.text == "für "
-
-
-def test_without_a_stop_string_nothing_is_held_back():
-    assert fed(b"END")[0].shown() == "END"
-
-
-def test_endoftext_ends_the_sample_and_is_not_shown():
-    sample, _ = fed([*b"ab", EOT])
-    assert sample.done and sample.text == "ab"
-
-
 @pytest.mark.parametrize("end", [[EOT], [*b"END"]], ids=["endoftext", "stop string"])
-def test_tokens_after_the_end_are_ignored(end):
-    assert fed([*b"ab", *end, *b"cd"], stop="END")[0].text == "ab"
+def test_the_end_is_not_shown_and_tokens_after_it_are_ignored(end):
+    sample, _ = fed([*b"ab", *end, *b"cd"], stop="END")
+    assert sample.done and sample.text == sample.shown() == "ab"
 
 
 def test_endoftext_ends_one_row_only():
@@ -361,13 +296,5 @@ def test_endoftext_ends_one_row_only():
 
 
 def test_a_tokenizer_without_endoftext_never_ends_a_sample():
-    class Letters:
-        eot_token = None
-
-        def decode_single_token_bytes(self, id):
-            return b"ab"[id : id + 1]
-
-    sample = Sample(Letters(), None)
-    for id in (0, 1, 0):
-        sample.add(id)
+    sample, _ = fed([0, 1, 0], tokenizer=Pieces([b"a", b"b"]))
     assert (sample.text, sample.done) == ("aba", False)

@@ -7,9 +7,7 @@ import pytest
 import tiktoken
 from conftest import decode
 
-import corpus
 from configurator import UserError
-from corpus import tokenize
 from tokenizer import (
     CharTokenizer,
     byte_tokenizer,
@@ -114,20 +112,6 @@ def test_gpt2_ids_are_the_published_ones(gpt2_tokenizer):
 
 def test_byte_ids_are_the_utf8_bytes(text):
     assert encode(byte_tokenizer(), text).tolist() == list(text.encode("utf-8"))
-
-
-@pytest.mark.parametrize("batch", [1, 10, 1 << 20])
-@pytest.mark.parametrize("cores", [1, 3])
-def test_pieces_are_tokenized_in_order(monkeypatch, batch, cores):
-    monkeypatch.setattr(corpus, "BATCH", batch)
-    monkeypatch.setattr(corpus.os, "cpu_count", lambda: cores)
-    pieces = [f"{i} " for i in range(100)]
-    ids = np.concatenate(list(tokenize(byte_tokenizer(), iter(pieces))))
-    assert ids.dtype == np.dtype("<u2") and bytes(ids.astype(np.uint8)).decode() == "".join(pieces)
-
-
-def test_none_among_the_pieces_is_the_end_of_text_token():
-    assert np.concatenate(list(tokenize(byte_tokenizer(), ["a", None, "b"]))).tolist() == [97, 256, 98]
 
 
 def test_char_ids_are_places_in_the_list(text):

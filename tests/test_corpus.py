@@ -1,0 +1,221 @@
+"""corpus.py: files to documents, in pieces that change no token; pieces to ids in order; and every way to be wrong."""
+
+import gzip
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import corpus
+from configurator import UserError
+from corpus import read_pieces, tokenize
+from tokenizer import byte_tokenizer
+
+ROOT = Path(corpus.__file__).parent
+EOT = 256  # the byte tokenizer's <|endoftext|>
+
+
+@pytest.fixture(autouse=True)
+def cwd(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write(name, content):
+    """A file of text or bytes; compressed where its name ends in .gz."""
+    content = content.encode() if isinstance(content, str) else content
+    Path(name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+
+
+def documents(*names, field="text"):
+    """The texts of the documents in these files: what lies between the separators."""
+    texts = [""]
+    for piece in read_pieces(names, field, ""):
+        if piece is None:
+            texts.append("")
+        else:
+            texts[-1] += piece
+    return texts
+
+
+def ids_of(pieces, tokenizer=None):
+    return np.concatenate(list(tokenize(tokenizer or byte_tokenizer(), pieces))).tolist()
+
+
+def complaint(*names):
+    """The one line of the UserError that reading these files raises."""
+    with pytest.raises(UserError) as error:
+        documents(*names)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# Documents ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.txt.gz", "text", "text.md"])
+def test_a_file_of_text_is_a_document(name):
+    write(name, "naïve 日本語\r\n👍")
+    assert documents(name) == ["naïve 日本語\r\n👍"]
+
+
+@pytest.mark.parametrize("name", ["lines.jsonl", "lines.jsonl.gz"])
+def test_the_lines_of_jsonl_are_documents(name):
+    write(name, '{"text": "first"}\n\n{"text": "sec\\u00f6nd", "id": 7}')
+    assert documents(name) == ["first", "secönd"]
+
+
+def test_field_names_the_text_of_jsonl():
+    write("lines.jsonl", '{"text": "no", "body": "body"}\n')
+    assert documents("lines.jsonl", field="body") == ["body"]
+
+
+def test_a_byte_order_mark_before_jsonl_is_skipped():
+    write("lines.jsonl", '\ufeff{"text": "first"}\n')
+    assert documents("lines.jsonl") == ["first"]
+
+
+def test_half_a_surrogate_pair_in_jsonl_becomes_the_replacement_character():
+    write("lines.jsonl", '{"text": "a\\ud83db"}\n')
+    assert documents("lines.jsonl") == ["a\ufffdb"]
+
+
+def test_files_of_all_kinds_come_in_the_order_given():
+    write("b.txt", "bb")
+    write("a.jsonl.gz", '{"text": "cc"}\n{"text": "dd"}\n')
+    write("c.txt.gz", "ee")
+    assert documents("b.txt", "a.jsonl.gz", "c.txt.gz") == ["bb", "cc", "dd", "ee"]
+
+
+def test_empty_documents_get_no_separator():
+    write("a.txt", "")
+    write("b.txt", "text")
+    write("c.jsonl", '{"text": ""}\n{"text": "more"}\n{"text": ""}\n')
+    assert documents("a.txt", "b.txt", "c.jsonl", "a.txt") == ["text", "more"]
+
+
+# Pieces ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_document_read_in_many_pieces_stays_whole(monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 5)
+    write("a.txt", "one two  three\n\nfour " * 20)
+    write("b.txt", "日本語 👍" * 20)
+    assert documents("a.txt", "b.txt") == ["one two  three\n\nfour " * 20, "日本語 👍" * 20]
+
+
+def test_a_piece_is_not_held_until_the_next_ones_are_read(monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 10)
+    write("text.txt", "words and more words " * 100)
+    assert max(map(len, read_pieces(["text.txt"], "text", ""))) <= 20
+
+
+SPACES = [" ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", " \n", "\x1c", "\x85", "\u00a0", "\u2028"]
+FRAGMENTS = [*SPACES, "\u3000", "\u200b", "a", "word", "Don't", "'s", "'ll", "'", "é", "e\u0301", "ß", "日本", "👍🏽"]
+FRAGMENTS += ["7", "1234", "...", "!?", "_", "<|endoftext|>", "<|", "\ufeff", "\x00"]
+
+
+def test_pieces_give_the_gpt2_tokens_of_the_whole_text(gpt2_tokenizer, monkeypatch):
+    for seed in range(200):
+        rng = random.Random(seed)
+        monkeypatch.setattr(corpus, "PIECE", rng.randint(1, 30))
+        monkeypatch.setattr(corpus, "BATCH", rng.randint(1, 100))
+        spaced = rng.choice([0, 0.5])
+        text = "".join(rng.choice(SPACES if rng.random() < spaced else FRAGMENTS) for _ in range(120))
+        write("text.txt", text)
+        got = ids_of(read_pieces(["text.txt"], "text", ""), gpt2_tokenizer)
+        assert got == gpt2_tokenizer.encode_ordinary(text), f"seed {seed}"
+
+
+# Ids ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cores", "batch"), [(1, 1), (3, 1), (3, 10), (3, 1 << 20)])
+def test_pieces_are_tokenized_in_order(monkeypatch, cores, batch):
+    monkeypatch.setattr(corpus, "BATCH", batch)
+    monkeypatch.setattr(corpus.os, "cpu_count", lambda: cores)
+    pieces = [f"{i} " for i in range(100)]
+    assert bytes(ids_of(iter(pieces))).decode() == "".join(pieces)
+
+
+def test_ids_are_little_endian_uint16():
+    assert {ids.dtype for ids in tokenize(byte_tokenizer(), ["a", None, "b"])} == {np.dtype("<u2")}
+
+
+def test_none_among_the_pieces_is_the_end_of_text_token():
+    assert ids_of(["a", None, "b"]) == [97, EOT, 98]
+
+
+def test_the_letters_of_endoftext_are_letters():
+    assert ids_of(["a<|endoftext|>b"]) == list(b"a<|endoftext|>b")
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+PEAK = """
+import os, sys
+import corpus, prepare_data
+
+os.cpu_count, corpus.PIECE, corpus.BATCH = lambda: 2, 1 << 17, 1 << 17  # the least that is held is small
+prepare_data.prepare(prepare_data.PrepareConfig("mine", sys.argv[1], tokenizer="byte", overwrite=True))
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+def test_the_memory_of_preparing_does_not_grow_with_the_corpus():
+    peaks = []
+    for lines in (100_000, 1_000_000):  # 4 and 38 MB
+        write("text.txt", b"Some words of text, and a line's end.\n" * lines)
+        command = [sys.executable, "-c", PEAK, "text.txt"]
+        peaks.append(int(subprocess.check_output(command, env=os.environ | {"PYTHONPATH": str(ROOT)})))
+    assert peaks[1] - peaks[0] < 15_000  # kB; the larger text alone is 34 MB more, its ids 68 MB
+
+
+# Bad files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.txt.gz"])
+@pytest.mark.parametrize("piece", [7, 1 << 20])
+def test_an_undecodable_byte_is_refused_with_file_and_offset(monkeypatch, name, piece):
+    monkeypatch.setattr(corpus, "PIECE", piece)
+    write(name, "é and words ".encode() * 30 + b"\xff and more")
+    message = complaint(name)
+    assert name in message and "byte 390 " in message
+
+
+def test_a_character_cut_off_at_the_end_is_refused_with_its_offset():
+    write("text.txt", b"some text" + "日".encode()[:2])
+    assert "byte 9 " in complaint("text.txt")
+
+
+BAD_LINES = {"not json": "{'text'", "no object": '["text"]', "a string": '"text"', "another field": '{"body": "x"}'}
+BAD_LINES |= {"not a string": '{"text": 3}', "null": '{"text": null}'}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_a_bad_line_of_jsonl_is_refused_with_file_line_and_field(bad):
+    write("lines.jsonl", '{"text": "good"}\n\n' + bad + "\n")
+    message = complaint("lines.jsonl")
+    assert "lines.jsonl, line 3:" in message and '"text"' in message
+
+
+def test_an_undecodable_line_of_jsonl_is_refused_as_such():
+    write("lines.jsonl", b'{"text": "good"}\n{"text": "\xff"}\n')
+    message = complaint("lines.jsonl")
+    assert "lines.jsonl, line 2:" in message and "UTF-8" in message
+
+
+GOOD_GZ = gzip.compress(random.Random(0).randbytes(1000).hex().encode())
+BAD_GZ = {"truncated": GOOD_GZ[:-200], "not gzip": b"plain text"}
+BAD_GZ["altered"] = GOOD_GZ[:300] + bytes([GOOD_GZ[300] ^ 255]) + GOOD_GZ[301:]
+
+
+@pytest.mark.parametrize("content", BAD_GZ.values(), ids=BAD_GZ.keys())
+def test_a_damaged_gz_is_refused_naming_the_file(content):
+    Path("text.txt.gz").write_bytes(content)
+    assert "text.txt.gz" in complaint("text.txt.gz")
