@@ -11,6 +11,7 @@ models by exporting them (pretrained.py).
 import contextlib
 import json
 import math
+import os
 import shutil
 import warnings
 import zlib
@@ -72,8 +73,12 @@ def best_loss(out_dir):
 
 
 def _read_best(out_dir):
-    path = Path(out_dir) / "best.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """What best.json says, where the checkpoint that it names is still there; else {}."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        best = json.loads((Path(out_dir) / "best.json").read_text(encoding="utf-8"))
+        if (Path(out_dir) / best["checkpoint"]).exists():
+            return best
+    return {}
 
 
 def find(directory):
@@ -84,25 +89,25 @@ def find(directory):
     steps = all_steps(directory)
     if not steps:
         raise UserError(f"{directory} holds no checkpoint")
-    best = directory / _read_best(directory).get("checkpoint", "none")
-    return best if best.exists() else steps[-1]
+    return directory / _read_best(directory).get("checkpoint", steps[-1].name)
 
 
 def read_config(path):
     """The config.json of a checkpoint, after checking every file against it; UserError where one is damaged."""
     try:
         about = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-        files = about["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files, *_ = (about[key] for key in ("files", "options", "model_config", "record", "scaler", "meta", "data"))
+        files = {name: (file["size"], file["crc32"]) for name, file in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}/config.json is missing or damaged ({type(error).__name__}): {_advice(path)}"
         ) from error
-    for name, expected in files.items():
+    for name, (expected_size, crc32) in files.items():
         file = Path(path) / name
         size = file.stat().st_size if file.exists() else 0
-        if size != expected["size"]:
-            raise UserError(f"{file} has {size} bytes of {expected['size']}: {_advice(path)}")
-        if _crc32(file) != expected["crc32"]:
+        if size != expected_size:
+            raise UserError(f"{file} has {size} bytes of {expected_size}: {_advice(path)}")
+        if _crc32(file) != crc32:
             raise UserError(f"{file} is not what was saved (its CRC-32 differs): {_advice(path)}")
     return about
 
@@ -111,8 +116,8 @@ def keep_log(out_dir, step):
     """Drop the lines of log.jsonl from `step` on: the run writes them again."""
     path = Path(out_dir) / "log.jsonl"
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # a crash may have cut off the last line
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a crash may have cut off the last line
             kept += [line] if json.loads(line)["step"] < step else []
     part = path.with_suffix(".part")
     part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -120,16 +125,35 @@ def keep_log(out_dir, step):
 
 
 def check_same(about, stored, out_dir):
-    """UserError where a run in out_dir was made by options, or of data, that are not those of now."""
-    before, now = stored["options"], about["options"]
+    """UserError where the run in out_dir has other options, another model, or other data than now."""
+    before, now = (run["options"] | run["model_config"] for run in (stored, about))
     changed = [f"{k} was {before.get(k)}, is {now[k]}" for k in now if k not in FREE and before.get(k) != now[k]]
-    if stored["data"] != about["data"]:
-        changed.append(f"data/{now['dataset']} held {stored['data']}, holds {about['data']}")
+    if stored["data"] != about.get("data", stored["data"]):
+        changed.append(f"the data had {stored['data']['tokens']} tokens, has {about['data']['tokens']}, other bins")
     if changed:
         raise UserError(
             f"{out_dir} holds another run ({'; '.join(changed)}): give this one its own --out_dir, or start over with "
             "--overwrite=True"
         )
+
+
+@contextlib.contextmanager
+def alone_in(out_dir):
+    """Hold a lock on a run's directory; UserError where another process trains there."""
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        yield
+        return
+    directory = os.open(out_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process trains in {out_dir}: give this one its own --out_dir") from None
+    try:
+        yield
+    finally:
+        os.close(directory)
 
 
 def load(path, model, optimizer=None):

@@ -16,7 +16,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import math
+import os
 import re
 import runpy
 import sys
@@ -38,6 +38,11 @@ def program(main):
         try:
             return main(*args, **kwargs)
         except UserError as error:
+            sys.exit(_complain(error, 2))
+        except BrokenPipeError:  # who read our output has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except OSError as error:  # no space, no permission, a file where a folder should be
             sys.exit(_complain(error, 2))
         except KeyboardInterrupt:
             sys.exit(_complain("interrupted", 130))
@@ -95,11 +100,11 @@ def configure(options, argv, doc, positional=None, more=None, elsewhere=None):
 
 
 def at_least(low, config, *names):
-    """UserError where one of these options of a filled dataclass is below `low`, or not a finite number."""
+    """UserError where one of these options of a filled dataclass is below `low`, or above what 64 bits hold."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not low <= value < math.inf:
-            raise UserError(f"{name}={value} must be at least {low}")
+        if value is not None and not low <= value < 2**63:
+            raise UserError(f"{name}={value} must be at least {low}, and finite")
 
 
 class _Typed(str):

@@ -20,6 +20,7 @@ from configurator import UserError
 from tokenizer import encode, without_surrogates
 
 PIECE = 1 << 20  # bytes read at a time
+LONGEST_WORD = 8 << 20  # characters without white space that are kept together; beyond, tokens may differ at a cut
 BATCH = 1 << 20  # characters that one core tokenizes at a time
 
 
@@ -57,9 +58,9 @@ def _text(path, stream):
         # GPT-2's pattern for words always begins a new one at the last white space before other text: no token reaches
         # across that place, so cutting there gives the tokens of the uncut text.
         cut = re.match(r"(?s:.*)(?=[ \n]\S)", text)
-        if cut:
-            yield text[: cut.end()]
-            text = text[cut.end() :]
+        end = cut.end() if cut else len(text) if len(text) > LONGEST_WORD else 0
+        yield text[:end]
+        text = text[end:]
     yield text
 
 

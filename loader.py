@@ -57,9 +57,17 @@ class Loader:
             raise UserError(f"{path} has {size // 2} tokens, its meta.json says {about['tokens']}: prepare it again")
         if size // 2 < at_least:
             raise UserError(f"{path} has {size // 2} tokens, too short: block_size={self.block_size} needs {at_least}")
-        if about.get("largest_id", 0) >= self.vocab_size:
-            self._refuse(path, about["largest_id"])
+        largest_id = about["largest_id"] if "largest_id" in about else self._largest_id(path)
+        if largest_id >= self.vocab_size:
+            self._refuse(path, largest_id)
         return size // 2
+
+    def _largest_id(self, path):
+        largest_id = 0
+        with open(path, "rb") as file:
+            while (ids := np.fromfile(file, "<u2", 1 << 20)).size:
+                largest_id = max(largest_id, int(ids.max()))
+        return largest_id
 
     def _refuse(self, path, id):
         raise UserError(f"{path} holds the token id {id}: vocab_size={self.vocab_size} must be at least {id + 1}")
@@ -76,7 +84,7 @@ class Loader:
         T = self.block_size
         windows = [self._read("train", self._start(i), T + 1) for i in range(first, first + count)]
         windows = torch.stack(windows)  # (count, T + 1)
-        return windows[:, :-1], windows[:, 1:]
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     def _start(self, i):
         """The position in train.bin where sequence i begins."""

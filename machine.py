@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import re
 import sys
 
 import torch
@@ -9,18 +10,22 @@ import torch
 from configurator import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Dense bf16 matrix products, FLOP/s, by the vendor's data sheets.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+# Dense bfloat16 and float16 matrix products, FLOP/s, by the vendor's data sheets; the names as patterns, matched whole.
+PEAK_FLOPS = {"NVIDIA A100.*": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12}
+PEAK_FLOPS |= {"NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12}
 
 
 def pick_device(name):
     """The torch.device of an option; auto is the best that is there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cuda", "mps", "cpu"):
+        raise UserError(f"device={name} is none of auto, cuda, cuda:N, mps, cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
         if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
             torch.cuda.set_device(device)  # compiled kernels run on the current one
     except Exception as error:  # what a missing device raises depends on how torch was built
         raise UserError(f"device={name} is not there: {str(error).splitlines()[0]}") from error
@@ -68,16 +73,20 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and leave them there
 
 
-def peak_flops(device):
-    """Matrix products in bfloat16 that the device can do, FLOP/s; None where it is not a known one."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name(device)), None)
+def peak_flops(device, dtype):
+    """Matrix products that the device can do in this dtype, FLOP/s; None where that is not known."""
+    name = device_name(device) if dtype in (torch.bfloat16, torch.float16) else ""
+    return next((flops for pattern, flops in PEAK_FLOPS.items() if re.fullmatch(pattern, name)), None)
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory did not suffice: each device says it in other words."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
 
 
 def out_of_memory(config, block_size):
-    """What to do where memory does not suffice: a batch_size that keeps total_batch_size. Without a block_size, it did
-    not even suffice for the model."""
-    if block_size is None:
-        return "out of memory: the model alone does not fit the device"
+    """What to do where memory does not suffice: a batch_size that keeps total_batch_size."""
     sequences = config.total_batch_size // block_size
     smaller = [n for n in range(1, config.batch_size) if sequences % n == 0]
     help = [f"--batch_size={smaller[-1]} keeps total_batch_size={config.total_batch_size}"] if smaller else []

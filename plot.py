@@ -68,6 +68,8 @@ def main(argv):
     config = configure(PlotConfig, argv, __doc__, positional="runs")
     if not config.runs:
         raise UserError("name the runs: python plot.py out/quickstart")
+    if not config.to.endswith(".png"):
+        raise UserError(f"to={config.to} must end in .png")
     runs = {str(Path(directory)): read_log(directory) for directory in config.runs}
     Path(config.to).parent.mkdir(parents=True, exist_ok=True)
     draw(runs, config.to)

@@ -101,10 +101,10 @@ def prepare_text(folder, tokenizer_name, paths, field, val_fraction, source):
             train.truncate(2 * n_train)
         meta |= {"vocab_size": tokenizer.n_vocab, "source": source, "val_fraction": val_fraction}
         meta |= {split: describe(part, tokenizer) for split, part in parts.items()}
-        (folder / "meta.json").unlink(missing_ok=True)  # from here to the next write the folder is no dataset
-        for split, part in parts.items():
-            part.replace(folder / f"{split}.bin")
+        (folder / "train.bin").unlink(missing_ok=True)  # the last to come back: without it the folder is no dataset
+        parts["val"].replace(folder / "val.bin")
         write_json(folder / "meta.json", meta)
+        parts["train"].replace(folder / "train.bin")
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
@@ -142,25 +142,23 @@ def prepare_fineweb(folder, shards, overwrite):
 
 def append_shard(name, bin_path, tokens_before):
     """Download a shard and append its tokens to a bin of `tokens_before` tokens. Returns the tokens it then has."""
-    with open(bin_path, "ab") as bin_file:
+    shard = bin_path.with_name(name)
+    if not shard.exists():
+        download(hub_url(f"{FINEWEB}/{name}"), shard)
+    expected = [SHARD_MAGIC, SHARD_VERSION, (shard.stat().st_size - 4 * SHARD_HEADER) / 2]
+    told = np.fromfile(shard, "<i4", 3).tolist()
+    if told != expected:
+        shard.unlink()
+        raise UserError(f"{name}: magic, version, tokens are {told}, not {expected} as its size asks: thrown away")
+    with open(bin_path, "ab") as bin_file, open(shard, "rb") as file:
         had = bin_file.tell() // 2
         if had < tokens_before:
             raise UserError(
                 f"{bin_path} has {had} tokens, meta.json says {tokens_before}: --overwrite=True makes it anew"
             )
         bin_file.truncate(2 * tokens_before)  # what an interrupted call added without writing meta.json
-        shard = bin_path.with_name(name)
-        if not shard.exists():
-            download(hub_url(f"{FINEWEB}/{name}"), shard)
-        size = shard.stat().st_size
-        expected = [SHARD_MAGIC, SHARD_VERSION, (size - 4 * SHARD_HEADER) / 2]
-        told = np.fromfile(shard, "<i4", 3).tolist()
-        if told != expected:
-            shard.unlink()
-            raise UserError(f"{name}: magic, version, tokens are {told}, not {expected} as its size asks: thrown away")
-        with open(shard, "rb") as file:
-            file.seek(4 * SHARD_HEADER)
-            shutil.copyfileobj(file, bin_file)
+        file.seek(4 * SHARD_HEADER)
+        shutil.copyfileobj(file, bin_file)
     shard.unlink()
     return tokens_before + told[2]
 

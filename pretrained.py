@@ -12,8 +12,8 @@ import dataclasses
 import importlib
 import json
 import re
-import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +78,10 @@ def load_model(source, name=None, options=None):
         if option != "dropout" and value != shape[option] and not (option == "block_size" and value < shape[option]):
             raise UserError(f"{source} has {option}={shape[option]}, not {value}")
     with torch.device("meta"):  # no time for an initialization that is overwritten
-        model = module.GPT(module.GPTConfig(**(shape | options)))
+        try:
+            model = module.GPT(module.GPTConfig(**(shape | options)))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{source} has a configuration that {name}.py refuses: {error}") from error
     if "transformer.wpe.weight" in weights:
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: model.config.block_size].clone()
     expected = model.state_dict()
@@ -118,8 +121,9 @@ def _read_transformers(folder):
         about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"model_type": "gpt2"}
     except ValueError as error:
         raise UserError(f"{folder}/config.json is not JSON: {error}") from error
-    if about.get("model_type") != "gpt2":
-        raise UserError(f"{folder} holds a model of type {about.get('model_type')}, not gpt2")
+    if not isinstance(about, dict) or about.get("model_type") != "gpt2":
+        kind = about.get("model_type") if isinstance(about, dict) else about
+        raise UserError(f"{folder}/config.json is of a model of type {kind}, not gpt2")
     for key, value in FIXED.items():
         if about.get(key, value) != value:
             raise UserError(f"{folder}/config.json has {key}={about[key]}, but model.py computes {value}")
@@ -181,15 +185,15 @@ def export(source, to):
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
         about = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size} | special
         files["tokenizer_config.json"] = about
-    part = Path(to).with_name(Path(to).name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    Path(to).parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=Path(to).name + ".part", dir=Path(to).parent))
     save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
     for file, value in files.items():
         write_json(part / file, value)
     if meta["tokenizer"] == "gpt2":
         for file, (original, sha256) in GPT2_FILES.items():
             (part / file).write_bytes(read_file_cached(GPT2_BPE + original, sha256))
+    part.chmod(0o755)  # a temporary directory is its owner's alone
     part.replace(to)
 
 

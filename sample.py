@@ -8,14 +8,17 @@ key-value cache. Text goes to stdout, everything else to stderr; a single sample
 """
 
 import codecs
+import os
 import sys
 import time
 from dataclasses import dataclass
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
+
 import torch
 
 from configurator import UserError, at_least, configure, program
-from machine import keep_freed_memory, pick_device, pick_dtype
+from machine import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from pretrained import load_model
 from tokenizer import encode, get_tokenizer
 
@@ -41,7 +44,7 @@ class SampleConfig:
 
 def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw a token id for each row of the logits (B, V); returns (B,) int64. Temperature 0 takes the likeliest."""
-    if temperature == 0:
+    if temperature < 1e-6:  # so near to 0 that the division would overflow
         return logits.argmax(dim=-1)
     logits = logits.float()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
@@ -131,11 +134,8 @@ def check(config):
         raise UserError("stop is empty: name the text that ends a sample")
 
 
-@program
-def main(argv):
-    config = configure(SampleConfig, argv, __doc__)
-    check(config)
-    keep_freed_memory()
+def write(config):
+    """Print the samples that a SampleConfig asks for."""
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     model, meta = load_model(config.init_from)
@@ -144,9 +144,10 @@ def main(argv):
     ids = encode(tokenizer, config.prompt).tolist()
     if not ids:
         ids = [0 if tokenizer.eot_token is None else tokenizer.eot_token]
-    if max(ids) >= meta["vocab_size"]:
+    vocab_size = min(meta["vocab_size"], tokenizer.n_vocab)  # beyond is padding
+    if max(ids) >= vocab_size:
         raise UserError(
-            f"the prompt has the token id {max(ids)}, the model {meta['vocab_size']} ids: its tokenizer is not "
+            f"the prompt has the token id {max(ids)}, the model {vocab_size} ids: its tokenizer is not "
             f"{meta['tokenizer']}; a meta.json in {config.init_from} can name it"
         )
     if "wpe" in model.transformer and len(ids) > model.config.block_size:
@@ -162,7 +163,7 @@ def main(argv):
         torch.tensor([ids], device=device),
         config.max_new_tokens,
         config.num_samples,
-        vocab_size=meta["vocab_size"],
+        vocab_size=vocab_size,
         note=lambda text: print(f"\n[{text}]", file=sys.stderr),
         temperature=config.temperature,
         top_k=config.top_k,
@@ -186,6 +187,20 @@ def main(argv):
     else:
         print("\n---------------\n".join(config.prompt + sample.text for sample in samples))
     print(f"[{made} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s]", file=sys.stderr)
+
+
+@program
+def main(argv):
+    config = configure(SampleConfig, argv, __doc__)
+    check(config)
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    keep_freed_memory()
+    try:
+        write(config)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory with num_samples={config.num_samples}: fewer need less") from error
 
 
 if __name__ == "__main__":

@@ -109,7 +109,15 @@ def read_meta(directory):
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(meta, dict) or meta.get("tokenizer") not in NAMES:
         raise UserError(f'{path} names no tokenizer: {{"tokenizer": NAME}} with one of {", ".join(NAMES)} is enough')
-    return {"vocab_size": VOCAB_SIZES.get(meta["tokenizer"], len(meta.get("chars", ())))} | meta
+    if meta["tokenizer"] == "char" and not meta.get("chars"):
+        raise UserError(f'{path} says {{"tokenizer": "char"}} without "chars", the list of its characters')
+    for split in ("train", "val"):
+        if not isinstance(meta.get(split, {}), dict):
+            raise UserError(f"{path} is damaged: {split} is {meta[split]!r}")
+    meta = {"vocab_size": VOCAB_SIZES.get(meta["tokenizer"]) or len(meta["chars"])} | meta
+    if type(meta["vocab_size"]) is not int or meta["vocab_size"] < 1:
+        raise UserError(f"{path} is damaged: vocab_size is {meta['vocab_size']!r}")
+    return meta
 
 
 def write_json(path, value):

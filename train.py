@@ -8,6 +8,7 @@ The same command again goes on where it stopped: bit for bit what an uninterrupt
 order, dropout and learning rate are functions of (seed, step). out_dir/log.jsonl has a line for every step.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -15,8 +16,13 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+# Threads that wait for each other in a spin lose a hundredfold where they share a core with anything else. Read when
+# torch loads OpenMP: a short spin costs nothing where they do not.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
@@ -46,7 +52,7 @@ class TrainConfig:
     max_steps: int = 19_073  # optimizer steps: 10 billion tokens
     # Optimizer: AdamW, decay on matrices only
     learning_rate: float = 6e-4  # the highest
-    min_lr: float = 6e-5  # the last
+    min_lr: float = 6e-5  # where the schedule ends
     warmup_steps: int = 700  # steps of linear increase from 0
     lr_schedule: str = "cosine"  # cosine, or wsd: constant, then linear decay over the last fifth
     weight_decay: float = 0.1  # per unit of learning rate
@@ -67,6 +73,9 @@ class TrainConfig:
     deterministic: bool = False  # the same bits on CUDA too, slower
 
 
+AFTER_DIVERGENCE = (
+    "; a run with a lower learning_rate, or in float32, can begin with a checkpoint from before: --init_from, --out_dir"
+)
 MAX_OVERFLOWS = 20  # float16 steps in a row without a finite gradient
 
 
@@ -81,7 +90,8 @@ class Stop:
         if self.asked:
             os._exit(128 + number)
         self.asked = True
-        print("\nstopping at the next micro-step; a second signal ends at once", flush=True)
+        with contextlib.suppress(OSError):  # who reads our output may have got the signal too, and be gone
+            os.write(2, b"\nstopping at the next micro-step; a second signal ends at once\n")
 
     def restore(self):
         for number, handler in self.before.items():
@@ -134,7 +144,9 @@ class Run:
     config: TrainConfig
     out_dir: Path
     about: dict  # what checkpoints say of the run: options, model_config, meta, data
+    record: dict  # the log record of the last finished step, whose state the model and the optimizer have
     model: torch.nn.Module
+    forward: Callable  # the model, compiled or not
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of the loss in float16; in other dtypes it does nothing
     loader: Loader
@@ -157,11 +169,11 @@ def evaluate(run):
             break
         targets = int((y != -1).sum())
         with run.autocast():
-            total += run.model(x.to(run.device), y.to(run.device)).item() * targets
+            total += run.forward(x.to(run.device), y.to(run.device)).item() * targets
         count += targets
     run.model.train()
     if not math.isfinite(total):
-        raise UserError(f"the validation loss is {total}: the model has diverged, a lower learning_rate may help")
+        raise UserError(f"step {run.record['step']}: validation loss {total}, not finite{AFTER_DIVERGENCE}")
     return None if run.stop.asked else total / count
 
 
@@ -185,7 +197,7 @@ def train_step(run, step):
             x, y = x.pin_memory(), y.pin_memory()
         x, y = x.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True)
         with run.autocast():
-            micro_loss = run.model(x, y) / micro_steps
+            micro_loss = run.forward(x, y) / micro_steps
         run.scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
     run.scaler.unscale_(run.optimizer)
@@ -197,10 +209,7 @@ def train_step(run, step):
     elif run.dtype == torch.float16 and run.overflows + 1 < MAX_OVERFLOWS:
         run.overflows += 1  # the scaler skips this step, and scales by half from the next
     else:
-        raise UserError(
-            f"step {step + 1}: loss {loss}, norm of the gradient {grad_norm}, not finite; {run.out_dir} keeps the step "
-            "before. A run with a lower learning_rate or in float32 can begin there: --init_from, and another --out_dir"
-        )
+        raise UserError(f"step {step + 1}: loss {loss}, norm of the gradient {grad_norm}, not finite{AFTER_DIVERGENCE}")
     if config.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
     for group in run.optimizer.param_groups:
@@ -211,43 +220,39 @@ def train_step(run, step):
     return loss, grad_norm
 
 
-def loop(run, record):
-    """Train from the state of a log record on, to the end or to a signal; returns the record of the last step."""
+def loop(run):
+    """Train from the run's record on, to the end or to a signal."""
     config = run.config
-    flops, peak = run.model.flops_per_token(run.loader.block_size), machine.peak_flops(run.device)
-    started = time.perf_counter() - record["seconds"]
-    checkpoint.keep_log(run.out_dir, record["step"])
+    flops, peak = run.model.flops_per_token(run.loader.block_size), machine.peak_flops(run.device, run.dtype)
+    started = time.perf_counter() - run.record["seconds"]
+    checkpoint.keep_log(run.out_dir, run.record["step"])
     while True:
-        step, last = record["step"], record["step"] == config.max_steps
+        step, last = run.record["step"], run.record["step"] == config.max_steps
 
         # once in a while: evaluate, save
-        if (step % config.eval_interval == 0 or last) and "val_loss" not in record:
+        if (step % config.eval_interval == 0 or last) and "val_loss" not in run.record:
             val_loss = evaluate(run)
             if val_loss is not None:
-                record["val_loss"] = val_loss
+                run.record["val_loss"] = val_loss
                 print(f"step {step}/{config.max_steps} | {describe_loss(val_loss, run.loader.meta)}", flush=True)
         with open(run.out_dir / "log.jsonl", "a", encoding="utf-8") as log:
-            print(json.dumps(record), file=log)
-        improved = "val_loss" in record and record["val_loss"] < checkpoint.best_loss(run.out_dir)
+            print(json.dumps(run.record), file=log)
+        improved = "val_loss" in run.record and run.record["val_loss"] < checkpoint.best_loss(run.out_dir)
         if improved or last or run.stop.asked or step % config.checkpoint_interval == 0:
-            save(run, record)
+            save(run)
         if last or run.stop.asked:
-            return record
+            return
 
         # train
         begun = time.perf_counter()
-        try:
-            result = train_step(run, step)
-        except UserError:
-            save(run, record)
-            raise
+        result = train_step(run, step)
         if result is None:
-            save(run, record)
-            return record
+            save(run)
+            return
         loss, grad_norm = result
         now = time.perf_counter()
         speed = config.total_batch_size / (now - begun)
-        record = {
+        run.record = {
             "step": step + 1,
             "train_loss": loss if math.isfinite(loss) else None,  # JSON knows no infinity
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
@@ -261,15 +266,15 @@ def loop(run, record):
         if (step + 1) % config.log_interval == 0 or step + 1 == config.max_steps:
             print(
                 f"step {step + 1}/{config.max_steps} | loss {loss:.4f} | norm {grad_norm:.2f} | "
-                f"lr {record['lr']:.1e} | {1000 * (now - begun):.1f} ms | {speed / 1000:.1f}k tok/s",
+                f"lr {run.record['lr']:.1e} | {1000 * (now - begun):.1f} ms | {speed / 1000:.1f}k tok/s",
                 flush=True,
             )
 
 
-def save(run, record):
-    """Save the state after the step of a log record, and the record; before the first step there is nothing to save."""
-    if record["step"] > 0:
-        about = run.about | {"record": record, "scaler": run.scaler.state_dict()}
+def save(run):
+    """Save the state after the last finished step; before the first there is nothing to save."""
+    if run.record["step"] > 0:
+        about = run.about | {"record": run.record, "scaler": run.scaler.state_dict()}
         checkpoint.save(run.out_dir, run.model, run.optimizer, about, run.config.keep_checkpoints)
 
 
@@ -293,7 +298,7 @@ def default_out_dir(argv):
 def set_up(config, module, options, argv):
     """Everything before the loop: data, model, optimizer, and the state of the run that is in out_dir.
 
-    Writes nothing but a small dataset that is missing. Returns the Run and the log record to go on from.
+    Writes nothing but a small dataset that is missing. Returns the Run.
     """
     check(config)
     device = machine.pick_device(config.device)
@@ -305,19 +310,22 @@ def set_up(config, module, options, argv):
     steps = [] if config.overwrite else checkpoint.all_steps(out_dir)
     stored = checkpoint.read_config(steps[-1]) if steps else None
     try:
-        default_shape = asdict(module.GPTConfig(**options))
+        module.GPTConfig(**options)  # before anything that takes time
     except ValueError as error:
         raise UserError(str(error)) from error
     folder, meta = open_dataset(config.dataset)
-    model = None if stored else make_model(config, module, options, meta)
-    shape = stored["model_config"] if stored else asdict(model.config)
-    loader = Loader(folder, shape["block_size"], shape["vocab_size"], config.seed)
-    about = {"options": asdict(config) | default_shape | {"dtype": str(dtype).removeprefix("torch.")}}
-    about |= {"model_config": shape, "meta": meta}
-    about["data"] = {"tokens": [loader.n_train, loader.n_val], "sha256": meta.get("train", {}).get("sha256")}
+    about = {"options": asdict(config) | {"out_dir": str(out_dir), "dtype": str(dtype).removeprefix("torch.")}}
     if stored:
+        from_scratch = asdict(module.GPTConfig(**({"vocab_size": meta["vocab_size"]} | options)))
+        about["model_config"] = (from_scratch if config.init_from == "scratch" else stored["model_config"]) | options
         checkpoint.check_same(about, stored, out_dir)
-        model = module.GPT(module.GPTConfig(**shape))
+        model = module.GPT(module.GPTConfig(**stored["model_config"]))
+    else:
+        model = make_model(config, module, options, meta)
+        about["model_config"] = asdict(model.config)
+    loader = Loader(folder, model.config.block_size, model.config.vocab_size, config.seed)
+    about["data"] = {"tokens": [loader.n_train, loader.n_val], "sha256": meta.get("train", {}).get("sha256")}
+    about["meta"] = meta
     unit = config.batch_size * loader.block_size
     if config.total_batch_size % unit:
         lower = config.total_batch_size // unit * unit
@@ -331,10 +339,31 @@ def set_up(config, module, options, argv):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     record = {"step": 0, "tokens": 0, "seconds": 0.0}
     if stored:
+        checkpoint.check_same(about, stored, out_dir)
         checkpoint.load(steps[-1], model, optimizer)
         scaler.load_state_dict(stored["scaler"])
         record = stored["record"]
-    return Run(config, out_dir, about, model, optimizer, scaler, loader, device, dtype, Stop()), record
+    if config.activation_checkpointing:
+        for block in model.transformer.h:
+            block.forward = functools.partial(recompute_in_backward, block.forward, use_reentrant=False)
+    return Run(config, out_dir, about, record, model, model, optimizer, scaler, loader, device, dtype, Stop())
+
+
+def compile_model(run):
+    """Have the run use torch.compile's model, where that works: both directions are compiled in a first pass."""
+    print("compiling, which takes a minute or so (--compile=False does without)", flush=True)
+    run.forward = torch.compile(run.model)  # checkpoints keep run.model's plain names
+    x, y = (t.to(run.device) for t in run.loader.train_batch(0, run.config.batch_size))
+    try:
+        with run.autocast():
+            loss = run.forward(x, y)
+        loss.backward()
+    except Exception as error:  # each backend and compiler has its own
+        if machine.is_out_of_memory(error):
+            raise
+        print(f"warning: not compiled, {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        run.forward = run.model
+    run.optimizer.zero_grad()
 
 
 @program
@@ -347,43 +376,50 @@ def main(argv):
     machine.keep_freed_memory()
     run = None
     try:
-        run, record = set_up(config, model_module(config.model), options, argv)
-        print(" ".join(f"{name}={value}" for name, value in (run.about["options"] | run.about["model_config"]).items()))
-        print(
-            f"{sum(p.numel() for p in run.model.parameters()):,} parameters | {run.loader.n_train:,} training tokens | "
-            f"{config.total_batch_size:,} tokens a step: {config.batch_size} sequences of {run.loader.block_size}, "
-            f"{config.total_batch_size // config.batch_size // run.loader.block_size} times | "
-            f"{machine.device_name(run.device)}, {str(run.dtype).removeprefix('torch.')} | {run.out_dir}",
-            flush=True,
-        )
-        if config.activation_checkpointing:
-            for block in run.model.transformer.h:
-                block.forward = functools.partial(recompute_in_backward, block.forward, use_reentrant=False)
-        if config.compile is True or (config.compile == "auto" and run.device.type == "cuda"):
-            print(
-                "compiling during the first step, which takes a minute or so (--compile=False does without)", flush=True
-            )
-            torch._dynamo.config.suppress_errors = True  # what does not compile runs as it is, after a warning
-            run.model.compile()
-        if config.eval_only:
-            print(describe_loss(evaluate(run), run.loader.meta))
-            return
-        if record["step"] >= config.max_steps:
-            print(f"{run.out_dir} is finished, at step {record['step']}: a larger --max_steps goes on")
-            return
-        if config.overwrite:
-            checkpoint.remove(run.out_dir)
-        run.out_dir.mkdir(parents=True, exist_ok=True)
-        record = loop(run, record)
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "not enough memory" not in str(error):
+        run = set_up(config, model_module(config.model), options, argv)
+        train(run)
+    except OSError:
+        if run:
+            save(run)  # what the last finished step computed, if there is still room for it
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not machine.is_out_of_memory(error):
             raise
-        raise UserError(machine.out_of_memory(config, run.loader.block_size if run else None)) from error
+        if run is None:
+            raise UserError("out of memory: the model alone does not fit the device") from error
+        raise UserError(machine.out_of_memory(config, run.loader.block_size)) from error
     finally:
         if run:
             run.stop.restore()
-    if record["step"] < config.max_steps:
-        print(f"stopped after step {record['step']}: the same command goes on from there")
+
+
+def train(run):
+    """Say what the run is, and take it to its end, or evaluate it."""
+    config, loader = run.config, run.loader
+    print(" ".join(f"{name}={value}" for name, value in (run.about["options"] | run.about["model_config"]).items()))
+    print(
+        f"{sum(p.numel() for p in run.model.parameters()):,} parameters | {loader.n_train:,} training tokens | "
+        f"{config.total_batch_size:,} tokens a step: {config.batch_size} sequences of {loader.block_size}, "
+        f"{config.total_batch_size // config.batch_size // loader.block_size} times | "
+        f"{machine.device_name(run.device)}, {run.about['options']['dtype']} | {run.out_dir}",
+        flush=True,
+    )
+    if config.eval_only:
+        val_loss = evaluate(run)
+        print("stopped" if val_loss is None else describe_loss(val_loss, loader.meta))
+        return
+    if run.record["step"] >= config.max_steps and "val_loss" in run.record:
+        print(f"{run.out_dir} is finished, at step {run.record['step']}: a larger --max_steps goes on")
+        return
+    run.out_dir.mkdir(parents=True, exist_ok=True)
+    with checkpoint.alone_in(run.out_dir):
+        if config.overwrite:
+            checkpoint.remove(run.out_dir)
+        if config.compile is True or (config.compile == "auto" and run.device.type == "cuda"):
+            compile_model(run)
+        loop(run)
+    if run.record["step"] < config.max_steps:
+        print(f"stopped after step {run.record['step']}: the same command goes on from there")
     else:
         print(f"python sample.py --init_from={run.out_dir}")
 

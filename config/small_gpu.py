@@ -1,7 +1,9 @@
-"""A layer over the other configs for GPUs of 8 to 16 GB: python train.py config/gpt2.py config/small_gpu.py
+"""A layer for GPUs of 8 to 16 GB: python train.py config/gpt2.py config/small_gpu.py
 
-The same total_batch_size, so the same result, in smaller bites and with activations recomputed.
+The same total_batch_size, so the same result, in smaller bites and with activations recomputed. It serves gpt2.py,
+gpt2_medium.py (16 GB) and finetune_shakespeare.py; the weights, gradients and AdamW state of gpt2_large and gpt2_xl
+alone take 12 and 25 GB.
 """
 
-batch_size = 4
+batch_size = 2
 activation_checkpointing = True

@@ -82,8 +82,8 @@ def test_what_an_interrupted_save_left_is_no_checkpoint_and_is_cleared_away(tiny
 
 
 def test_names_are_plain_also_after_compilation(tiny_run, workdir, monkeypatch):
-    compile_for_real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_for_real(module, backend="eager"))
+    compile_for_real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile_for_real(model, backend="eager"))
     train.main(arguments(out_dir="out/compiled", compile=True, max_steps=1))
 
     def names(run):

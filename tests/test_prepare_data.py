@@ -189,14 +189,14 @@ def test_an_error_in_the_middle_leaves_what_was_there(request, refused, monkeypa
     assert contents(Path("data/mine")) == before
 
 
-def test_a_kill_while_the_bins_change_places_leaves_no_meta(former, monkeypatch):
+def test_a_kill_while_the_bins_change_places_leaves_no_train_bin_that_meta_does_not_describe(former, monkeypatch):
     def killed(folder, meta):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare_data, "write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         make(input="text.txt")
-    assert "meta.json" not in contents(former[0])
+    assert "train.bin" not in contents(former[0])
 
 
 def test_the_same_call_again_takes_up_a_changed_text(former):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from conftest import arguments, refused, write_dataset
 
+import checkpoint
+
 BAD = {
     "an unknown option": (dict(lerning_rate=1), "unknown option lerning_rate: did you mean learning_rate?"),
     "a wrong type": (dict(max_steps="many"), "max_steps=many: expected int"),
@@ -23,9 +25,11 @@ BAD = {
         "too short: block_size=65536",
     ),
     "no such device": (dict(device="cuda:77"), "device=cuda:77 is not there"),
+    "no device for this": (dict(device="meta"), "device=meta is none of auto, cuda, cuda:N, mps, cpu"),
     "an unknown dtype": (dict(dtype="float8"), "dtype=float8 is none of auto, float32, bfloat16, float16"),
     "an unknown schedule": (dict(lr_schedule="linear"), "lr_schedule=linear is neither cosine nor wsd"),
     "min_lr above learning_rate": (dict(min_lr=0.1), "min_lr=0.1 is above learning_rate=0.01"),
+    "a seed beyond 64 bits": (dict(seed=10**30), f"seed={10**30} must be at least 0, and finite"),
     "no steps": (dict(max_steps=0), "max_steps=0 must be at least 1"),
     "init_from nothing": (dict(init_from="out/nothing"), "out/nothing is neither one of gpt2"),
 }
@@ -57,14 +61,26 @@ def test_an_out_dir_that_holds_another_run_is_refused_and_kept(tiny_run, workdir
 def test_data_that_changed_under_a_run_is_refused(tiny_run, workdir, capsys):
     with open(workdir / "data/tiny/train.bin", "ab") as file:
         file.write(b"\0\0")
-    assert "data/tiny held" in refused(capsys, arguments(max_steps=20))
+    assert "the data had [9080, 600] tokens, has [9081, 600]" in refused(capsys, arguments(max_steps=20))
 
 
-def test_an_id_beyond_vocab_size_found_in_a_batch_stops_the_run(workdir, capsys):
+def test_an_id_beyond_vocab_size_in_bins_of_other_making_is_found_before_anything_is_overwritten(tiny_run, capsys):
     ids = np.fromfile("data/tiny/train.bin", dtype="<u2")
     ids[len(ids) // 2 :] = 999
     ids.tofile("data/tiny/train.bin")
-    assert "holds the token id 999: vocab_size=257 must be at least 1000" in refused(capsys, arguments())
+    line = refused(capsys, arguments(overwrite=True))
+    assert "holds the token id 999: vocab_size=257 must be at least 1000" in line
+    assert (tiny_run / "step_00000012").exists()
+
+
+def test_a_second_process_in_the_same_out_dir_is_refused(tiny_run, capsys):
+    with checkpoint.alone_in(tiny_run):
+        assert "another process trains in out/tiny" in refused(capsys, arguments(max_steps=20))
+
+
+def test_an_out_dir_that_is_a_file_is_one_line(workdir, capsys):
+    (workdir / "out").write_text("mine")
+    assert "out" in refused(capsys, arguments())
 
 
 def test_a_truncated_checkpoint_is_refused_and_names_the_file_and_both_sizes(tiny_run, capsys):

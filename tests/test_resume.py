@@ -99,11 +99,11 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_drops_the_log_beyond(
 
     def die_in_step_7(run, at):
         if at == 7:
-            raise MemoryError("stands for a crash")
+            raise ZeroDivisionError("stands for a crash")
         return original(run, at)
 
     monkeypatch.setattr(train, "train_step", die_in_step_7)
-    with pytest.raises(MemoryError):
+    with pytest.raises(ZeroDivisionError):
         train.main(arguments(out_dir="out/killed"))
     killed = workdir / "out/killed"
     assert read_log(killed)[-1]["step"] == 7  # the last checkpoint is of step 5, where it was evaluated
@@ -147,6 +147,41 @@ def test_a_finished_run_says_so_and_stays_as_it_is(tiny_run, capsys):
     train.main(arguments())
     assert "is finished, at step 12: a larger --max_steps goes on" in capsys.readouterr().out
     assert (tiny_run / "log.jsonl").read_text() == before
+
+
+def test_naming_an_option_s_own_value_is_no_change(tiny_run):
+    train.main(arguments(max_steps=13, vocab_size=257, bias=True))
+    assert read_log(tiny_run)[-1]["step"] == 13
+
+
+def test_a_signal_in_the_last_evaluation_leaves_it_to_the_next_start(tiny_run, workdir, monkeypatch):
+    original = train.evaluate
+
+    def signalled(run):
+        if run.record["step"] == 12:
+            signal.raise_signal(signal.SIGTERM)
+        return original(run)
+
+    monkeypatch.setattr(train, "evaluate", signalled)
+    train.main(arguments(out_dir="out/stopped"))
+    monkeypatch.setattr(train, "evaluate", original)
+    train.main(arguments(out_dir="out/stopped"))
+    assert losses(workdir / "out/stopped") == losses(tiny_run)
+
+
+def test_output_that_nobody_reads_any_more_loses_no_step(workdir, monkeypatch):
+    """As with Ctrl-C on `python train.py | tee log`, where tee is gone first."""
+
+    def gone(*args, **options):
+        if options.get("file") is None and str(args[0]).startswith("step 7"):
+            raise BrokenPipeError
+        return print(*args, **options)
+
+    monkeypatch.setattr(train, "print", gone, raising=False)
+    monkeypatch.setattr("configurator.os.dup2", lambda *args: None)
+    with pytest.raises(SystemExit):
+        train.main(arguments(log_interval=7))
+    assert checkpoint.all_steps(workdir / "out/tiny")[-1].name == "step_00000007"
 
 
 def test_a_larger_max_steps_goes_on(tiny_run):

@@ -1,0 +1,66 @@
+"""machine.py: what each device is called, can do, and says when its memory is full."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import machine
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("name, index", [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_is_chosen_by_its_index(monkeypatch, name, index):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(device.index))
+    assert machine.pick_device(name) == torch.device("cuda", index)
+    assert chosen == [index]
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), FP32), ((8, 0), BF16), ((9, 0), BF16)])
+def test_auto_is_bfloat16_on_gpus_that_compute_it(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert machine.pick_dtype("auto", torch.device("cuda", 0)) == dtype
+
+
+@pytest.mark.parametrize("has, dtype", [({}, FP32), ({"amx_bf16": True}, BF16), ({"avx512_bf16": True}, BF16)])
+def test_auto_is_bfloat16_on_cpus_that_compute_it(monkeypatch, has, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert machine.pick_dtype("auto", torch.device("cpu")) == dtype
+
+
+def test_auto_is_float32_on_apple_gpus():
+    assert machine.pick_dtype("auto", torch.device("mps")) == FP32
+
+
+@pytest.mark.parametrize(
+    "name, dtype, flops",
+    [
+        ("NVIDIA H100 80GB HBM3", BF16, 989e12),
+        ("NVIDIA A100-SXM4-80GB", BF16, 312e12),
+        ("NVIDIA H100 PCIe", BF16, None),  # slower, and not listed
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", BF16, None),
+        ("NVIDIA H100 80GB HBM3", FP32, None),
+    ],
+)
+def test_only_known_devices_have_a_peak(monkeypatch, name, dtype, flops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert machine.peak_flops(torch.device("cuda", 0), dtype) == flops
+
+
+def test_memory_that_a_cpu_cannot_give_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 55)
+    assert machine.is_out_of_memory(error.value)
+    assert machine.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert not machine.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize("batch_size, advice", [(12, "=8 keeps"), (3, "=2 keeps"), (1, "--activation_checkpointing=")])
+def test_the_advice_is_the_largest_smaller_batch_that_divides(batch_size, advice):
+    config = SimpleNamespace(total_batch_size=24 * 16, batch_size=batch_size, activation_checkpointing=False)
+    assert advice in machine.out_of_memory(config, 16)
