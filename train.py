@@ -1,6 +1,6 @@
 """Train a GPT: one loop, on a CPU, a CUDA GPU or an Apple GPU.
 
-    python train.py config/quickstart.py                         two minutes on a laptop, no download
+    python train.py config/quickstart.py                         a minute on a laptop, no download
     python train.py config/gpt2.py config/small_gpu.py           GPT-2 124M on FineWeb, fitted to a small GPU
     python train.py config/quickstart.py --n_layer=8 --model=model_mine
 
