@@ -42,7 +42,6 @@ def download(url, path, sha256=None):
     UserError where the file cannot be had, or is not what it should be.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     failures = 0
     while True:
@@ -93,6 +92,7 @@ def _fetch(url, part, had):
         had = had if response.status_code == 206 else 0
         length = response.headers.get("Content-Length")
         size = had + int(length) if length else None
+        part.parent.mkdir(parents=True, exist_ok=True)  # not before there is something to keep
         if "ETag" in response.headers:
             etag_file.write_text(response.headers["ETag"])
         bar = tqdm(total=size, initial=had, unit="B", unit_scale=True, desc=part.stem, disable=None)

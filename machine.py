@@ -1,8 +1,10 @@
-"""The machine: which device and number format to use, how fast it could be, how much memory was used."""
+"""The machine: which device and number format to use, how fast it could be, its memory, and its signals."""
 
 import contextlib
 import ctypes
+import os
 import re
+import signal
 import sys
 
 import torch
@@ -92,3 +94,22 @@ def out_of_memory(config, block_size):
     help = [f"--batch_size={smaller[-1]} keeps total_batch_size={config.total_batch_size}"] if smaller else []
     help += [] if config.activation_checkpointing else ["--activation_checkpointing=True"]
     return f"out of memory with batch_size={config.batch_size}: " + (", or ".join(help) or "take a smaller block_size")
+
+
+class Stop:
+    """Notes the first SIGTERM or SIGINT, for the loop to end well; a second one ends the process at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _ask(self, number, frame):
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+        with contextlib.suppress(OSError):  # who reads our output may have got the signal too, and be gone
+            os.write(2, b"\nstopping at the next micro-step; a second signal ends at once\n")
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -10,6 +10,7 @@ The bins are raw little-endian uint16 token ids, nanoGPT's format. Documents (fi
 grow with it, on all cores, and a file appears under its name only when it is complete.
 """
 
+import contextlib
 import glob
 import os
 import random
@@ -108,6 +109,8 @@ def prepare_text(folder, tokenizer_name, paths, field, val_fraction, source):
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is not empty, but where nothing came of it
+            folder.rmdir()
     return meta
 
 
@@ -118,7 +121,6 @@ def prepare_fineweb(folder, shards, overwrite):
     if (folder / "meta.json").exists() and not overwrite:
         meta = read_meta(folder)
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "meta.json").unlink(missing_ok=True)
         meta = {"tokenizer": "gpt2", "vocab_size": 50257, "source": "fineweb", "shards": 0, "train": {"tokens": 0}}
         meta["val"] = {"tokens": append_shard("fineweb_val_000000.bin", folder / "val.bin", 0)}

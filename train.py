@@ -8,12 +8,10 @@ The same command again goes on where it stopped: bit for bit what an uninterrupt
 order, dropout and learning rate are functions of (seed, step). out_dir/log.jsonl has a line for every step.
 """
 
-import contextlib
 import functools
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -79,25 +77,6 @@ AFTER_DIVERGENCE = (
 MAX_OVERFLOWS = 20  # float16 steps in a row without a finite gradient
 
 
-class Stop:
-    """Notes the first SIGTERM or SIGINT, for the loop to end well; a second one ends the process at once."""
-
-    def __init__(self):
-        self.asked = False
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _ask(self, number, frame):
-        if self.asked:
-            os._exit(128 + number)
-        self.asked = True
-        with contextlib.suppress(OSError):  # who reads our output may have got the signal too, and be gone
-            os.write(2, b"\nstopping at the next micro-step; a second signal ends at once\n")
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 # Before the first step ----------------------------------------------------------------------------------------------
 
 
@@ -152,7 +131,7 @@ class Run:
     loader: Loader
     device: torch.device
     dtype: torch.dtype
-    stop: Stop
+    stop: machine.Stop
     overflows: int = 0  # float16 steps in a row without a finite gradient
 
     def autocast(self):
@@ -346,7 +325,7 @@ def set_up(config, module, options, argv):
     if config.activation_checkpointing:
         for block in model.transformer.h:
             block.forward = functools.partial(recompute_in_backward, block.forward, use_reentrant=False)
-    return Run(config, out_dir, about, record, model, model, optimizer, scaler, loader, device, dtype, Stop())
+    return Run(config, out_dir, about, record, model, model, optimizer, scaler, loader, device, dtype, machine.Stop())
 
 
 def compile_model(run):

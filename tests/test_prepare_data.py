@@ -230,6 +230,7 @@ def test_overwrite_replaces_a_folder_made_from_something_else(former):
 def test_empty_text_is_refused(refused, tokenizer):
     write("text.txt", "")
     assert "text.txt has 0 tokens" in refused("mine", "--input=text.txt", f"--tokenizer={tokenizer}")
+    assert not Path("data/mine").exists()
 
 
 def test_text_too_short_to_split_is_refused_with_the_numbers(refused):
