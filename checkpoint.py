@@ -24,7 +24,8 @@ from configurator import UserError
 from tokenizer import write_json
 
 STEP = "step_" + 8 * "[0-9]"  # names of complete checkpoints, as a pattern
-# Options that may change when a run goes on: they do not alter what it computes, or extend it.
+# Options that may change when a run goes on: they alter rounding at most, batch_size also the dropout masks, and
+# max_steps the schedule from then on.
 FREE = {"out_dir", "overwrite", "eval_only", "batch_size", "max_steps", "eval_interval", "log_interval"}
 FREE |= {"checkpoint_interval", "keep_checkpoints", "device", "compile", "activation_checkpointing", "deterministic"}
 

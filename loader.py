@@ -97,7 +97,7 @@ class Loader:
         return int(self.order[place]) * self.block_size + int(self.shift)
 
     def val_batches(self, eval_tokens, batch_size):
-        """Yield inputs and targets (batch_size, T) of windows spread evenly over val.bin, eval_tokens tokens in all.
+        """Yield inputs and targets (batch_size, T) of windows spread evenly over val.bin, eval_tokens rounded up.
 
         Where eval_tokens reaches the whole split, every token but the first is a target exactly once. What fills the
         last window and the last batch has the target -1.

@@ -54,7 +54,8 @@ def device_name(device):
 
 
 def peak_memory(device):
-    """The most memory that this process has held, in GB: of the GPU, or of the process on a CPU."""
+    """The most memory held so far, in GB: of tensors on CUDA, of the process on a CPU (None on Windows); on MPS, the
+    memory held now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if device.type == "mps":
@@ -76,7 +77,7 @@ def keep_freed_memory():
 
 
 def peak_flops(device, dtype):
-    """Matrix products that the device can do in this dtype, FLOP/s; None where that is not known."""
+    """How fast the device can multiply matrices in this dtype, FLOP/s; None where that is not known."""
     name = device_name(device) if dtype in (torch.bfloat16, torch.float16) else ""
     return next((flops for pattern, flops in PEAK_FLOPS.items() if re.fullmatch(pattern, name)), None)
 

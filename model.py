@@ -23,7 +23,7 @@ class GPTConfig:
     block_size: int = 1024  # longest sequence, in tokens
     vocab_size: int = 50257  # token ids are 0 .. vocab_size - 1
     n_layer: int = 12  # blocks
-    n_head: int = 12  # query heads
+    n_head: int = 12  # attention heads
     n_embd: int = 768  # channels of the residual stream
     dropout: float = 0.0  # probability, while training
     bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has them

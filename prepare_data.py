@@ -245,7 +245,10 @@ def main(argv):
     print(f"{folder}: {meta['train']['tokens']:,} tokens for training, {meta['val']['tokens']:,} for validation")
     print(f"tokenizer {meta['tokenizer']}, vocab_size {meta['vocab_size']}")
     *_, train_config = DATASETS.get(config.name, YOUR_OWN)
-    print(f"python train.py {train_config}" + ("" if config.name in DATASETS else f" --dataset={config.name}"))
+    print(
+        f"python train.py {train_config}"
+        + ("" if config.name in DATASETS else f" --dataset={config.name} --out_dir=out/{config.name}")
+    )
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def _fetch(name):
     folder = FOLDER / name
     weights, sums = folder / "model.safetensors", folder / "model.safetensors.sha256"
     if not (weights.exists() and sums.exists()):
-        print(f"downloading {name} to {folder}", flush=True)
+        print(f"downloading {name} to {folder}", file=sys.stderr)
         download(hub_url(f"{HUB[name]}/resolve/main/model.safetensors"), weights)
         with contextlib.suppress(UserError):  # a mirror of the weights alone will do: see HEAD_SIZE
             download(hub_url(f"{HUB[name]}/resolve/main/config.json"), folder / "config.json")
@@ -183,8 +183,8 @@ def export(source, to):
     files = {"config.json": about, "meta.json": meta}
     if meta["tokenizer"] == "gpt2":
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
-        about = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size} | special
-        files["tokenizer_config.json"] = about
+        of_tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size} | special
+        files["tokenizer_config.json"] = of_tokenizer
     Path(to).parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=Path(to).name + ".part", dir=Path(to).parent))
     save_file(weights, part / "model.safetensors", metadata={"format": "pt"})

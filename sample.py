@@ -66,10 +66,10 @@ def generate(model, idx, max_new_tokens, num_samples=1, vocab_size=None, note=la
     note         told in a sentence when the text outgrows the context
     how          temperature, top_k, top_p and generator, as for choose()
 
-    A model with learned positions ends at block_size: from there, the last half of the text becomes its prompt anew.
+    A model with learned positions ends at block_size: from there, the last block_size // 2 tokens become its prompt.
     ValueError for a prompt that is empty or longer than the context.
     """
-    if not 0 < idx.size(1):
+    if idx.size(1) == 0:
         raise ValueError("the prompt has no tokens")
     positions = model.config.block_size if "wpe" in model.transformer else float("inf")
     text = idx.expand(num_samples, -1)  # (B, T), all tokens so far

@@ -4,8 +4,9 @@
     python train.py config/gpt2.py config/small_gpu.py           GPT-2 124M on FineWeb, fitted to a small GPU
     python train.py config/quickstart.py --n_layer=8 --model=model_mine
 
-The same command again goes on where it stopped: bit for bit what an uninterrupted run would have done, because data
-order, dropout and learning rate are functions of (seed, step). out_dir/log.jsonl has a line for every step.
+The same command again goes on where it stopped: bit for bit what an uninterrupted run would have done (on CUDA with
+--deterministic=True), because data order and dropout are functions of (seed, step), and the learning rate of the step.
+out_dir/log.jsonl has a line for every step.
 """
 
 import functools
@@ -37,7 +38,7 @@ from pretrained import load_model, model_module, models_with
 @dataclass
 class TrainConfig:
     # Run
-    out_dir: str | None = None  # for checkpoints and log.jsonl; None: out/ and the names of the config files
+    out_dir: str | None = None  # for checkpoints and log.jsonl; None: out/ and the names of the configs, and --model
     model: str = "model"  # the model file, without .py
     dataset: str = "fineweb"  # folder of data/, made by prepare_data.py
     init_from: str = "scratch"  # weights to begin with: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a directory
@@ -59,14 +60,14 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient; 0: any
     # Evaluation, log, checkpoints
     eval_interval: int = 250  # steps
-    eval_tokens: int = 2**20  # validation tokens, at most
+    eval_tokens: int = 2**20  # validation tokens, rounded up to whole sequences
     log_interval: int = 10  # steps between lines on the console
     checkpoint_interval: int = 1000  # steps
     keep_checkpoints: int = 2  # the last ones; the best is kept beside them
     # Machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # float32, bfloat16, float16; auto: bfloat16 where the hardware is fast at it
-    compile: bool | str = "auto"  # torch.compile; auto: on CUDA
+    compile: bool | str = "auto"  # torch.compile, for training; auto: on CUDA
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
     deterministic: bool = False  # the same bits on CUDA too, slower
 
@@ -173,8 +174,9 @@ def train_step(run, step):
             return None
         x, y = run.loader.train_batch(step * sequences + micro_step * config.batch_size, config.batch_size)
         if run.device.type == "cuda":  # from pinned memory the copy overlaps with the computation
-            x, y = x.pin_memory(), y.pin_memory()
-        x, y = x.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True)
+            x, y = (t.pin_memory().to(run.device, non_blocking=True) for t in (x, y))
+        else:  # an Apple GPU could read the source of such a copy after it is freed
+            x, y = x.to(run.device), y.to(run.device)
         with run.autocast():
             micro_loss = run.forward(x, y) / micro_steps
         run.scaler.scale(micro_loss).backward()
@@ -297,7 +299,7 @@ def set_up(config, module, options, argv):
     if stored:
         from_scratch = asdict(module.GPTConfig(**({"vocab_size": meta["vocab_size"]} | options)))
         about["model_config"] = (from_scratch if config.init_from == "scratch" else stored["model_config"]) | options
-        checkpoint.check_same(about, stored, out_dir)
+        checkpoint.check_same(about, stored, out_dir)  # again below, when the data are known too
         model = module.GPT(module.GPTConfig(**stored["model_config"]))
     else:
         model = make_model(config, module, options, meta)
@@ -329,7 +331,7 @@ def set_up(config, module, options, argv):
 
 
 def compile_model(run):
-    """Have the run use torch.compile's model, where that works: both directions are compiled in a first pass."""
+    """Have the run use torch.compile's model, where that works: a first pass compiles forward and backward."""
     print("compiling, which takes a minute or so (--compile=False does without)", flush=True)
     run.forward = torch.compile(run.model)  # checkpoints keep run.model's plain names
     x, y = (t.to(run.device) for t in run.loader.train_batch(0, run.config.batch_size))
@@ -357,10 +359,6 @@ def main(argv):
     try:
         run = set_up(config, model_module(config.model), options, argv)
         train(run)
-    except OSError:
-        if run:
-            save(run)  # what the last finished step computed, if there is still room for it
-        raise
     except (RuntimeError, MemoryError) as error:
         if not machine.is_out_of_memory(error):
             raise
@@ -396,7 +394,11 @@ def train(run):
             checkpoint.remove(run.out_dir)
         if config.compile is True or (config.compile == "auto" and run.device.type == "cuda"):
             compile_model(run)
-        loop(run)
+        try:
+            loop(run)
+        except OSError:
+            save(run)  # what the last finished step computed, if there is still room for it
+            raise
     if run.record["step"] < config.max_steps:
         print(f"stopped after step {run.record['step']}: the same command goes on from there")
     else:

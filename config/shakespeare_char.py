@@ -6,7 +6,6 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 block_size = 64
-dropout = 0.0
 
 batch_size = 12
 total_batch_size = batch_size * block_size

@@ -87,7 +87,7 @@ def test_your_own_text_under_a_known_name_is_split_and_tokenized_as_that_dataset
 @pytest.mark.parametrize(
     ("argv", "command"),
     [
-        (["mine", "--tokenizer=byte"], "python train.py config/quickstart.py --dataset=mine"),
+        (["mine", "--tokenizer=byte"], "python train.py config/quickstart.py --dataset=mine --out_dir=out/mine"),
         (["shakespeare_char"], "python train.py config/shakespeare_char.py"),
     ],
 )
