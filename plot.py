@@ -41,12 +41,9 @@ def draw(runs, to):
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
-    colours = plt.get_cmap("viridis")(
-        [0.85 * i / max(1, len(runs) - 1) for i in range(len(runs))]
-    )  # differ in lightness
-    for panel, (key, unit) in zip(
-        panels, {"step": "steps", "tokens": "tokens", "seconds": "seconds"}.items(), strict=True
-    ):
+    shades = [0.85 * i / max(1, len(runs) - 1) for i in range(len(runs))]  # differ in lightness
+    colours = plt.get_cmap("viridis")(shades)
+    for panel, key in zip(panels, ("step", "tokens", "seconds"), strict=True):
         for (label, records), colour in zip(runs.items(), colours, strict=True):
             train = [(r[key], r["train_loss"]) for r in records if r.get("train_loss") is not None]
             val = [(r[key], r["val_loss"]) for r in records if "val_loss" in r]
@@ -55,7 +52,7 @@ def draw(runs, to):
                 panel.plot(
                     *zip(*val, strict=True), color=colour, marker="o", markersize=4, label=f"{label}, validation"
                 )
-        panel.set_xlabel(unit)
+        panel.set_xlabel(key)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss (nats per token)")
     panels[0].legend(fontsize="small")
