@@ -109,7 +109,7 @@ def _fetch(name):
             download(hub_url(f"{HUB[name]}/resolve/main/config.json"), folder / "config.json")
         _read_transformers(folder)  # before its hash makes it trusted
         sums.write_text(f"{file_sha256(weights)}  model.safetensors\n")
-    if file_sha256(weights) != sums.read_text().split()[0]:
+    elif file_sha256(weights) != sums.read_text().split()[0]:
         raise UserError(f"{weights} is not what was downloaded: remove {folder}, and it is downloaded again")
     return folder
 
@@ -156,7 +156,9 @@ def _read_run(directory):
     about = checkpoint.read_config(path)
     name, shape = about["options"]["model"], about["model_config"]
     module = model_module(name)
-    model = module.GPT(module.GPTConfig(**shape))
+    with torch.device("meta"):
+        model = module.GPT(module.GPTConfig(**shape))
+    model.to_empty(device="cpu")
     checkpoint.load(path, model)
     return name, shape, model.state_dict(), about["meta"]
 
