@@ -4,11 +4,9 @@
 tanh form, one matrix for the token embedding and the output head. Parameters have the released checkpoint's names, in
 nn.Linear's orientation (out, in). The model knows nothing of files, tokenizers, optimizers, distribution or sampling.
 
-Shapes: B batch, T new tokens, S keys in sight (S - T of them from the cache), C channels, H heads, D head size (C / H),
-V vocabulary.
+Shapes: B batch, T new tokens, S keys in sight (S - T cached), C channels, H heads, D = C / H, V vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -35,31 +33,23 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.n_embd % self.n_head:
-            near = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            near = self.n_embd + -self.n_embd % self.n_head
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; n_embd={near} is")
 
 
 class KVCache:
     """The keys and values of the tokens seen so far, preallocated: (n_layer, B, H, max_len, D) each."""
 
-    def __init__(self, n_layer, batch_size, n_head, max_len, head_dim, device, dtype):
-        shape = (n_layer, batch_size, n_head, max_len, head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+    def __init__(self, config, batch_size, max_len, device, dtype):
+        shape = (config.n_layer, batch_size, config.n_head, max_len, config.n_embd // config.n_head)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.nbytes = self.k.nbytes + self.v.nbytes
         self.max_len = max_len
-        self.pos = 0  # tokens seen: the position of the next one
-
-    @property
-    def nbytes(self):
-        """Size in bytes."""
-        return self.k.nbytes + self.v.nbytes
+        self.pos = 0  # tokens seen: the position of the next one; GPT.forward advances it
 
     def extend(self, layer, k, v):
         """Store a layer's new keys and values (B, H, T, D); return all that the new queries may need (B, H, S, D).
-
-        A batch of one fills every row: samples of one prompt need one prefill. GPT.forward advances `pos` when all
-        layers are done. ValueError where the cache is full.
-        """
+        A batch of one fills every row: samples of one prompt need one prefill. ValueError where the cache is full."""
         B, end = k.size(0), self.pos + k.size(2)
         if end > self.max_len:
             raise ValueError(f"the cache holds {self.max_len} tokens, not {end}: make_cache(batch_size, max_len={end})")
@@ -87,7 +77,7 @@ class CausalSelfAttention(nn.Module):
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
     def attend(self, q, k, v):
-        """Attend with the queries as the last T of S keys: training, prefill, a later chunk, decoding are one path.
+        """The queries are the last T of S keys: training, prefill, a later chunk, decoding are one path.
 
                keys 0 1 2 3 4
         query 2     x x x . .      T = 3 new tokens, S = 5 keys: two from the cache
@@ -145,28 +135,17 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's initialization:
-
-        embeddings, Linear   normal, std 0.02; biases 0
-        c_proj               normal, std 0.02 / sqrt(2 n_layer), as each block adds to the stream twice
-        LayerNorm            weight 1, bias 0 (PyTorch's own)
-        """
+        """GPT-2's: normal with std 0.02, 0.02 / sqrt(2 n_layer) where a block adds to the stream (twice); biases 0."""
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif p.dim() == 2:
-                p.normal_(std=0.02)
+            if p.dim() == 2:
+                p.normal_(std=0.02 / (2 * self.config.n_layer) ** 0.5 if name.endswith("c_proj.weight") else 0.02)
             elif name.endswith("bias"):
                 p.zero_()
 
     def forward(self, idx, targets=None, cache=None):
-        """Token ids (B, T) to float32 logits (B, T, V).
-
-        targets (B, T)   returns the loss instead: float32, the mean over the targets that are not -1, 0 without any
-        cache            returns the logits of the last position (B, 1, V) instead; the cache then holds idx too
-
-        ValueError past block_size, where learned positions end.
-        """
+        """Token ids (B, T) to float32 logits: (B, T, V), or with a cache, which then holds idx too, the last (B, 1, V).
+        With targets (B, T) to the loss, float32: the mean over those that are not -1, 0 without any.
+        ValueError past block_size, where learned positions end."""
         start = 0 if cache is None else cache.pos
         end = start + idx.size(1)
         if end > self.config.block_size:
@@ -186,14 +165,11 @@ class GPT(nn.Module):
 
     def make_cache(self, batch_size, max_len=None):
         """An empty cache for max_len tokens (block_size by default), on the model's device and in its dtype."""
-        c, weight = self.config, self.transformer.wte.weight
-        max_len = max_len or c.block_size
-        return KVCache(c.n_layer, batch_size, c.n_head, max_len, c.n_embd // c.n_head, weight.device, weight.dtype)
+        weight = self.transformer.wte.weight
+        return KVCache(self.config, batch_size, max_len or self.config.block_size, weight.device, weight.dtype)
 
     def flops_per_token(self, T):
-        """Floating point operations per token, forward + backward, of training on sequences of T tokens: 6 a weight of
-        matrix products, 12 D a key that a head's query sees, on average (T + 1) / 2 of them. (PaLM, Chowdhery et al.
-        2022, appendix B, counts T, the future too.)"""
-        c = self.config
-        weights = c.n_layer * 12 * c.n_embd**2 + c.vocab_size * c.n_embd
-        return 6 * weights + 6 * c.n_layer * c.n_embd * (T + 1)
+        """Operations per token of a training step on sequences of T: 6 for a weight of matrix products, 12 D for a key
+        in a head's sight (PaLM, Chowdhery et al. 2022, appendix B, which counts future keys too)."""
+        weights = sum(p.numel() for p in self.parameters() if p.dim() == 2) - self.transformer.wpe.weight.numel()
+        return 6 * weights + 6 * self.config.n_layer * self.config.n_embd * (T + 1)  # (T + 1) / 2 keys on average
