@@ -1,0 +1,7 @@
+"""Shakespeare by characters with all three changes of attention; all else as in shakespeare_char.py."""
+
+from config.shakespeare_char import *
+
+model = "model_rope_gqa_swa"
+n_kv_head = 2  # for 4 query heads
+window = 16  # of 64 tokens
