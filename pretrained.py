@@ -1,10 +1,13 @@
 """Weights from elsewhere in, trained models out.
 
-    python pretrained.py --export=out/run --to=DIR      what transformers loads: GPT2LMHeadModel
+    python pretrained.py --export=out/run --to=DIR      what transformers loads
 
 In: GPT-2 by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl: downloaded once from the Hugging Face hub, as safetensors), a
 directory in transformers' format, or a run of ours. Names are the same everywhere but for the prefix "transformer.";
-GPT-2 stores its Linear weights as Conv1D, (in, out), and so they are transposed.
+GPT-2 stores its Linear weights as Conv1D, (in, out), and so they are transposed. A variant can begin with them too:
+sliding windows take them as they are, grouped queries average keys and values, rotary positions have no use for wpe.
+
+Out: model as GPT2LMHeadModel, model_rope and model_rope_gqa_swa as Starcoder2ForCausalLM.
 """
 
 import contextlib
@@ -35,6 +38,10 @@ NOT_WEIGHTS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|lm_head\.weight")  #
 # What a GPT-2 config.json may say otherwise, and model.py then could not compute.
 FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
 FIXED |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "n_inner": None}
+# Parts of our names, and StarCoder2's. Its q_proj, k_proj and v_proj are the rows of our c_attn.
+STARCODER2 = {"transformer.": "model.", ".wte.": ".embed_tokens.", ".ln_f.": ".norm.", ".h.": ".layers."}
+STARCODER2 |= {".ln_1.": ".input_layernorm.", ".ln_2.": ".post_attention_layernorm.", ".attn.": ".self_attn."}
+STARCODER2 |= {"attn.c_proj": "attn.o_proj"}
 # The files of GPT-2's tokenizer, as OpenAI published them and as tiktoken caches them: address, SHA-256.
 GPT2_BPE = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_FILES = {
@@ -62,9 +69,11 @@ def load_model(source, name=None, options=None):
     """A model with the weights of `source`: a GPT-2 name, a run, one of its checkpoints, or transformers' format.
 
     name      the model file to load into, by parameter names; None: the run's own, `model` for GPT-2
-    options   fields of its GPTConfig that were asked for: dropout is free, block_size may shrink, the rest must agree
+    options   fields of its GPTConfig that were asked for: dropout and what the source does not know are free, n_kv_head
+              and block_size may shrink, rotary positions take any block_size, the rest must agree
 
-    Returns the model (CPU, float32) and the meta.json that names its tokenizer. UserError where it does not fit.
+    Returns the model (CPU, float32) and the meta.json that names its tokenizer. Says on stderr which weights could not
+    be taken as they are. UserError where they do not fit at all.
     """
     directory = _fetch(source) if source in HUB else Path(source)
     if not directory.is_dir():
@@ -73,24 +82,48 @@ def load_model(source, name=None, options=None):
     own_name, shape, weights, meta = _read_run(directory) if is_run else _read_transformers(directory)
     name, options = name or own_name, options or {}
     module = model_module(name)
-    shape = {f.name: shape.get(f.name, f.default) for f in dataclasses.fields(module.GPTConfig)}
-    for option, value in options.items():
-        if option != "dropout" and value != shape[option] and not (option == "block_size" and value < shape[option]):
-            raise UserError(f"{source} has {option}={shape[option]}, not {value}")
+    fields = {field.name: field.default for field in dataclasses.fields(module.GPTConfig)}
+    config = fields | {field: value for field, value in shape.items() if field in fields} | options
     with torch.device("meta"):  # no time for an initialization that is overwritten
         try:
-            model = module.GPT(module.GPTConfig(**(shape | options)))
+            model = module.GPT(module.GPTConfig(**config))
         except (TypeError, ValueError) as error:
             raise UserError(f"{source} has a configuration that {name}.py refuses: {error}") from error
-    if "transformer.wpe.weight" in weights:
-        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: model.config.block_size].clone()
     expected = model.state_dict()
+    free = {"dropout", "n_kv_head"}
+    if "transformer.wpe.weight" not in expected or options.get("block_size", 0) < shape["block_size"]:
+        free.add("block_size")
+    for option, value in options.items():
+        if option not in free and value != shape.get(option, value):
+            raise UserError(f"{source} has {option}={shape[option]}, not {value}")
+    changed = _fit(weights, expected, model.config, shape.get("n_kv_head", shape["n_head"]))
+    if changed:
+        print(f"{source} in {name}: {' and '.join(changed)}; the model must be trained on", file=sys.stderr)
     for key in expected.keys() | weights.keys():
         ours, theirs = (tuple(d[key].shape) if key in d else "nothing" for d in (expected, weights))
         if ours != theirs:
             raise UserError(f"{source}: {key} is {theirs} there, {ours} in {name}.py")
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True), meta
+
+
+def _fit(weights, expected, config, kv_heads):
+    """Change weights with kv_heads heads of keys and values in place, so that they fit those expected, where that can
+    be; returns a clause for each change that alters what the model computes."""
+    changed = []
+    wpe, n_kv_head = "transformer.wpe.weight", getattr(config, "n_kv_head", config.n_head)
+    if wpe in weights and wpe in expected:
+        weights[wpe] = weights[wpe][: config.block_size].clone()
+    elif weights.pop(wpe, None) is not None:
+        changed.append("learned positions (wpe) are dropped")
+    if n_kv_head < kv_heads and kv_heads % n_kv_head == 0:  # means of each group (Ainslie et al. 2023, section 2.1)
+        group, head_dim = kv_heads // n_kv_head, config.n_embd // config.n_head
+        for key in [key for key in weights if ".c_attn." in key]:
+            q, kv = weights[key].tensor_split([config.n_embd])
+            kv = kv.unflatten(0, (2 * n_kv_head, group, head_dim)).mean(dim=1).flatten(0, 1)
+            weights[key] = torch.cat([q, kv])
+        changed.append(f"{n_kv_head} heads of keys and values are the means of {group} each")
+    return changed
 
 
 def _says_model_type(path):
@@ -163,23 +196,54 @@ def _read_run(directory):
     return name, shape, model.state_dict(), about["meta"]
 
 
+def _as_gpt2(weights, config):
+    """Weights and config.json of transformers' GPT2LMHeadModel."""
+    about = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]} | FIXED
+    about |= {key: getattr(config, key) for key in ("n_embd", "n_layer", "n_head")}
+    about |= {key: config.dropout for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    about["n_positions"] = config.block_size
+    return {key: w.t().contiguous() if CONV1D.fullmatch(key) else w for key, w in weights.items()}, about
+
+
+def _as_starcoder2(weights, config):
+    """Weights and config.json of transformers' Starcoder2ForCausalLM."""
+    n_kv_head = getattr(config, "n_kv_head", config.n_head)
+    about = {"model_type": "starcoder2", "architectures": ["Starcoder2ForCausalLM"]}
+    about |= {"hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "use_bias": True, "tie_word_embeddings": True}
+    about |= {"hidden_size": config.n_embd, "intermediate_size": 4 * config.n_embd}
+    about |= {"num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head}
+    about |= {"num_key_value_heads": n_kv_head, "sliding_window": getattr(config, "window", None)}
+    about |= {"rope_theta": config.rope_theta, "max_position_embeddings": config.block_size}
+    about |= {key: config.dropout for key in ("residual_dropout", "embedding_dropout", "attention_dropout")}
+    kv_rows = n_kv_head * config.n_embd // config.n_head
+    theirs = {}
+    for key, w in weights.items():
+        for our_part, their_part in STARCODER2.items():
+            key = key.replace(our_part, their_part)
+        parts = zip("qkv", w.split([config.n_embd, kv_rows, kv_rows]), strict=True) if ".c_attn." in key else ()
+        theirs |= {key.replace("c_attn", f"{part}_proj"): rows.contiguous() for part, rows in parts} or {key: w}
+    return theirs, about
+
+
+NO_EXPORT = {"model_gqa": "no GPT-2 with grouped-query attention", "model_swa": "no GPT-2 with a sliding window"}
+EXPORTS = {"model": _as_gpt2, "model_rope": _as_starcoder2, "model_rope_gqa_swa": _as_starcoder2}
+
+
 def export(source, to):
-    """Write the model of `source` to the directory `to`, as transformers' GPT2LMHeadModel, with its tokenizer."""
+    """Write the model of `source` to the directory `to`, in transformers' format, with its tokenizer."""
     model, meta = load_model(source)
     name, config = type(model).__module__, model.config
-    if name != "model":
-        raise UserError(f"{source} is a {name}: transformers has no such model to export to")
+    if name not in EXPORTS:
+        reason = NO_EXPORT.get(name, "no such model")
+        raise UserError(f"{source} is a {name}, and transformers has {reason}; {', '.join(EXPORTS)} can be exported")
     if Path(to).exists():
         raise UserError(f"{to} exists already: name a new directory")
     weights = model.state_dict()
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: meta["vocab_size"]]  # padding goes
     for key in [key for key in weights if key.endswith("weight") and not key.startswith("transformer.w")]:
         weights.setdefault(key.removesuffix("weight") + "bias", torch.zeros(len(weights[key])))  # for bias=False
-    weights = {key: (w.t() if CONV1D.fullmatch(key) else w).contiguous() for key, w in weights.items()}
-    about = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"} | FIXED
-    about |= {"vocab_size": meta["vocab_size"], "n_positions": config.block_size}
-    about |= {key: getattr(config, key) for key in ("n_embd", "n_layer", "n_head")}
-    about |= {key: config.dropout for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    weights, about = EXPORTS[name](weights, config)
+    about |= {"vocab_size": meta["vocab_size"], "dtype": "float32"}
     eot = get_tokenizer(meta).eot_token
     about |= {"bos_token_id": eot, "eos_token_id": eot}
     files = {"config.json": about, "meta.json": meta}
