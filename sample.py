@@ -67,12 +67,14 @@ def generate(model, idx, max_new_tokens, num_samples=1, vocab_size=None, note=la
     how          temperature, top_k, top_p and generator, as for choose()
 
     A model with learned positions ends at block_size: from there, the last block_size // 2 tokens become its prompt.
+    With rotary positions a text goes on; with sliding windows too, in constant memory and constant time per token.
     ValueError for a prompt that is empty or longer than the context.
     """
     if idx.size(1) == 0:
         raise ValueError("the prompt has no tokens")
     positions = model.config.block_size if "wpe" in model.transformer else float("inf")
-    text = idx.expand(num_samples, -1)  # (B, T), all tokens so far
+    half = max(1, model.config.block_size // 2)
+    text = idx[:, -half:].expand(num_samples, -1)  # (B, at most half), the last tokens
     cache = model.make_cache(num_samples, min(positions, idx.size(1) + max_new_tokens))
     logits = model(idx, cache=cache)  # (1, 1, V): a batch of one fills the cache for all samples
     noted = False
@@ -81,13 +83,13 @@ def generate(model, idx, max_new_tokens, num_samples=1, vocab_size=None, note=la
         yield token
         if made == max_new_tokens:
             return
-        text = torch.cat([text, token[:, None]], dim=1)
+        text = torch.cat([text, token[:, None]], dim=1)[:, -half:]
         if cache.pos == positions:
             if not noted:
-                note(f"the text passes block_size={positions}: the model goes on with the last {positions // 2} tokens")
+                note(f"the text passes block_size={positions}: the model goes on with the last {half} tokens")
             noted = True
             cache = model.make_cache(num_samples, positions)
-            logits = model(text[:, -max(1, positions // 2) :], cache=cache)
+            logits = model(text, cache=cache)
         else:
             logits = model(token[:, None], cache=cache)
 
@@ -98,30 +100,25 @@ class Sample:
     def __init__(self, tokenizer, stop):
         self.tokenizer, self.stop = tokenizer, stop
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.text, self.done = "", False
+        self.held, self.done = "", False  # held: an end that may become the stop string
 
     def add(self, id):
-        """Take a token, if the sample is not done."""
-        if self.done:
-            return
-        if id == self.tokenizer.eot_token:
-            self.finish()
-            return
-        self.text += self.decoder.decode(self.tokenizer.decode_single_token_bytes(id))
-        if self.stop and self.stop in self.text:
-            self.text, self.done = self.text[: self.text.index(self.stop)], True
+        """Take a token; returns the text that it makes certain. Tokens after the end are ignored."""
+        if self.done or id == self.tokenizer.eot_token:
+            return self.finish()
+        text = self.held + self.decoder.decode(self.tokenizer.decode_single_token_bytes(id))
+        if self.stop and self.stop in text:
+            self.held, self.done = "", True
+            return text[: text.index(self.stop)]
+        lengths = range(min(len(self.stop or ""), len(text)), 0, -1)
+        self.held = next((text[-n:] for n in lengths if self.stop.startswith(text[-n:])), "")
+        return text[: len(text) - len(self.held)]
 
     def finish(self):
-        """No more tokens come: what is left of an unfinished character becomes U+FFFD."""
-        if not self.done:
-            self.text += self.decoder.decode(b"", final=True)
-            self.done = True
-
-    def shown(self):
-        """The text that is certain: without an end that may become the stop string."""
-        lengths = range(min(len(self.stop or ""), len(self.text)), 0, -1)
-        held = 0 if self.done else next((n for n in lengths if self.text.endswith(self.stop[:n])), 0)
-        return self.text[: len(self.text) - held]
+        """No more tokens come; returns what was held. What is left of an unfinished character becomes U+FFFD."""
+        rest = "" if self.done else self.held + self.decoder.decode(b"", final=True)
+        self.held, self.done = "", True
+        return rest
 
 
 def check(config):
@@ -154,9 +151,10 @@ def write(config):
         raise UserError(f"the prompt has {len(ids)} tokens, more than the context of {model.config.block_size}")
     samples = [Sample(tokenizer, config.stop) for _ in range(config.num_samples)]
     stream = config.num_samples == 1
+    texts = [[config.prompt] for _ in samples]  # in pieces
     if stream:
         print(config.prompt, end="", flush=True)
-    shown = made = 0
+    made = 0
     begun = time.perf_counter()
     tokens = generate(
         model,
@@ -172,20 +170,20 @@ def write(config):
     )
     for token in tokens:
         made += sum(not sample.done for sample in samples)
-        for sample, id in zip(samples, token.tolist(), strict=True):
-            sample.add(id)
-        if stream:
-            print(samples[0].shown()[shown:], end="", flush=True)
-            shown = len(samples[0].shown())
+        for sample, text, id in zip(samples, texts, token.tolist(), strict=True):
+            piece = sample.add(id)
+            if stream:
+                print(piece, end="", flush=True)
+            else:
+                text.append(piece)
         if all(sample.done for sample in samples):
             break
     seconds = time.perf_counter() - begun
-    for sample in samples:
-        sample.finish()
     if stream:
-        print(samples[0].text[shown:])
+        print(samples[0].finish())
     else:
-        print("\n---------------\n".join(config.prompt + sample.text for sample in samples))
+        ends = [sample.finish() for sample in samples]
+        print("\n---------------\n".join("".join(text) + end for text, end in zip(texts, ends, strict=True)))
     print(f"[{made} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s]", file=sys.stderr)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import arguments
+from test_variants import WINDOW, make_vivid, tokens
 
 import sample
 import train
-from pretrained import load_model
+from pretrained import load_model, model_module
 
 
 def run(capsys, *argv):
@@ -124,3 +125,27 @@ def test_a_character_outside_the_vocabulary_is_refused_by_name(workdir, capsys):
     capsys.readouterr()
     assert run(capsys, "--prompt=ab", "--max_new_tokens=4").out.startswith("ab")
     assert "character 'z' is not among the 2" in refused(capsys, "--prompt=abz")
+
+
+# Past the context -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model_rope", "model_rope_gqa_swa"])
+def test_with_rotary_positions_a_text_goes_on_past_block_size(name):
+    model, text = make_vivid(model_module(name)), tokens(1, 4)
+    made = list(sample.generate(model, text, 60, temperature=0))
+    for token in made:  # block_size is 16
+        assert model(text)[:, -1].argmax(dim=1) == token
+        text = torch.cat([text, token[:, None]], dim=1)
+
+
+def test_with_sliding_windows_too_it_goes_on_without_end_in_constant_memory(monkeypatch):
+    model = make_vivid(model_module("model_rope_gqa_swa"))
+    caches, make_cache = [], model.make_cache
+    monkeypatch.setattr(model, "make_cache", lambda *how: caches.append(make_cache(*how)) or caches[-1])
+    made = sample.generate(model, tokens(1, 4), 10**15, temperature=0)
+    for _ in range(100):
+        next(made)
+    tensors = [value for value in made.gi_frame.f_locals.values() if torch.is_tensor(value)]
+    assert len(caches) == 1 and caches[0].nbytes == make_cache(1, WINDOW).nbytes
+    assert caches[0].pos == 103 and max(tensor.numel() for tensor in tensors) < 100
