@@ -60,8 +60,10 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device) / 1e9
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 1e9
+    with contextlib.suppress(OSError, TypeError), open("/proc/self/status") as status:
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read())[1]) * 1024 / 1e9
     try:
-        import resource  # not on Windows
+        import resource  # not on Windows; on Linux it would count the process that started this one too
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
