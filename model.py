@@ -87,8 +87,9 @@ class CausalSelfAttention(nn.Module):
         T, S = q.size(2), k.size(2)
         # is_causal counts from the upper left corner, right for T = S alone; a single query sees all, without a mask.
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
+        causal = True if T == S else False  # a plain bool, also where torch.compile has T as a symbol
         dropout = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 class MLP(nn.Module):

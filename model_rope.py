@@ -1,8 +1,8 @@
 """GPT-2 with rotary position embedding (RoPE): model.py without learned positions; queries and keys are turned instead.
 
-"RoFormer" (Su et al. 2021, section 3.2.2, equations 14 to 16): the product of a query and a key then depends on their
-distance alone, and no position runs out. Pairs are (i, i + D/2) as in Llama and StarCoder2, where the paper has
-(2i, 2i + 1): the same up to the order of the elements. What differs from model.py says RoPE.
+"RoFormer" (Su et al. 2021, section 3.2.2, equations 14 to 16): the product of a query and a key depends on positions
+only through their distance, and no position runs out. Pairs are (i, i + D/2) as in Llama and StarCoder2, where the
+paper has (2i, 2i + 1): the same up to the order of the elements. What differs from model.py says RoPE.
 
     x[i + D/2]
        |     * turned by the angle t theta^(-2i / D)
@@ -32,7 +32,7 @@ class GPTConfig:
     n_embd: int = 768  # channels of the residual stream
     dropout: float = 0.0  # probability, while training
     bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has them
-    rope_theta: float = 10000.0  # RoPE: pair i makes a turn in 2 pi theta^(2i / D) tokens
+    rope_theta: float = 10000.0  # RoPE: pair i makes a full turn in 2 pi theta^(2i / D) tokens
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -109,8 +109,9 @@ class CausalSelfAttention(nn.Module):
         T, S = q.size(2), k.size(2)
         # is_causal counts from the upper left corner, right for T = S alone; a single query sees all, without a mask.
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
+        causal = True if T == S else False  # a plain bool, also where torch.compile has T as a symbol
         dropout = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 class MLP(nn.Module):

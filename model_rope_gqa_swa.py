@@ -1,8 +1,9 @@
 """GPT-2 with all three: rotary positions (RoPE), grouped-query (GQA) and sliding-window (SWA) attention.
 
-The block of StarCoder2 (Lozhkov et al. 2024, section 5.1), which other programs load. model_rope.py, model_gqa.py and
-model_swa.py have the ideas one by one, with their papers; together they let a text go on without end: no position runs
-out, and the cache holds `window` tokens of n_kv_head heads. What differs from model.py says RoPE, GQA or SWA.
+The block of StarCoder2 (Lozhkov et al. 2024, section 6.1), which other programs load. model_rope.py, model_gqa.py and
+model_swa.py have the ideas one by one, with their papers; together they let a text go on without end: the cache holds
+`window` tokens of n_kv_head heads, and positions last for some ten million tokens, until float32 blurs neighbours. What
+differs from model.py says RoPE, GQA or SWA.
 
 Shapes: B batch, T new tokens, S keys in sight (S - T cached), C channels, H heads, G of keys, D = C / H, V vocabulary,
 W window.
@@ -26,7 +27,7 @@ class GPTConfig:
     n_embd: int = 768  # channels of the residual stream
     dropout: float = 0.0  # probability, while training
     bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has them
-    rope_theta: float = 10000.0  # RoPE: pair i makes a turn in 2 pi theta^(2i / D) tokens
+    rope_theta: float = 10000.0  # RoPE: pair i makes a full turn in 2 pi theta^(2i / D) tokens
     n_kv_head: int = 4  # GQA: heads of keys and values, each for n_head / n_kv_head query heads
     window: int = 256  # SWA: keys that a query sees, its own included
 
@@ -53,7 +54,7 @@ class GPTConfig:
 
 class KVCache:
     """The keys and values of the tokens seen so far, preallocated: (n_layer, B, G, W, D) each.
-    SWA: a ring. Position p lies in slot p % W, until the one that comes W later takes its place."""
+    SWA: a ring of W = min(window, max_len) slots. Position p is in slot p % W; softmax does not mind the order."""
 
     def __init__(self, config, batch_size, max_len, device, dtype):
         slots = min(config.window, max_len)  # SWA: however long the text
@@ -76,7 +77,6 @@ class KVCache:
             k, v = (torch.cat([c[layer][:B, :, old], t], dim=2) for c, t in ((self.k, k), (self.v, v)))  # (B, G, S, D)
             self.k[layer][:, :, new], self.v[layer][:, :, new] = k[:, :, -W:], v[:, :, -W:]
             return k, v
-        # SWA: a single query sees all slots, in any order, as softmax has none.
         self.k[layer, :, :, self.pos % W], self.v[layer, :, :, self.pos % W] = k[:, :, 0], v[:, :, 0]
         return self.k[layer, :B, :, :end], self.v[layer, :B, :, :end]
 
@@ -115,17 +115,17 @@ class CausalSelfAttention(nn.Module):
         query 3     . x x x .
         query 4     . . x x x      x attends, . the future, and what has left the window
 
-        SWA: O(T W) time and memory. The last n blocks of b queries go each with their own and the m blocks of keys
-        before them, which hold all that they see; the rest of the queries goes with the rest of the keys.
+        SWA: O(T W) time and memory. The last n b queries go in n blocks of b, each with its own keys and the m blocks
+        before, which hold all that it sees; the queries before them go in one piece.
         """
         (B, H, T, D), (G, S), W = q.shape, k.shape[1:3], self.window
-        if T == 1:  # GQA: it sees all keys, so that the queries of a group can be the rows of one small matrix
+        if T == 1:  # GQA: without a mask, the queries of a group can be the rows of one small matrix
             q = q.view(B, G, H // G, D)
-        elif G < H:  # as fast as enable_gqa=True, which for some devices, dtypes and masks leaves the fast kernels
+        elif G < H:  # as fast as enable_gqa=True, which for some devices, dtypes and masks takes slow kernels
             k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))  # (B, H, S, D)
-        b = min(max(W, 64), 256)
+        b = min(max(W, 64), 256)  # measured, as the 320
         m = -(-(W - 1) // b)
-        n = min(T, S - m * b) // b if T > 320 else 0  # fewer are as fast in one piece
+        n = min(T, S - m * b) // b if T > 320 else 0
         if n > 0:
             rest = self.attend(*(t[:, :, : -n * b] for t in (q, k, v)))
             q = q[:, :, -n * b :].unflatten(2, (n, b)).flatten(0, 1)  # (BH, n, b, D): a block is what a head was
@@ -136,8 +136,9 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if 1 < T < S or T == S > W:  # SWA
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).triu(S - T - W + 1)
+        causal = True if T == S <= W else False  # a plain bool, also where torch.compile has T as a symbol
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S <= W)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return y.reshape(B, H, T, D)
 
 

@@ -1,8 +1,8 @@
 """GPT-2 with sliding-window attention (SWA): model.py, but each token sees the last `window` tokens, itself included.
 
 "Longformer" (Beltagy et al. 2020, section 3.1), without its dilation, global tokens and two-sided windows; "Mistral 7B"
-(Jiang et al. 2023, section 2), whose rolling cache this has too. L layers carry L (window - 1) tokens far. What differs
-from model.py says SWA: the config, the cache, who attends to whom, the count of operations.
+(Jiang et al. 2023, section 2), whose rolling cache this has too. Through L layers a token reaches L (window - 1) back.
+What differs from model.py says SWA: the config, the cache, who attends to whom, the count of operations.
 
 Shapes: B batch, T new tokens, S keys in sight (S - T cached), C channels, H heads, D = C / H, V vocabulary, W window.
 """
@@ -40,7 +40,7 @@ class GPTConfig:
 
 class KVCache:
     """The keys and values of the tokens seen so far, preallocated: (n_layer, B, H, W, D) each.
-    SWA: a ring. Position p lies in slot p % W, until the one that comes W later takes its place."""
+    SWA: a ring of W = min(window, max_len) slots. Position p is in slot p % W; softmax does not mind the order."""
 
     def __init__(self, config, batch_size, max_len, device, dtype):
         slots = min(config.window, max_len)  # SWA: however long the text
@@ -63,7 +63,6 @@ class KVCache:
             k, v = (torch.cat([c[layer][:B, :, old], t], dim=2) for c, t in ((self.k, k), (self.v, v)))  # (B, H, S, D)
             self.k[layer][:, :, new], self.v[layer][:, :, new] = k[:, :, -W:], v[:, :, -W:]
             return k, v
-        # SWA: a single query sees all slots, in any order, as softmax has none.
         self.k[layer, :, :, self.pos % W], self.v[layer, :, :, self.pos % W] = k[:, :, 0], v[:, :, 0]
         return self.k[layer, :B, :, :end], self.v[layer, :B, :, :end]
 
@@ -94,13 +93,13 @@ class CausalSelfAttention(nn.Module):
         query 3     . x x x .
         query 4     . . x x x      x attends, . the future, and what has left the window
 
-        SWA: O(T W) time and memory. The last n blocks of b queries go each with their own and the m blocks of keys
-        before them, which hold all that they see; the rest of the queries goes with the rest of the keys.
+        SWA: O(T W) time and memory. The last n b queries go in n blocks of b, each with its own keys and the m blocks
+        before, which hold all that it sees; the queries before them go in one piece.
         """
         (B, H, T, D), S, W = q.shape, k.size(2), self.window
-        b = min(max(W, 64), 256)
+        b = min(max(W, 64), 256)  # measured, as the 320
         m = -(-(W - 1) // b)
-        n = min(T, S - m * b) // b if T > 320 else 0  # fewer are as fast in one piece
+        n = min(T, S - m * b) // b if T > 320 else 0
         if n > 0:
             rest = self.attend(*(t[:, :, : -n * b] for t in (q, k, v)))
             q = q[:, :, -n * b :].unflatten(2, (n, b)).flatten(0, 1)  # (BH, n, b, D): a block is what a head was
@@ -111,8 +110,9 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if 1 < T < S or T == S > W:  # SWA
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).triu(S - T - W + 1)
+        causal = True if T == S <= W else False  # a plain bool, also where torch.compile has T as a symbol
         dropout = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S <= W)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 class MLP(nn.Module):

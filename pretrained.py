@@ -37,7 +37,7 @@ CONV1D = re.compile(r".*\.(c_attn|c_proj|c_fc)\.weight")
 NOT_WEIGHTS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|lm_head\.weight")  # masks; the head is wte
 # What a GPT-2 config.json may say otherwise, and model.py then could not compute.
 FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
-FIXED |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "n_inner": None}
+FIXED |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 # Parts of our names, and StarCoder2's. Its q_proj, k_proj and v_proj are the rows of our c_attn.
 STARCODER2 = {"transformer.": "model.", ".wte.": ".embed_tokens.", ".ln_f.": ".norm.", ".h.": ".layers."}
 STARCODER2 |= {".ln_1.": ".input_layernorm.", ".ln_2.": ".post_attention_layernorm.", ".attn.": ".self_attn."}
@@ -96,10 +96,10 @@ def load_model(source, name=None, options=None):
     for option, value in options.items():
         if option not in free and value != shape.get(option, value):
             raise UserError(f"{source} has {option}={shape[option]}, not {value}")
-    changed = _fit(weights, expected, model.config, shape.get("n_kv_head", shape["n_head"]))
+    changed = _fit(source, weights, expected, model.config, shape)
     if changed:
         print(f"{source} in {name}: {' and '.join(changed)}; the model must be trained on", file=sys.stderr)
-    for key in expected.keys() | weights.keys():
+    for key in sorted(expected.keys() | weights.keys()):
         ours, theirs = (tuple(d[key].shape) if key in d else "nothing" for d in (expected, weights))
         if ours != theirs:
             raise UserError(f"{source}: {key} is {theirs} there, {ours} in {name}.py")
@@ -107,16 +107,24 @@ def load_model(source, name=None, options=None):
     return model.requires_grad_(True), meta
 
 
-def _fit(weights, expected, config, kv_heads):
-    """Change weights with kv_heads heads of keys and values in place, so that they fit those expected, where that can
-    be; returns a clause for each change that alters what the model computes."""
+def _fit(source, weights, expected, config, shape):
+    """Change weights of a model of this shape in place, so that they fit those expected, where that can be; returns a
+    clause for each change in what the model computes."""
     changed = []
     wpe, n_kv_head = "transformer.wpe.weight", getattr(config, "n_kv_head", config.n_head)
+    kv_heads = shape.get("n_kv_head", shape["n_head"])
+    window, before = getattr(config, "window", None), shape.get("window")
+    if window != before and min(window or config.block_size, before or config.block_size) < config.block_size:
+        changed.append(f"a token sees {window or 'all'} tokens, not {before or 'all'}")
+    if wpe in expected and wpe not in weights:
+        raise UserError(f"{source} has rotary positions, the model to load it into learned ones: --model names another")
+    if kv_heads % n_kv_head:
+        raise UserError(f"{source} has {kv_heads} heads of keys and values: {n_kv_head} cannot be made of them")
     if wpe in weights and wpe in expected:
         weights[wpe] = weights[wpe][: config.block_size].clone()
     elif weights.pop(wpe, None) is not None:
         changed.append("learned positions (wpe) are dropped")
-    if n_kv_head < kv_heads and kv_heads % n_kv_head == 0:  # means of each group (Ainslie et al. 2023, section 2.1)
+    if n_kv_head < kv_heads:  # means of each group (Ainslie et al. 2023, section 2.1)
         group, head_dim = kv_heads // n_kv_head, config.n_embd // config.n_head
         for key in [key for key in weights if ".c_attn." in key]:
             q, kv = weights[key].tensor_split([config.n_embd])
@@ -160,24 +168,33 @@ def _read_transformers(folder):
     for key, value in FIXED.items():
         if about.get(key, value) != value:
             raise UserError(f"{folder}/config.json has {key}={about[key]}, but model.py computes {value}")
-    raw = {}
+    raw, whole = {}, folder / "model.safetensors"
     try:
-        for path in sorted(folder.glob("model*.safetensors")):  # large models come in several files
+        for path in [whole] if whole.exists() else sorted(folder.glob("model-*-of-*.safetensors")):
             raw |= load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is truncated or altered ({error}): remove it and get it again") from error
     raw = {key.removeprefix("transformer."): value for key, value in raw.items()}
     weights = {
-        f"transformer.{key}": (value.t() if CONV1D.fullmatch(key) else value).float().contiguous()
+        f"transformer.{key}": (value.t() if CONV1D.fullmatch(key) else value).contiguous()
         for key, value in raw.items()
         if not NOT_WEIGHTS.fullmatch(key)
     }
     if "wte.weight" not in raw or "wpe.weight" not in raw:
         raise UserError(f"{folder} has no model*.safetensors with wte.weight and wpe.weight")
+    if not all(value.is_floating_point() for value in weights.values()):
+        raise UserError(f"{folder} has quantized weights: take the model in float32, bfloat16 or float16")
+    if not torch.equal(raw.get("lm_head.weight", raw["wte.weight"]), raw["wte.weight"]):
+        raise UserError(f"{folder} has an lm_head.weight other than wte.weight, but model.py ties them")
+    weights = {key: value.float() for key, value in weights.items()}
     (vocab_size, n_embd), block_size = raw["wte.weight"].shape, len(raw["wpe.weight"])
     shape = {"block_size": block_size, "vocab_size": vocab_size, "n_embd": n_embd, "bias": True, "dropout": 0.0}
     shape["n_layer"] = 1 + max(int(key.split(".")[1]) for key in raw if key.startswith("h."))
-    shape["n_head"] = about.get("n_head", n_embd // HEAD_SIZE)
+    shape["n_head"] = about.get("n_head") or n_embd // HEAD_SIZE
+    there = shape | {"n_positions": block_size, "n_inner": 4 * n_embd}
+    for key in ("n_layer", "n_embd", "vocab_size", "n_positions", "n_inner"):
+        if about.get(key) not in (None, there[key]):
+            raise UserError(f"{folder}/config.json has {key}={about[key]}, the weights beside it {there[key]}")
     if (folder / "meta.json").exists():
         return "model", shape, weights, read_meta(folder)
     return "model", shape, weights, {"tokenizer": "gpt2", "vocab_size": min(vocab_size, VOCAB_SIZES["gpt2"])}

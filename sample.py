@@ -168,16 +168,20 @@ def write(config):
         top_p=config.top_p,
         generator=torch.Generator(device).manual_seed(config.seed),
     )
-    for token in tokens:
-        made += sum(not sample.done for sample in samples)
-        for sample, text, id in zip(samples, texts, token.tolist(), strict=True):
-            piece = sample.add(id)
-            if stream:
-                print(piece, end="", flush=True)
-            else:
-                text.append(piece)
-        if all(sample.done for sample in samples):
-            break
+    interrupted = False
+    try:
+        for token in tokens:
+            made += sum(not sample.done for sample in samples)
+            for sample, text, id in zip(samples, texts, token.tolist(), strict=True):
+                piece = sample.add(id)
+                if stream:
+                    print(piece, end="", flush=True)
+                else:
+                    text.append(piece)
+            if all(sample.done for sample in samples):
+                break
+    except KeyboardInterrupt:  # what there is is shown
+        interrupted = True
     seconds = time.perf_counter() - begun
     if stream:
         print(samples[0].finish())
@@ -185,6 +189,8 @@ def write(config):
         ends = [sample.finish() for sample in samples]
         print("\n---------------\n".join("".join(text) + end for text, end in zip(texts, ends, strict=True)))
     print(f"[{made} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s]", file=sys.stderr)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 @program
@@ -198,7 +204,8 @@ def main(argv):
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory with num_samples={config.num_samples}: fewer need less") from error
+        asked = f"num_samples={config.num_samples} and max_new_tokens={config.max_new_tokens}"
+        raise UserError(f"out of memory with {asked}: less of either needs less") from error
 
 
 if __name__ == "__main__":

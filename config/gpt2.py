@@ -11,7 +11,7 @@ total_batch_size = 16 * 1024 * 32  # sequences x tokens x micro-steps = 524,288 
 max_steps = 10_000_000_000 // total_batch_size  # 19,073
 learning_rate = 6e-4  # GPT-3 small's (Brown et al. 2020, table 2.1)
 min_lr = 6e-5
-warmup_steps = 700  # 367 million tokens, as in GPT-3
+warmup_steps = 700  # 367 million tokens; GPT-3 had 375
 weight_decay = 0.1
 
 eval_interval = 250

@@ -181,6 +181,14 @@ def test_training_compiles_without_graph_breaks(module):
     close(compiled(x, y), model(x, y))
 
 
+def test_a_compiled_model_takes_other_lengths_without_graph_breaks(module):
+    model = make(module, n_layer=1, block_size=400)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for T in (16, 400, 9):
+        close(compiled(tokens(2, T), tokens(2, T, seed=2)), model(tokens(2, T), tokens(2, T, seed=2)))
+
+
 def test_evaluation_compiles_without_graph_breaks(module):
     model, x = make_vivid(module, n_layer=1), tokens(2, 16)
     torch._dynamo.reset()

@@ -38,7 +38,8 @@ def loaded(name, capsys, **options):
 def test_sliding_windows_take_gpt2_as_it_is(gpt2, capsys):
     model, said = loaded("model_swa", capsys, window=WINDOW)
     plain = load_model("released")[0].state_dict()
-    assert said == "" and model.config.window == WINDOW
+    assert said == "released in model_swa: a token sees 8 tokens, not all; the model must be trained on\n"
+    assert model.config.window == WINDOW
     assert all(torch.equal(p, plain[name]) for name, p in model.state_dict().items())
 
 
@@ -123,8 +124,31 @@ def test_a_grouped_run_can_go_on_with_fewer_groups(workdir, capsys, have, want):
 
 def test_a_grouped_run_cannot_have_more_groups(workdir):
     train.main(arguments(model="model_gqa", n_head=4, n_kv_head=2, max_steps=1))
-    with pytest.raises(UserError, match=r"c_attn.weight is \(32, 16\) there, \(48, 16\) in model_gqa.py|c_attn.bias"):
+    with pytest.raises(UserError, match="out/tiny has 2 heads of keys and values: 4 cannot be made of them"):
         load_model("out/tiny", "model_gqa", {"n_kv_head": 4})
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        (dict(model="model_swa", window=5), dict(name="model"), "a token sees all tokens, not 5;"),
+        (dict(model="model"), dict(name="model_swa", options={"window": 5}), "a token sees 5 tokens, not all;"),
+        (dict(model="model_swa", window=16), dict(name="model"), ""),  # block_size is 16
+        (dict(model="model"), dict(name="model_swa"), ""),
+        (dict(model="model_swa", window=5), dict(name="model_swa"), ""),
+    ],
+)
+def test_another_window_is_told_where_it_matters(workdir, capsys, before, now, said):
+    train.main(arguments(**before, max_steps=1))
+    capsys.readouterr()
+    load_model("out/tiny", **now)
+    assert said in capsys.readouterr().err if said else capsys.readouterr().err == ""
+
+
+def test_a_rotary_run_cannot_become_one_with_learned_positions(workdir):
+    train.main(arguments(model="model_rope", max_steps=1))
+    with pytest.raises(UserError, match="out/tiny has rotary positions, the model to load it into learned ones"):
+        load_model("out/tiny", "model")
 
 
 # Out

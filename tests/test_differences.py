@@ -30,7 +30,6 @@ MEETINGS = [
     'for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "window"):',
     "shape = (config.n_layer, batch_size, config.n_kv_head, slots, config.n_embd // config.n_head)",
     "(B, H, T, D), (G, S), W = q.shape, k.shape[1:3], self.window",
-    "y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S <= W)",
     'return KVCache(self.config, batch_size, max_len or float("inf"), weight.device, weight.dtype)',
 ]
 

@@ -187,6 +187,61 @@ def test_a_pickle_is_never_read(tmp_path):
         load_model(str(tmp_path))
 
 
+def changed(folder, how):
+    """Change the tensors of a saved model in place."""
+    tensors = load_file(folder / "model.safetensors")
+    how(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"n_layer": 3}, "n_layer=3, the weights beside it 2"),
+        ({"vocab_size": 99}, "vocab_size=99, the weights beside it 301"),
+        ({"n_positions": 65}, "n_positions=65, the weights beside it 64"),
+        ({"n_inner": 100}, "n_inner=100, the weights beside it 512"),
+    ],
+)
+def test_a_config_that_disagrees_with_the_weights_is_refused(tmp_path, about, message):
+    random_gpt2(vocab_size=301).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | about))
+    with pytest.raises(UserError, match=message):
+        load_model(str(tmp_path))
+
+
+def test_an_n_inner_that_says_what_is_usual_is_fine(tmp_path):
+    random_gpt2(vocab_size=301, n_inner=512).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path))[0].config.n_embd == 128
+
+
+def test_only_the_model_s_own_files_are_read(tmp_path):
+    theirs = random_gpt2(vocab_size=301)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "model_old.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    changed(tmp_path, lambda tensors: tensors["transformer.ln_f.bias"].add_(1))
+    os.rename(tmp_path / "model.safetensors", tmp_path / "swapped")
+    os.rename(tmp_path / "model_old.safetensors", tmp_path / "model.safetensors")
+    os.rename(tmp_path / "swapped", tmp_path / "model_old.safetensors")
+    assert torch.equal(load_model(str(tmp_path))[0].transformer.ln_f.bias, theirs.transformer.ln_f.bias)
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    random_gpt2(vocab_size=301).save_pretrained(tmp_path)
+    key = "transformer.h.0.mlp.c_fc.weight"
+    changed(tmp_path, lambda tensors: tensors.update({key: tensors[key].to(torch.int8)}))
+    with pytest.raises(UserError, match="quantized"):
+        load_model(str(tmp_path))
+
+
+def test_a_head_of_its_own_is_refused(tmp_path):
+    random_gpt2(vocab_size=301).save_pretrained(tmp_path)
+    changed(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}))
+    with pytest.raises(UserError, match=r"lm_head.weight other than wte.weight"):
+        load_model(str(tmp_path))
+
+
 # Out
 
 

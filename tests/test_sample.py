@@ -1,5 +1,6 @@
 """sample.py as a program: prompts, streams, limits."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -125,6 +126,21 @@ def test_a_character_outside_the_vocabulary_is_refused_by_name(workdir, capsys):
     capsys.readouterr()
     assert run(capsys, "--prompt=ab", "--max_new_tokens=4").out.startswith("ab")
     assert "character 'z' is not among the 2" in refused(capsys, "--prompt=abz")
+
+
+def test_an_interruption_loses_no_text(tiny_run, capsys, monkeypatch):
+    original = sample.generate
+
+    def interrupted(*args, **how):
+        yield from itertools.islice(original(*args, **how), 5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "generate", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run(capsys, "--prompt=def ", "--num_samples=2", "--seed=3")
+    said = capsys.readouterr()
+    assert stopped.value.code == 130 and "[10 tokens" in said.err
+    assert all(len(text.rstrip("\n").removeprefix("def ")) >= 1 for text in said.out.split("---------------\n"))
 
 
 # Past the context -----------------------------------------------------------------------------------------------------
