@@ -28,28 +28,45 @@ STEP = "step_" + 8 * "[0-9]"  # names of complete checkpoints, as a pattern
 # max_steps the schedule from then on.
 FREE = {"out_dir", "overwrite", "eval_only", "batch_size", "max_steps", "eval_interval", "log_interval"}
 FREE |= {"checkpoint_interval", "keep_checkpoints", "device", "compile", "activation_checkpointing", "deterministic"}
+FREE |= {"fsdp", "shard_size", "timeout"}
 
 
-def save(out_dir, model, optimizer, about, keep):
+def save(out_dir, model, optimizer, about, keep, ranks):
     """Write the checkpoint of a step, if it is not there, and drop all but the last `keep` and the best.
+
+    Every rank writes its own share, and needs no memory for more.
 
     about   for its config.json: a dict with "record", the log record of the step, and what else belongs to the run
     """
     out_dir, record = Path(out_dir), about["record"]
     final = out_dir / f"step_{record['step']:08d}"
-    for part in out_dir.glob(STEP + ".part"):  # what interrupted saves left
-        shutil.rmtree(part)
-    if not final.exists():
-        part = final.with_name(final.name + ".part")
-        part.mkdir(parents=True)
+    part = final.with_name(final.name + ".part")
+    with ranks.together():
+        if ranks.rank == 0:
+            for old in out_dir.glob(STEP + ".part"):  # what interrupted saves left
+                shutil.rmtree(old)
+            if not final.exists():
+                part.mkdir(parents=True)
+    if ranks.share(part.exists()):
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        with _one_process_is_fine():
+        with ranks.together(), _one_process_is_fine():
             dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=part)
-        files = {path.name: {"size": path.stat().st_size, "crc32": _crc32(path)} for path in sorted(part.iterdir())}
-        write_json(part / "config.json", about | {"files": files})
-        part.replace(final)
+        with ranks.together():
+            own = sorted(part.iterdir())[ranks.rank :: ranks.size]  # each rank reads some of the files again
+            files = {path.name: {"size": path.stat().st_size, "crc32": _crc32(path)} for path in own}
+        files = {name: file for some in ranks.gather(files) for name, file in some.items()}
+    with ranks.together():
+        if ranks.rank == 0:
+            if part.exists():
+                write_json(part / "config.json", about | {"files": files})
+                part.replace(final)
+            _keep(out_dir, final.name, record, keep)
+
+
+def _keep(out_dir, name, record, keep):
+    """Note the checkpoint `name` if it is the best, and drop all but the last `keep` and the best."""
     if record.get("val_loss", math.inf) < best_loss(out_dir):
-        write_json(out_dir / "best.json", {"checkpoint": final.name, "val_loss": record["val_loss"]})
+        write_json(out_dir / "best.json", {"checkpoint": name, "val_loss": record["val_loss"]})
     for path in all_steps(out_dir)[:-keep]:
         if path.name != _read_best(out_dir).get("checkpoint"):
             shutil.rmtree(path)

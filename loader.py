@@ -15,8 +15,8 @@ from prepare_data import SMALL, PrepareConfig, prepare
 from tokenizer import read_meta
 
 
-def open_dataset(name):
-    """The folder of a dataset and its meta.json; a small one that is missing is made on the spot."""
+def open_dataset(name, prepare_missing=True):
+    """The folder of a dataset and its meta.json; a small one that is missing is made on the spot, if that is wanted."""
     folder = Path("data", name)
     if not (folder / "meta.json").exists() and not (folder / "train.bin").exists():
         if name == "fineweb":
@@ -26,6 +26,8 @@ def open_dataset(name):
             )
         if name not in SMALL:
             raise UserError(f"no {folder}: python prepare_data.py {name} --input='FILES' makes it of your text")
+        if not prepare_missing:
+            raise UserError(f"no {folder}: python prepare_data.py {name} makes it, once for all processes")
         print(f"preparing {folder}", flush=True)
         prepare(PrepareConfig(name=name))
     return folder, read_meta(folder)
@@ -96,16 +98,17 @@ class Loader:
             self.epoch = epoch
         return int(self.order[place]) * self.block_size + int(self.shift)
 
-    def val_batches(self, eval_tokens, batch_size):
-        """Yield inputs and targets (batch_size, T) of windows spread evenly over val.bin, eval_tokens rounded up.
+    def val_batches(self, eval_tokens, batch_size, rank=0, size=1):
+        """Yield inputs and targets (batch_size, T) of windows spread evenly over val.bin, eval_tokens rounded up: those
+        of a rank, of which all `size` have equally many batches.
 
         Where eval_tokens reaches the whole split, every token but the first is a target exactly once. What fills the
-        last window and the last batch has the target -1.
+        last window and the last batches has the target -1.
         """
         T = self.block_size
         there = -(-(self.n_val - 1) // T)  # windows, the last perhaps not full
         count = min(there, -(-eval_tokens // T))
-        for first in range(0, count, batch_size):
+        for first in range(rank * batch_size, rank * batch_size + count, batch_size * size):
             x = torch.zeros(batch_size, T, dtype=torch.int64)
             y = torch.full((batch_size, T), -1)
             for row, window in enumerate(range(first, min(first + batch_size, count))):

@@ -17,12 +17,17 @@ PEAK_FLOPS = {"NVIDIA A100.*": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA 
 PEAK_FLOPS |= {"NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12}
 
 
-def pick_device(name):
-    """The torch.device of an option; auto is the best that is there."""
+def pick_device(name, local_rank=None):
+    """The torch.device of an option; auto is the best that is there; of several ranks each has a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.partition(":")[0] not in ("cuda", "mps", "cpu"):
         raise UserError(f"device={name} is none of auto, cuda, cuda:N, mps, cpu")
+    if name == "cuda" and local_rank is not None:
+        count = torch.cuda.device_count()
+        if 0 < count <= local_rank:
+            raise UserError(f"{count} GPUs are here, not one for each process: --nproc_per_node={count} at most")
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -90,9 +95,9 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or any(text in str(error) for text in words)
 
 
-def out_of_memory(config, block_size):
-    """What to do where memory does not suffice: a batch_size that keeps total_batch_size."""
-    sequences = config.total_batch_size // block_size
+def out_of_memory(config, block_size, size=1):
+    """What to do where memory does not suffice on one of `size` ranks: a batch_size that keeps total_batch_size."""
+    sequences = config.total_batch_size // block_size // size
     smaller = [n for n in range(1, config.batch_size) if sequences % n == 0]
     help = [f"--batch_size={smaller[-1]} keeps total_batch_size={config.total_batch_size}"] if smaller else []
     help += [] if config.activation_checkpointing else ["--activation_checkpointing=True"]

@@ -1,7 +1,8 @@
-"""Train a GPT: one loop, on a CPU, a CUDA GPU or an Apple GPU.
+"""Train a GPT: one loop, on a CPU, a CUDA GPU or an Apple GPU, or many processes of them.
 
     python train.py config/quickstart.py                         a minute on a laptop, no download
     python train.py config/gpt2.py config/small_gpu.py           GPT-2 124M on FineWeb, fitted to a small GPU
+    torchrun --standalone --nproc_per_node=8 train.py            the same on eight GPUs, as DDP; --fsdp=True: as FSDP
     python train.py config/quickstart.py --n_layer=8 --model=model_mine
 
 The same command again goes on where it stopped: bit for bit what an uninterrupted run would have done (on CUDA with
@@ -9,15 +10,13 @@ The same command again goes on where it stopped: bit for bit what an uninterrupt
 out_dir/log.jsonl has a line for every step.
 """
 
-import functools
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 # Threads that wait for each other in a spin lose a hundredfold where they share a core with anything else. Read when
 # torch loads OpenMP: a short spin costs nothing where they do not.
@@ -25,14 +24,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import checkpoint
 import machine
-from configurator import UserError, at_least, configure, program
-from loader import Loader, open_dataset
-from optimizer import learning_rate, make_optimizer
-from pretrained import load_model, model_module, models_with
+from configurator import UserError, configure, program
+from optimizer import learning_rate
+from parallel import Ranks, accumulate, whole
+from pretrained import model_module, models_with
+from start import compile_model, compiles, set_up
 
 
 @dataclass
@@ -70,6 +69,10 @@ class TrainConfig:
     compile: bool | str = "auto"  # torch.compile, for training; auto: on CUDA
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
     deterministic: bool = False  # the same bits on CUDA too, slower
+    # Processes, where torchrun starts several
+    fsdp: bool = False  # share parameters, gradients and optimizer state among them (FSDP); else each has all (DDP)
+    shard_size: int = 0  # processes that share one copy of the model, with fsdp; 0: all of them
+    timeout: int = 600  # seconds that one waits for another
 
 
 AFTER_DIVERGENCE = (
@@ -78,83 +81,28 @@ AFTER_DIVERGENCE = (
 MAX_OVERFLOWS = 20  # float16 steps in a row without a finite gradient
 
 
-# Before the first step ----------------------------------------------------------------------------------------------
-
-
-def check(config):
-    """UserError for a TrainConfig that makes no sense."""
-    at_least(1, config, "batch_size", "total_batch_size", "max_steps", "eval_interval", "eval_tokens", "log_interval")
-    at_least(1, config, "checkpoint_interval", "keep_checkpoints")
-    at_least(0, config, "seed", "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip")
-    if config.min_lr > config.learning_rate:
-        raise UserError(f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}")
-    if not (0 <= config.beta1 < 1 and 0 <= config.beta2 < 1):
-        raise UserError(f"beta1={config.beta1}, beta2={config.beta2} must be at least 0 and below 1")
-    if config.lr_schedule not in ("cosine", "wsd"):
-        raise UserError(f"lr_schedule={config.lr_schedule} is neither cosine nor wsd")
-    if config.compile not in (True, False, "auto"):
-        raise UserError(f"compile={config.compile} is none of auto, True, False")
-
-
-def make_model(config, module, options, meta):
-    """The model that a new run begins with, on the CPU."""
-    if options.get("vocab_size", meta["vocab_size"]) < meta["vocab_size"]:
-        raise UserError(
-            f"vocab_size={options['vocab_size']} is below the {meta['vocab_size']} of data/{config.dataset}"
-        )
-    if config.init_from != "scratch":
-        model, own = load_model(config.init_from, config.model, options)
-        if (own["tokenizer"], own.get("chars")) != (meta["tokenizer"], meta.get("chars")):
-            raise UserError(
-                f"{config.init_from} was trained with the tokenizer {own['tokenizer']}, data/{config.dataset} has "
-                f"{meta['tokenizer']}" + (" of other characters" if own["tokenizer"] == meta["tokenizer"] else "")
-            )
-        return model
-    torch.manual_seed(config.seed)
-    return module.GPT(module.GPTConfig(**({"vocab_size": meta["vocab_size"]} | options)))
-
-
 # The loop -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """What the loop works with."""
-
-    config: TrainConfig
-    out_dir: Path
-    about: dict  # what checkpoints say of the run: options, model_config, meta, data
-    record: dict  # the log record of the last finished step, whose state the model and the optimizer have
-    model: torch.nn.Module
-    forward: Callable  # the model, compiled or not
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # of the loss in float16; in other dtypes it does nothing
-    loader: Loader
-    device: torch.device
-    dtype: torch.dtype
-    stop: machine.Stop
-    overflows: int = 0  # float16 steps in a row without a finite gradient
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 @torch.no_grad()
 def evaluate(run):
     """Mean validation loss in nats per token; None where a signal cut it short."""
     run.model.eval()
+    config, ranks, stopping = run.config, run.ranks, False
     total, count = 0.0, 0
-    for x, y in run.loader.val_batches(run.config.eval_tokens, run.config.batch_size):
-        if run.stop.asked:
+    # each rank has other windows, and as many forwards, which under FSDP all take part in
+    for x, y in run.loader.val_batches(config.eval_tokens, config.batch_size, ranks.rank, ranks.size):
+        if stopping := run.stopping():
             break
         targets = int((y != -1).sum())
         with run.autocast():
             total += run.forward(x.to(run.device), y.to(run.device)).item() * targets
         count += targets
     run.model.train()
+    total, count = ranks.reduce([total, count])
     if not math.isfinite(total):
-        raise UserError(f"step {run.record['step']}: validation loss {total}, not finite{AFTER_DIVERGENCE}")
-    return None if run.stop.asked else total / count
+        ranks.fail(f"step {run.record['step']}: validation loss {total}, not finite{AFTER_DIVERGENCE}")
+    return None if stopping else total / count
 
 
 def train_step(run, step):
@@ -162,35 +110,41 @@ def train_step(run, step):
 
     Returns its mean loss and the norm of the gradient before clipping; None where a signal came, with nothing changed.
     """
-    config, T = run.config, run.loader.block_size
-    # A function of (seed, step): dropout repeats on resume without any saved generator state.
-    torch.manual_seed(int(np.random.SeedSequence((config.seed, step)).generate_state(1, np.uint64)[0]))
+    config, ranks, T = run.config, run.ranks, run.loader.block_size
+    # A function of (seed, step, rank): dropout repeats on resume without any saved generator state.
+    random = np.random.SeedSequence((config.seed, step, ranks.rank))
+    torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))
     sequences = config.total_batch_size // T
-    micro_steps = sequences // config.batch_size
+    micro_steps = sequences // (config.batch_size * ranks.size)
     loss = torch.zeros((), device=run.device)
     for micro_step in range(micro_steps):
-        if run.stop.asked:
+        if run.stopping():
             run.optimizer.zero_grad()
             return None
-        x, y = run.loader.train_batch(step * sequences + micro_step * config.batch_size, config.batch_size)
+        # the ranks share out the micro-step's sequences: together the same global batch, however many they are
+        first = step * sequences + (micro_step * ranks.size + ranks.rank) * config.batch_size
+        x, y = run.loader.train_batch(first, config.batch_size)
         if run.device.type == "cuda":  # from pinned memory the copy overlaps with the computation
             x, y = (t.pin_memory().to(run.device, non_blocking=True) for t in (x, y))
         else:  # an Apple GPU could read the source of such a copy after it is freed
             x, y = x.to(run.device), y.to(run.device)
-        with run.autocast():
-            micro_loss = run.forward(x, y) / micro_steps
-        run.scaler.scale(micro_loss).backward()
+        # gradients travel once, in the backward pass of the last micro-step
+        with accumulate(run.wrapped, last=micro_step == micro_steps - 1):
+            with run.autocast():
+                micro_loss = run.forward(x, y) / micro_steps
+            run.scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
     run.scaler.unscale_(run.optimizer)
     parameters = list(run.model.parameters())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     loss, grad_norm = torch.stack([loss, norm]).tolist()
+    loss = ranks.reduce([loss])[0] / ranks.size
     if math.isfinite(loss) and math.isfinite(grad_norm):
         run.overflows = 0
     elif run.dtype == torch.float16 and run.overflows + 1 < MAX_OVERFLOWS:
         run.overflows += 1  # the scaler skips this step, and scales by half from the next
     else:
-        raise UserError(f"step {step + 1}: loss {loss}, norm of the gradient {grad_norm}, not finite{AFTER_DIVERGENCE}")
+        ranks.fail(f"step {step + 1}: loss {loss}, norm of the gradient {grad_norm}, not finite{AFTER_DIVERGENCE}")
     if config.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
     for group in run.optimizer.param_groups:
@@ -203,10 +157,11 @@ def train_step(run, step):
 
 def loop(run):
     """Train from the run's record on, to the end or to a signal."""
-    config = run.config
+    config, ranks = run.config, run.ranks
     flops, peak = run.model.flops_per_token(run.loader.block_size), machine.peak_flops(run.device, run.dtype)
     started = time.perf_counter() - run.record["seconds"]
-    checkpoint.keep_log(run.out_dir, run.record["step"])
+    if ranks.rank == 0:
+        checkpoint.keep_log(run.out_dir, run.record["step"])
     while True:
         step, last = run.record["step"], run.record["step"] == config.max_steps
 
@@ -216,12 +171,14 @@ def loop(run):
             if val_loss is not None:
                 run.record["val_loss"] = val_loss
                 print(f"step {step}/{config.max_steps} | {describe_loss(val_loss, run.loader.meta)}", flush=True)
-        with open(run.out_dir / "log.jsonl", "a", encoding="utf-8") as log:
-            print(json.dumps(run.record), file=log)
-        improved = "val_loss" in run.record and run.record["val_loss"] < checkpoint.best_loss(run.out_dir)
-        if improved or last or run.stop.asked or step % config.checkpoint_interval == 0:
+        if ranks.rank == 0:
+            with open(run.out_dir / "log.jsonl", "a", encoding="utf-8") as log:
+                print(json.dumps(run.record), file=log)
+        improved = "val_loss" in run.record and ranks.share(run.record["val_loss"] < checkpoint.best_loss(run.out_dir))
+        stopping = run.stopping()
+        if improved or last or stopping or step % config.checkpoint_interval == 0:
             save(run)
-        if last or run.stop.asked:
+        if last or stopping:
             return
 
         # train
@@ -241,8 +198,8 @@ def loop(run):
             "tokens": (step + 1) * config.total_batch_size,
             "seconds": now - started,
             "tokens_per_second": speed,
-            "mfu": flops * speed / peak if peak else None,
-            "memory_gb": machine.peak_memory(run.device),
+            "mfu": flops * speed / peak / ranks.size if peak else None,
+            "memory_gb": max(ranks.gather(machine.peak_memory(run.device))),
         }
         if (step + 1) % config.log_interval == 0 or step + 1 == config.max_steps:
             print(
@@ -256,7 +213,7 @@ def save(run):
     """Save the state after the last finished step; before the first there is nothing to save."""
     if run.record["step"] > 0:
         about = run.about | {"record": run.record, "scaler": run.scaler.state_dict()}
-        checkpoint.save(run.out_dir, run.model, run.optimizer, about, run.config.keep_checkpoints)
+        checkpoint.save(run.out_dir, run.model, run.optimizer, about, run.config.keep_checkpoints, run.ranks)
 
 
 def describe_loss(loss, meta):
@@ -269,102 +226,32 @@ def describe_loss(loss, meta):
 # The program --------------------------------------------------------------------------------------------------------
 
 
-def default_out_dir(argv):
-    """out/ and the stems of the config files; and the model, where the command line names one."""
-    names = [Path(arg).stem for arg in argv if arg.endswith(".py") and not arg.startswith("-")]
-    names += [arg.partition("=")[2] for arg in argv if arg.startswith("--model=")]
-    return "out/" + ("-".join(names) or "gpt2")
-
-
-def set_up(config, module, options, argv):
-    """Everything before the loop: data, model, optimizer, and the state of the run that is in out_dir.
-
-    Writes nothing but a small dataset that is missing. Returns the Run.
-    """
-    check(config)
-    device = machine.pick_device(config.device)
-    dtype = machine.pick_dtype(config.dtype, device)
-    if config.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
-    out_dir = Path(config.out_dir or default_out_dir(argv))
-    steps = [] if config.overwrite else checkpoint.all_steps(out_dir)
-    stored = checkpoint.read_config(steps[-1]) if steps else None
-    try:
-        module.GPTConfig(**options)  # before anything that takes time
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    folder, meta = open_dataset(config.dataset)
-    about = {"options": asdict(config) | {"out_dir": str(out_dir), "dtype": str(dtype).removeprefix("torch.")}}
-    if stored:
-        from_scratch = asdict(module.GPTConfig(**({"vocab_size": meta["vocab_size"]} | options)))
-        about["model_config"] = (from_scratch if config.init_from == "scratch" else stored["model_config"]) | options
-        checkpoint.check_same(about, stored, out_dir)  # again below, when the data are known too
-        model = module.GPT(module.GPTConfig(**stored["model_config"]))
-    else:
-        model = make_model(config, module, options, meta)
-        about["model_config"] = asdict(model.config)
-    loader = Loader(folder, model.config.block_size, model.config.vocab_size, config.seed)
-    about["data"] = {"tokens": [loader.n_train, loader.n_val], "sha256": meta.get("train", {}).get("sha256")}
-    about["meta"] = meta
-    unit = config.batch_size * loader.block_size
-    if config.total_batch_size % unit:
-        lower = config.total_batch_size // unit * unit
-        raise UserError(
-            f"total_batch_size={config.total_batch_size} is not a multiple of batch_size x block_size = "
-            f"{config.batch_size} x {loader.block_size} = {unit}: the nearest are "
-            + " and ".join(str(n) for n in (lower, lower + unit) if n)
-        )
-    model.to(device)
-    optimizer = make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    record = {"step": 0, "tokens": 0, "seconds": 0.0}
-    if stored:
-        checkpoint.check_same(about, stored, out_dir)
-        checkpoint.load(steps[-1], model, optimizer)
-        scaler.load_state_dict(stored["scaler"])
-        record = stored["record"]
-    if config.activation_checkpointing:
-        for block in model.transformer.h:
-            block.forward = functools.partial(recompute_in_backward, block.forward, use_reentrant=False)
-    return Run(config, out_dir, about, record, model, model, optimizer, scaler, loader, device, dtype, machine.Stop())
-
-
-def compile_model(run):
-    """Have the run use torch.compile's model, where that works: a first pass compiles forward and backward."""
-    print("compiling, which takes a minute or so (--compile=False does without)", flush=True)
-    run.forward = torch.compile(run.model)  # checkpoints keep run.model's plain names
-    x, y = (t.to(run.device) for t in run.loader.train_batch(0, run.config.batch_size))
-    try:
-        with run.autocast():
-            loss = run.forward(x, y)
-        loss.backward()
-    except Exception as error:  # each backend and compiler has its own
-        if machine.is_out_of_memory(error):
-            raise
-        print(f"warning: not compiled, {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
-        run.forward = run.model
-    run.optimizer.zero_grad()
-
-
 @program
 def main(argv):
-    config, options = configure(
-        TrainConfig, argv, __doc__, more=lambda config: model_module(config.model).GPTConfig, elsewhere=models_with
-    )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("train.py runs in one process: start it with python, not with torchrun")
+    config, problem = None, None
+    try:
+        config, options = configure(
+            TrainConfig, argv, __doc__, more=lambda config: model_module(config.model).GPTConfig, elsewhere=models_with
+        )
+    except UserError as error:
+        problem = error
+    ranks = Ranks(config.timeout if config else 60)
+    with ranks.together():
+        if problem:
+            raise problem
+    if ranks.restarted:
+        config.overwrite = False  # torchrun started this worker again: what is there is this very run
     machine.keep_freed_memory()
     run = None
     try:
-        run = set_up(config, model_module(config.model), options, argv)
+        run = set_up(config, model_module(config.model), options, argv, ranks)
         train(run)
     except (RuntimeError, MemoryError) as error:
         if not machine.is_out_of_memory(error):
             raise
         if run is None:
             raise UserError("out of memory: the model alone does not fit the device") from error
-        raise UserError(machine.out_of_memory(config, run.loader.block_size)) from error
+        raise UserError(machine.out_of_memory(config, run.loader.block_size, ranks.size)) from error
     finally:
         if run:
             run.stop.restore()
@@ -372,12 +259,13 @@ def main(argv):
 
 def train(run):
     """Say what the run is, and take it to its end, or evaluate it."""
-    config, loader = run.config, run.loader
+    config, loader, size = run.config, run.loader, run.ranks.size
+    on = f" on {size} processes" if size > 1 else ""
     print(" ".join(f"{name}={value}" for name, value in (run.about["options"] | run.about["model_config"]).items()))
     print(
         f"{sum(p.numel() for p in run.model.parameters()):,} parameters | {loader.n_train:,} training tokens | "
         f"{config.total_batch_size:,} tokens a step: {config.batch_size} sequences of {loader.block_size}, "
-        f"{config.total_batch_size // config.batch_size // loader.block_size} times | "
+        f"{config.total_batch_size // config.batch_size // loader.block_size // size} times{on} | "
         f"{machine.device_name(run.device)}, {run.about['options']['dtype']} | {run.out_dir}",
         flush=True,
     )
@@ -388,16 +276,20 @@ def train(run):
     if run.record["step"] >= config.max_steps and "val_loss" in run.record:
         print(f"{run.out_dir} is finished, at step {run.record['step']}: a larger --max_steps goes on")
         return
-    run.out_dir.mkdir(parents=True, exist_ok=True)
-    with checkpoint.alone_in(run.out_dir):
-        if config.overwrite:
-            checkpoint.remove(run.out_dir)
-        if config.compile is True or (config.compile == "auto" and run.device.type == "cuda"):
+    with contextlib.ExitStack() as stack:
+        with run.ranks.together():
+            if run.ranks.rank == 0:
+                run.out_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(checkpoint.alone_in(run.out_dir))
+                if config.overwrite:
+                    checkpoint.remove(run.out_dir)
+        if compiles(config, run.device) and not config.fsdp:
             compile_model(run)
         try:
             loop(run)
         except OSError:
-            save(run)  # what the last finished step computed, if there is still room for it
+            if run.ranks.size == 1:
+                save(run)  # what the last finished step computed, if there is still room for it
             raise
     if run.record["step"] < config.max_steps:
         print(f"stopped after step {run.record['step']}: the same command goes on from there")

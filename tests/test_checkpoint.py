@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader
 import checkpoint
 import train
 from configurator import UserError
+from optimizer import make_optimizer
 
 
 def damaged(run):
@@ -97,7 +98,7 @@ def test_a_loaded_optimizer_is_the_saved_one(tiny_run):
     about = checkpoint.read_config(tiny_run / "step_00000012")
     module = train.model_module("model")
     model = module.GPT(module.GPTConfig(**about["model_config"]))
-    optimizer = train.make_optimizer(model, train.TrainConfig())
+    optimizer = make_optimizer(model, train.TrainConfig())
     checkpoint.load(tiny_run / "step_00000012", model, optimizer)
     states = list(optimizer.state.values())
     assert len(states) == len(list(model.parameters()))

@@ -164,6 +164,14 @@ def test_all_validation_batches_have_one_shape_and_targets(dataset, n):
     assert all((y != -1).any() for _, y in loader.val_batches(10**9, 1))
 
 
+@pytest.mark.parametrize(("n", "size"), [(100, 2), (100, 3), (9, 4), (2, 3)])
+def test_ranks_share_the_validation_windows_out_in_equally_many_batches(dataset, n, size):
+    loader = Loader(dataset(val=range(n)), 8, BIG_VOCAB, 1)
+    shares = [list(loader.val_batches(10**9, 2, rank, size)) for rank in range(size)]
+    targets = torch.cat([y for share in shares for _, y in share])
+    assert sorted(targets[targets != -1].tolist()) == list(range(1, n)) and len({len(share) for share in shares}) == 1
+
+
 def test_validation_is_the_same_in_every_call_and_for_every_seed(dataset):
     folder = dataset(val=range(100))
     loader, other = (Loader(folder, 8, BIG_VOCAB, seed) for seed in (1, 2))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import machine
+from configurator import UserError
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -64,3 +65,18 @@ def test_memory_that_a_cpu_cannot_give_is_told_from_other_errors():
 def test_the_advice_is_the_largest_smaller_batch_that_divides(batch_size, advice):
     config = SimpleNamespace(total_batch_size=24 * 16, batch_size=batch_size, activation_checkpointing=False)
     assert advice in machine.out_of_memory(config, 16)
+
+
+def test_the_advice_shares_a_step_s_sequences_out_over_the_ranks():
+    config = SimpleNamespace(total_batch_size=24 * 16, batch_size=6, activation_checkpointing=False)
+    assert "=4 keeps" in machine.out_of_memory(config, 16, size=2)
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert [machine.pick_device("auto", rank).index for rank in (0, 1)] == [0, 1]
+    with pytest.raises(UserError, match="2 GPUs are here, not one for each process: --nproc_per_node=2 at most"):
+        machine.pick_device("auto", 2)

@@ -12,6 +12,7 @@ from conftest import arguments, read_log
 
 import checkpoint
 import train
+from loader import Loader
 from pretrained import load_model
 
 ROOT = Path(train.__file__).parent
@@ -62,7 +63,7 @@ def test_stopping_after_any_step_and_going_on_gives_the_same_bits(tiny_run, work
 
 
 def test_a_signal_between_micro_steps_drops_the_unfinished_step(tiny_run, workdir, monkeypatch):
-    original, calls = train.Loader.train_batch, []
+    original, calls = Loader.train_batch, []
 
     def signal_in_the_second_micro_step_of_step_3(loader, first, count):
         calls.append(first)
@@ -70,9 +71,9 @@ def test_a_signal_between_micro_steps_drops_the_unfinished_step(tiny_run, workdi
             signal.raise_signal(signal.SIGINT)
         return original(loader, first, count)
 
-    monkeypatch.setattr(train.Loader, "train_batch", signal_in_the_second_micro_step_of_step_3)
+    monkeypatch.setattr(Loader, "train_batch", signal_in_the_second_micro_step_of_step_3)
     train.main(arguments(out_dir="out/stopped", max_steps=12))
-    monkeypatch.setattr(train.Loader, "train_batch", original)
+    monkeypatch.setattr(Loader, "train_batch", original)
     assert read_log(workdir / "out/stopped")[-1]["step"] in (2, 3)
     train.main(arguments(out_dir="out/stopped"))
     assert_same_weights(workdir / "out/stopped", tiny_run)

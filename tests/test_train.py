@@ -16,7 +16,10 @@ from conftest import TINY, arguments, read_log, refused
 
 import checkpoint
 import train
+from loader import Loader
+from optimizer import make_optimizer
 from pretrained import load_model
+from start import default_out_dir
 
 ROOT = Path(train.__file__).parent
 
@@ -49,7 +52,7 @@ def test_a_step_is_that_of_an_optimizer_written_out_by_hand(workdir):
     torch.manual_seed(1337)
     shape = {name: TINY[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
     model = module.GPT(module.GPTConfig(**shape, vocab_size=257))
-    loader = train.Loader("data/tiny", 16, 257, 1337)
+    loader = Loader("data/tiny", 16, 257, 1337)
     state = {name: (torch.zeros_like(p).double(), torch.zeros_like(p).double()) for name, p in model.named_parameters()}
     for step in range(2):
         model.zero_grad()
@@ -120,7 +123,7 @@ def test_wsd_is_constant_until_the_last_fifth_and_then_linear():
 def test_decay_is_on_matrices_only():
     module = train.model_module("model")
     model = module.GPT(module.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=16))
-    decayed, rest = train.make_optimizer(model, train.TrainConfig(weight_decay=0.2)).param_groups
+    decayed, rest = make_optimizer(model, train.TrainConfig(weight_decay=0.2)).param_groups
     assert decayed["weight_decay"] == 0.2 and all(p.dim() == 2 for p in decayed["params"])
     assert rest["weight_decay"] == 0 and all(p.dim() == 1 for p in rest["params"])
     assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
@@ -242,7 +245,7 @@ def test_eval_only_of_a_new_run_makes_no_directory(workdir, capsys):
 
 
 def test_the_default_out_dir_names_the_configs_and_the_model_of_the_command_line():
-    assert train.default_out_dir([]) == "out/gpt2"
-    assert train.default_out_dir(["config/quickstart.py", "--seed=1"]) == "out/quickstart"
+    assert default_out_dir([]) == "out/gpt2"
+    assert default_out_dir(["config/quickstart.py", "--seed=1"]) == "out/quickstart"
     argv = ["config/gpt2.py", "config/small_gpu.py", "--model=model_rope"]
-    assert train.default_out_dir(argv) == "out/gpt2-small_gpu-model_rope"
+    assert default_out_dir(argv) == "out/gpt2-small_gpu-model_rope"
