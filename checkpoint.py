@@ -18,6 +18,7 @@ import zlib
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from configurator import UserError
@@ -50,7 +51,11 @@ def save(out_dir, model, optimizer, about, keep, ranks):
     if ranks.share(part.exists()):
         model_state, optimizer_state = get_state_dict(model, optimizer)
         with ranks.together(), _one_process_is_fine():
-            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=part)
+            try:
+                dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=part)
+            except (CheckpointException, RuntimeError) as error:  # which hides the OSError behind it
+                free = f"{shutil.disk_usage(part).free / 1e9:.1f} GB are free there"
+                raise UserError(f"{part} could not be written, {free}: {str(error).splitlines()[-1]}") from error
         with ranks.together():
             own = sorted(part.iterdir())[ranks.rank :: ranks.size]  # each rank reads some of the files again
             files = {path.name: {"size": path.stat().st_size, "crc32": _crc32(path)} for path in own}

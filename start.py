@@ -4,7 +4,6 @@ Rank 0 alone initializes a model, or reads the weights to begin with; the others
 DDP and FSDP start with the same numbers, and no rank needs room for more than it trains.
 """
 
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 import checkpoint
 import machine
@@ -169,7 +168,7 @@ def set_up(config, module, options, argv, ranks):
     ranks.same(about["options"] | options | {"data": about["data"]})
     if config.activation_checkpointing:
         for block in model.transformer.h:
-            block.forward = functools.partial(recompute_in_backward, block.forward, use_reentrant=False)
+            recompute(block)
     if config.fsdp and compiles(config, device):  # block by block, as gathering them is not a graph's matter
         print(COMPILING, flush=True)
         for block in model.transformer.h:
@@ -184,6 +183,12 @@ def set_up(config, module, options, argv, ranks):
         record = stored["record"]
     state = (model, wrapped, wrapped, optimizer, scaler, loader, device, dtype, machine.Stop(), ranks)
     return Run(config, out_dir, about, record, *state)
+
+
+def recompute(block):
+    """Have a block forget its activations, and compute them anew in the backward pass."""
+    forward = block.forward  # a function around it, as torch.compile does not look into functools.partial
+    block.forward = lambda *inputs: checkpointed(forward, *inputs, use_reentrant=False)
 
 
 def compiles(config, device):

@@ -16,6 +16,9 @@ import checkpoint
 import train
 from configurator import UserError
 from optimizer import make_optimizer
+from pretrained import load_model
+
+ROOT = Path(train.__file__).parent
 
 
 def damaged(run):
@@ -106,7 +109,7 @@ def test_a_loaded_optimizer_is_the_saved_one(tiny_run):
 
 
 def test_a_save_killed_at_any_point_leaves_the_previous_checkpoint_loadable(workdir):
-    root = Path(train.__file__).parent
+    root = ROOT
     options = arguments(max_steps=100000, checkpoint_interval=1, eval_interval=10**6, n_embd=64)
     for delay in (0.0, 0.05, 0.1):
         process = subprocess.Popen([sys.executable, root / "train.py", *options], stdout=subprocess.DEVNULL)
@@ -128,3 +131,11 @@ def test_a_save_killed_at_any_point_leaves_the_previous_checkpoint_loadable(work
         checkpoint.load(last, model)
         assert f"step_{about['record']['step']:08d}" == last.name
         assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_disk_without_room_is_one_line_and_the_checkpoints_before_remain(tiny_run):
+    script = "ulimit -f 30; exec " + " ".join(map(str, [sys.executable, ROOT / "train.py", *arguments(max_steps=13)]))
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "step_00000013.part could not be written, " in done.stderr and "GB are free there" in done.stderr
+    assert load_model(str(tiny_run))

@@ -45,7 +45,7 @@ def torchrun(ranks, *argv, **options):
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=300):
     """Wait for a launch: (status, stdout, stderr). One that hangs is killed with all of its workers."""
     try:
         out, err = process.communicate(timeout=timeout)

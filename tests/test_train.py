@@ -19,7 +19,7 @@ import train
 from loader import Loader
 from optimizer import make_optimizer
 from pretrained import load_model
-from start import default_out_dir
+from start import default_out_dir, recompute
 
 ROOT = Path(train.__file__).parent
 
@@ -249,3 +249,15 @@ def test_the_default_out_dir_names_the_configs_and_the_model_of_the_command_line
     assert default_out_dir(["config/quickstart.py", "--seed=1"]) == "out/quickstart"
     argv = ["config/gpt2.py", "config/small_gpu.py", "--model=model_rope"]
     assert default_out_dir(argv) == "out/gpt2-small_gpu-model_rope"
+
+
+def test_a_block_that_recomputes_its_activations_still_compiles():
+    module = train.model_module("model_rope")
+    torch._dynamo.reset()
+    model = module.GPT(module.GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=16))
+    expected, x = model(torch.arange(8)[None]), torch.arange(8)[None]
+    recompute(model.transformer.h[0])
+    graphs = []
+    model.transformer.h[0].compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    torch.testing.assert_close(model(x), expected)
+    assert len(graphs) == 1
