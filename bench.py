@@ -1,17 +1,16 @@
-"""Speed and memory, measured side by side on the machine at hand.
+"""Speed and memory, measured side by side on the machine at hand; and memory on paper.
 
     python bench.py attention      sliding windows against full causal attention and against a dense mask
     python bench.py decode         time per token and cache bytes: sliding windows far into a text, grouped queries
+    python bench.py memory         what a rank holds and sends under DDP, FSDP and replicated shards, on paper
 
-Machines are noisy: what is compared takes turns, round after round, and the medians are divided. --to=FILE keeps the
-figures as JSON, with machine and versions.
+Machines are noisy: what is compared takes turns, round after round, and medians are divided. --to=FILE: all as JSON.
 """
 
 import functools
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
@@ -24,16 +23,25 @@ import torch.nn.functional as F
 
 import machine
 from configurator import UserError, at_least, configure, program
-from pretrained import model_module
+from memory import memory
+from pretrained import model_module, models_with
 
 
 @dataclass
 class BenchConfig:
-    what: str = "attention"  # attention, decode
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    what: str = "attention"  # attention, decode, memory
+    to: str | None = None  # JSON file to write
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; not of memory
     rounds: int = 5  # of turns, after one to warm up
     position: int = 100_000  # of decode, against position = window
-    to: str | None = None  # JSON file to write
+    # Of memory, as train.py has them
+    model: str = "model"  # the model file, without .py
+    batch_size: int = 16  # sequences in one forward
+    micro_steps: int = 1  # forwards of a rank in one optimizer step
+    dtype: str = "bfloat16"  # float32, bfloat16, float16
+    world_size: int = 8  # processes
+    fsdp: bool = False  # mark FSDP's column rather than DDP's
+    shard_size: int = 0  # processes that share one copy of the model, with fsdp; 0: all of them
 
 
 def take_turns(rounds, device, contestants):
@@ -99,20 +107,16 @@ def attention(config, device):
         for B, T in [(2, 256), (2, 384), (2, 512), (2, 768), (2, 1000), (2, 1024), (1, 8192)]:
             given = inputs(B, T, device, dtype)
             contestants = {"sliding": attend, "full": full} | ({"dense": dense} if T <= 1024 else {})
-            seconds = take_turns(
-                config.rounds,
-                device,
-                {name: functools.partial(forward_backward, f, *given) for name, f in contestants.items()},
-            )
+            runs = {name: functools.partial(forward_backward, f, *given) for name, f in contestants.items()}
+            seconds = take_turns(config.rounds, device, runs)
             row = {"dtype": str(dtype).removeprefix("torch."), "batch": B, "T": T, "window": WINDOW}
             row |= {f"{name}_ms": 1000 * s for name, s in seconds.items()}
             row |= {f"{name}_over_sliding": s / seconds["sliding"] for name, s in seconds.items() if name != "sliding"}
             rows.append(show(row))
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             sizes = pool.starmap(extra_memory, [(T, device, dtype) for T in (4096, 16384)], chunksize=1)
-        row = {"dtype": str(dtype).removeprefix("torch."), "batch": 1, "window": WINDOW}
-        row |= {"gb_at_4096": sizes[0], "gb_at_16384": sizes[1], "ratio": sizes[1] / sizes[0]}
-        rows.append(show(row))
+        row = {"dtype": str(dtype).removeprefix("torch."), "batch": 1, "window": WINDOW, "gb_at_4096": sizes[0]}
+        rows.append(show(row | {"gb_at_16384": sizes[1], "ratio": sizes[1] / sizes[0]}))
     return rows
 
 
@@ -144,7 +148,6 @@ def decode(config, device):
             rows.append(show(name | row | {"ms": 1000 * s, "cache_bytes": caches[length].nbytes}))
         rows[-1]["over_window"] = rows[-1]["ms"] / rows[-2]["ms"]
         print(f"position {config.position} over position {model.config.window}: {rows[-1]['over_window']:.3f}")
-
         contestants = {}
         for variant in ("model", "model_gqa", "model_swa"):
             module = model_module(variant)
@@ -154,39 +157,42 @@ def decode(config, device):
             contestants[variant] = (functools.partial(model, token.expand(samples, 1), cache=cache), cache.nbytes)
         seconds = take_turns(10 * config.rounds, device, {key: run for key, (run, _) in contestants.items()})
         for variant, s in seconds.items():
-            row = {"model": variant, "batch": samples, "position": 512, "ms": 1000 * s}
-            row |= {"cache_bytes": contestants[variant][1], "model_over_this": seconds["model"] / s}
-            rows.append(show(name | row))
+            row = {"model": variant, "batch": samples, "position": 512, "cache_bytes": contestants[variant][1]}
+            rows.append(show(name | row | {"ms": 1000 * s, "model_over_this": seconds["model"] / s}))
     return rows
 
 
 # The program --------------------------------------------------------------------------------------------------------
 
-BENCHMARKS = {"attention": attention, "decode": decode}
+BENCHMARKS = {"attention": attention, "decode": decode, "memory": memory}
 
 
 def show(row):
     """Print a row; returns it."""
-    print(
-        " | ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
-    )
-    sys.stdout.flush()
+    cells = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+    print(" | ".join(cells), flush=True)
     return row
 
 
 @program
 def main(argv):
-    config = configure(BenchConfig, argv, __doc__, positional="what")
-    at_least(1, config, "rounds", "position")
+    config, options = configure(
+        BenchConfig, argv, __doc__, "what", lambda config: model_module(config.model).GPTConfig, models_with
+    )
+    at_least(1, config, "rounds", "position", "batch_size", "micro_steps", "world_size")
+    at_least(0, config, "shard_size")
     if config.what not in BENCHMARKS:
         raise UserError(f"no benchmark {config.what}: there are {', '.join(BENCHMARKS)}")
-    device = machine.pick_device(config.device)
-    machine.keep_freed_memory()
-    torch.manual_seed(0)
-    about = {"benchmark": config.what, "device": machine.device_name(device), "threads": torch.get_num_threads()}
-    about |= {"torch": torch.__version__, "python": platform.python_version(), "rounds": config.rounds}
-    show(about)
-    rows = BENCHMARKS[config.what](config, device)
+    about = {"benchmark": config.what, "torch": torch.__version__, "python": sys.version.split()[0]}
+    if config.what == "memory":
+        rows = memory(config, options)
+    else:
+        device = machine.pick_device(config.device)
+        machine.keep_freed_memory()
+        torch.manual_seed(0)
+        about |= {"device": machine.device_name(device), "threads": torch.get_num_threads(), "rounds": config.rounds}
+        show(about)
+        rows = BENCHMARKS[config.what](config, device)
     if config.to:
         with open(config.to, "w", encoding="utf-8") as file:
             json.dump(about | {"rows": rows}, file, indent=1)
