@@ -95,7 +95,7 @@ def memory(config, options):
     params, blocks = list(model.parameters()), [list(block.parameters()) for block in model.transformer.h]
     step = f"{config.micro_steps} x {config.batch_size} x {shape.block_size} tokens"
     print(
-        f"{config.model}, {share(params, 1):,} parameters, {config.dtype}, {N} ranks, each {step} a step; * is asked for"
+        f"{config.model}, {share(params, 1):,} parameters, {config.dtype}, {N} ranks, each {step} a step; * asked for"
     )
     modes = {"DDP": 0, "FSDP": N} | ({f"shards of {S}": S} if S else {})
     columns = []
