@@ -57,7 +57,11 @@ def save(out_dir, model, optimizer, about, keep, ranks):
                 free = f"{shutil.disk_usage(part).free / 1e9:.1f} GB are free there"
                 raise UserError(f"{part} could not be written, {free}: {str(error).splitlines()[-1]}") from error
         with ranks.together():
-            own = sorted(part.iterdir())[ranks.rank :: ranks.size]  # each rank reads some of the files again
+            names = sorted(path.name for path in part.iterdir())
+        if any(other != names for other in ranks.gather(names)):
+            ranks.fail(f"{part} does not hold the same files for all ranks: their machines must share out_dir")
+        with ranks.together():
+            own = [part / name for name in names[ranks.rank :: ranks.size]]  # each rank reads some of the files again
             files = {path.name: {"size": path.stat().st_size, "crc32": _crc32(path)} for path in own}
         files = {name: file for some in ranks.gather(files) for name, file in some.items()}
     with ranks.together():

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import time
 
 import torch
 
@@ -21,8 +22,13 @@ def pick_device(name, local_rank=None):
     """The torch.device of an option; auto is the best that is there; of several ranks each has a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cpu" if name == "mps" and local_rank is not None else name
     if name.partition(":")[0] not in ("cuda", "mps", "cpu"):
         raise UserError(f"device={name} is none of auto, cuda, cuda:N, mps, cpu")
+    if local_rank is not None and name.partition(":")[0] == "mps":
+        raise UserError("device=mps is for one process: --device=cpu, or without torchrun")
+    if local_rank is not None and name.startswith("cuda:") and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        raise UserError(f"device={name} is one GPU for several processes: --device=cuda gives each its own")
     if name == "cuda" and local_rank is not None:
         count = torch.cuda.device_count()
         if 0 < count <= local_rank:
@@ -113,8 +119,11 @@ class Stop:
 
     def _ask(self, number, frame):
         if self.asked:
-            os._exit(128 + number)
-        self.asked = True
+            # what stops torchrun and its workers reaches these twice, as torchrun passes it on
+            if "RANK" not in os.environ or time.monotonic() - self.first > 1:
+                os._exit(128 + number)
+            return
+        self.asked, self.first = True, time.monotonic()
         with contextlib.suppress(OSError):  # who reads our output may have got the signal too, and be gone
             os.write(2, b"\nstopping at the next micro-step; a second signal ends at once\n")
 

@@ -35,16 +35,17 @@ class Ranks:
         self.local_rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
         self.launched = "RANK" in os.environ  # by torchrun, even if alone
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.restarted = restarts != "0"
         if self.launched and not dist.is_initialized():
             patience = datetime.timedelta(seconds=timeout)
             store, _, _ = next(dist.rendezvous("env://", timeout=patience))
-            # torchrun's store outlives its workers: new ones must not read the addresses of those that died
-            store = dist.PrefixStore(f"restart {restarts}", store)
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                # torchrun's own store outlives its workers: new ones must not read the addresses of those that died
+                store = dist.PrefixStore(f"restart {restarts}", store)
             # GPUs talk by nccl, what is said on CPUs goes by gloo
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=patience)
             atexit.register(self.leave)
+        self.restarted = self.any(restarts != "0")  # each machine counts for itself
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")
 

@@ -18,7 +18,7 @@ import machine
 from configurator import UserError, at_least
 from loader import Loader, open_dataset
 from optimizer import make_optimizer
-from parallel import Ranks, place
+from parallel import Ranks, accumulate, place
 from pretrained import load_model
 
 COMPILING = "compiling, which takes a minute or so (--compile=False does without)"
@@ -59,7 +59,6 @@ def check(config, ranks):
     """UserError for a TrainConfig that makes no sense, for these ranks."""
     at_least(1, config, "batch_size", "total_batch_size", "max_steps", "eval_interval", "eval_tokens", "log_interval")
     at_least(1, config, "checkpoint_interval", "keep_checkpoints")
-    at_least(1, config, "timeout")
     at_least(0, config, "seed", "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "shard_size")
     if config.min_lr > config.learning_rate:
         raise UserError(f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}")
@@ -201,13 +200,19 @@ def compile_model(run):
     print(COMPILING, flush=True)
     run.forward = torch.compile(run.wrapped)  # checkpoints keep run.model's plain names
     x, y = (t.to(run.device) for t in run.loader.train_batch(0, run.config.batch_size))
+    failed = None
     try:
-        with run.autocast():
-            loss = run.forward(x, y)
-        loss.backward()
+        with accumulate(run.wrapped, last=False):  # nothing is sent: it may fail on one rank alone
+            with run.autocast():
+                loss = run.forward(x, y)
+            loss.backward()
     except Exception as error:  # each backend and compiler has its own
         if machine.is_out_of_memory(error):
             raise
-        print(f"warning: not compiled, {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        failed = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    failed = next((text for text in run.ranks.gather(failed) if text), None)
+    if failed:
         run.forward = run.wrapped
+        if run.ranks.rank == 0:
+            print(f"warning: not compiled, {failed}", file=sys.stderr)
     run.optimizer.zero_grad()

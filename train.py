@@ -24,10 +24,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 import checkpoint
 import machine
-from configurator import UserError, configure, program
+from configurator import UserError, at_least, configure, program
 from optimizer import learning_rate
 from parallel import Ranks, accumulate, whole
 from pretrained import model_module, models_with
@@ -160,8 +161,9 @@ def loop(run):
     config, ranks = run.config, run.ranks
     flops, peak = run.model.flops_per_token(run.loader.block_size), machine.peak_flops(run.device, run.dtype)
     started = time.perf_counter() - run.record["seconds"]
-    if ranks.rank == 0:
-        checkpoint.keep_log(run.out_dir, run.record["step"])
+    with ranks.together():
+        if ranks.rank == 0:
+            checkpoint.keep_log(run.out_dir, run.record["step"])
     while True:
         step, last = run.record["step"], run.record["step"] == config.max_steps
 
@@ -171,13 +173,13 @@ def loop(run):
             if val_loss is not None:
                 run.record["val_loss"] = val_loss
                 print(f"step {step}/{config.max_steps} | {describe_loss(val_loss, run.loader.meta)}", flush=True)
-        if ranks.rank == 0:
-            with open(run.out_dir / "log.jsonl", "a", encoding="utf-8") as log:
-                print(json.dumps(run.record), file=log)
+        problem = write_log(run) if ranks.rank == 0 else None
         improved = "val_loss" in run.record and ranks.share(run.record["val_loss"] < checkpoint.best_loss(run.out_dir))
-        stopping = run.stopping()
+        stopping = ranks.any(run.stop.asked or problem is not None)
         if improved or last or stopping or step % config.checkpoint_interval == 0:
             save(run)
+        if stopping and (problem := ranks.share(problem)):
+            ranks.fail(problem)
         if last or stopping:
             return
 
@@ -209,6 +211,15 @@ def loop(run):
             )
 
 
+def write_log(run):
+    """Append the run's record to log.jsonl; returns what went wrong, or None."""
+    try:
+        with open(run.out_dir / "log.jsonl", "a", encoding="utf-8") as log:
+            print(json.dumps(run.record), file=log)
+    except OSError as error:
+        return str(error)
+
+
 def save(run):
     """Save the state after the last finished step; before the first there is nothing to save."""
     if run.record["step"] > 0:
@@ -233,8 +244,9 @@ def main(argv):
         config, options = configure(
             TrainConfig, argv, __doc__, more=lambda config: model_module(config.model).GPTConfig, elsewhere=models_with
         )
+        at_least(1, config, "timeout")
     except UserError as error:
-        problem = error
+        config, problem = None, error
     ranks = Ranks(config.timeout if config else 60)
     with ranks.together():
         if problem:
@@ -247,6 +259,8 @@ def main(argv):
         run = set_up(config, model_module(config.model), options, argv, ranks)
         train(run)
     except (RuntimeError, MemoryError) as error:
+        if config.fsdp and isinstance(error, TorchDynamoException):
+            raise UserError(f"not compiled, {type(error).__name__}: --compile=False does without") from error
         if not machine.is_out_of_memory(error):
             raise
         if run is None:
@@ -283,13 +297,16 @@ def train(run):
                 stack.enter_context(checkpoint.alone_in(run.out_dir))
                 if config.overwrite:
                     checkpoint.remove(run.out_dir)
+        with run.ranks.together():
+            if not run.out_dir.is_dir():
+                raise UserError(f"{run.out_dir} is not there on all machines: they must share it")
         if compiles(config, run.device) and not config.fsdp:
             compile_model(run)
         try:
             loop(run)
-        except OSError:
+        except OSError:  # who read our output may be gone
             if run.ranks.size == 1:
-                save(run)  # what the last finished step computed, if there is still room for it
+                save(run)
             raise
     if run.record["step"] < config.max_steps:
         print(f"stopped after step {run.record['step']}: the same command goes on from there")

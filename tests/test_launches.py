@@ -1,5 +1,6 @@
 """torchrun: resume, resharding, restarts, signals and refusals of several processes."""
 
+import json
 import os
 import re
 import signal
@@ -119,13 +120,16 @@ def test_a_sharded_checkpoint_is_sampled_and_exported_in_one_process():
     assert subprocess.run(line, capture_output=True, text=True).stdout.startswith("def ")
 
 
-def test_two_agents_of_two_ranks_each_meet_over_the_network():
+def test_two_agents_of_two_ranks_each_meet_over_the_network_and_again_after_one_is_killed(monkeypatch):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = ["--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}"]
-    line = [sys.executable, "-m", "torch.distributed.run", *flags, ROOT / "train.py"]
-    line += command("nodes", 4, fsdp=True, shard_size=2, max_steps=12)
+    line = [sys.executable, "-m", "torch.distributed.run", *flags, "--max-restarts=2", ROOT / "tests/launched.py"]
+    argv = command("nodes", 4, fsdp=True, shard_size=2, max_steps=12)
+    Path("runs.json").write_text(json.dumps([{"argv": argv, "signal": "SIGKILL", "rank": 3, "step": 8}]))
+    line.append("runs.json")
     agents = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     assert [finish(agent)[0] for agent in agents] == [0, 0]
     train.main(command("node", max_steps=12))
@@ -159,13 +163,16 @@ def refusals(folder):
     ids = list(TEXT.encode())
     write_dataset(folder / "other/data/tiny", ids[:-700], ids[-600:], {"tokenizer": "byte"})
     runs += [{"argv": command("refused", 2), "folders": [".", "other"]}]
+    os.makedirs(folder / "apart")
+    os.symlink(folder / "data", folder / "apart/data")
+    runs += [{"argv": command("apart", 2), "folders": [".", "apart"]}]
     noted, err = launch(2, runs)
     return [[runs[i]["status"] for runs in noted] for i in range(len(runs))], err
 
 
 def test_every_refusal_ends_both_ranks_with_status_2_and_one_line_in_all(refusals):
     statuses, err = refusals
-    assert statuses == (len(REFUSED) + 2) * [[2, 2]]
+    assert statuses == (len(REFUSED) + 3) * [[2, 2]]
     assert len([line for line in err.splitlines() if line.startswith("error: ")]) == len(statuses)
     assert not Path("out/refused-model").exists()
 
@@ -177,6 +184,10 @@ def test_a_refusal_says_what_is_wrong(refusals, name):
 
 def test_ranks_with_different_options_are_told_which(refusals):
     assert "rank 1 has seed=2, rank 0 has seed=1: all must have the same" in refusals[1]
+
+
+def test_machines_that_do_not_share_out_dir_are_told_so(refusals):
+    assert "out/apart-model is not there on all machines: they must share it" in refusals[1]
 
 
 def test_ranks_with_different_data_are_told_so(refusals):

@@ -80,3 +80,18 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
     assert [machine.pick_device("auto", rank).index for rank in (0, 1)] == [0, 1]
     with pytest.raises(UserError, match="2 GPUs are here, not one for each process: --nproc_per_node=2 at most"):
         machine.pick_device("auto", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("mps", "device=mps is for one process"), ("cuda:1", "one GPU for several")]
+)
+def test_a_device_that_several_processes_cannot_use_is_refused(monkeypatch, name, message):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=message):
+        machine.pick_device(name, local_rank=0)
+
+
+def test_several_processes_choose_the_cpu_rather_than_one_apple_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert machine.pick_device("auto", local_rank=0) == torch.device("cpu")
