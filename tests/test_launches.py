@@ -46,20 +46,44 @@ def same_weights(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_going_on_gives_the_same_bits(fsdp):
-    how = dict(**SHORT, fsdp=fsdp)
-    stopped = {"argv": command(f"stopped{fsdp}", 2, **how), "signal": "SIGTERM", "rank": 1, "step": 7}
-    again, whole = {"argv": stopped["argv"]}, {"argv": command(f"whole{fsdp}", 2, **how)}
-    noted, _ = launch(2, [stopped, again, whole])
-    assert [len(runs[0]["sequences"]) for runs in noted] == [8, 8]  # both began the step, neither finished it
-    assert [run["status"] for runs in noted for run in runs] == 6 * [0]
-    assert [step for step, *_ in losses(f"stopped{fsdp}")] == list(range(13))
-    assert losses(f"stopped{fsdp}") == losses(f"whole{fsdp}") and same_weights(f"stopped{fsdp}", f"whole{fsdp}")
+@pytest.fixture(scope="module")
+def signalled(folder):
+    """What the ranks noted of runs of DDP and FSDP: stopped in step 8 by a signal to rank 1, the same again, and one
+    that nothing stopped."""
+    runs = []
+    for mode in ("ddp", "fsdp"):
+        stopped, whole = (command(f"{name}-{mode}", 2, fsdp=mode == "fsdp", **SHORT) for name in ("stopped", "whole"))
+        runs += [{"argv": stopped, "signal": "SIGTERM", "rank": 1, "step": 7}, {"argv": stopped}, {"argv": whole}]
+    return launch(2, runs)[0]
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(signalled):
+    for rank in signalled:  # each began the eighth step, and finished seven
+        assert [len(run["sequences"]) for run in rank] == 2 * [8, 5, 12]
+        assert [run["status"] for run in rank] == 6 * [0]
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_going_on_after_a_signal_gives_the_same_bits(signalled, mode):
+    assert [step for step, *_ in losses(f"stopped-{mode}")] == list(range(13))
+    assert losses(f"stopped-{mode}") == losses(f"whole-{mode}") and same_weights(f"stopped-{mode}", f"whole-{mode}")
+
+
+def test_a_sharded_checkpoint_is_sampled_and_exported_in_one_process(signalled):
+    export("out/whole-fsdp-model", "exported")
+    assert AutoModelForCausalLM.from_pretrained("exported").config.n_embd == 40
+    line = [
+        sys.executable,
+        ROOT / "sample.py",
+        "--init_from=out/whole-fsdp-model",
+        "--max_new_tokens=5",
+        "--prompt=def ",
+    ]
+    assert subprocess.run(line, capture_output=True, text=True).stdout.startswith("def ")
 
 
 def test_every_mode_goes_on_from_the_checkpoint_of_any_other(monkeypatch):
-    modes = [(1, {}), (2, {"fsdp": True}), (3, {"fsdp": True}), (2, {}), (4, {"fsdp": True, "shard_size": 2}), (1, {})]
+    modes = [(1, {}), (2, {"fsdp": True}), (3, {"fsdp": True}), (2, {}), (4, {"fsdp": True}), (1, {})]
     original = train.train_step
 
     def stop_in_step_2(run, step):
@@ -110,14 +134,6 @@ def test_torchrun_passes_a_sigterm_on_and_the_same_command_finishes():
     argv[-1:] = [argv[-1], f"--max_steps={int(last.name.removeprefix('step_')) + 2}"]
     status, out, _ = finish(torchrun(2, *argv))
     assert status == 0 and "python sample.py --init_from=out/terminated-model" in out
-
-
-def test_a_sharded_checkpoint_is_sampled_and_exported_in_one_process():
-    launch(2, [{"argv": command("sharded", 2, fsdp=True, **SHORT)}])
-    export("out/sharded-model", "exported")
-    assert AutoModelForCausalLM.from_pretrained("exported").config.n_embd == 40
-    line = [sys.executable, ROOT / "sample.py", "--init_from=out/sharded-model", "--max_new_tokens=5", "--prompt=def "]
-    assert subprocess.run(line, capture_output=True, text=True).stdout.startswith("def ")
 
 
 def test_two_agents_of_two_ranks_each_meet_over_the_network_and_again_after_one_is_killed(monkeypatch):
