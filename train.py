@@ -190,6 +190,7 @@ def loop(run):
             save(run)
             return
         loss, grad_norm = result
+        memory = machine.peak_memory(run.device)
         now = time.perf_counter()
         speed = config.total_batch_size / (now - begun)
         run.record = {
@@ -201,7 +202,7 @@ def loop(run):
             "seconds": now - started,
             "tokens_per_second": speed,
             "mfu": flops * speed / peak / ranks.size if peak else None,
-            "memory_gb": max(ranks.gather(machine.peak_memory(run.device))),
+            "memory_gb": memory and ranks.reduce([memory], "max")[0],
         }
         if (step + 1) % config.log_interval == 0 or step + 1 == config.max_steps:
             print(
