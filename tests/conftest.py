@@ -40,6 +40,12 @@ def write_dataset(folder, train_ids, val_ids, meta):
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
+def write_tiny(folder):
+    """data/tiny in a folder: bytes of Python-like text."""
+    ids = list(TEXT.encode())
+    write_dataset(folder / "data" / "tiny", ids[:-600], ids[-600:], {"tokenizer": "byte"})
+
+
 def refused(capsys, argv):
     """Run train.py with arguments that it must refuse; returns its one line on stderr."""
     capsys.readouterr()
@@ -63,8 +69,7 @@ def read_log(run):
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
     """An empty working directory with data/tiny, bytes of Python-like text."""
-    ids = list(TEXT.encode())
-    write_dataset(tmp_path / "data" / "tiny", ids[:-600], ids[-600:], {"tokenizer": "byte"})
+    write_tiny(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -72,8 +77,7 @@ def workdir(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def _trained(tmp_path_factory):
     folder, before = tmp_path_factory.mktemp("trained"), os.getcwd()
-    ids = list(TEXT.encode())
-    write_dataset(folder / "data" / "tiny", ids[:-600], ids[-600:], {"tokenizer": "byte"})
+    write_tiny(folder)
     os.chdir(folder)
     train.main(arguments())
     os.chdir(before)

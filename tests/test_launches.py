@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import test_resume
 import torch
-from conftest import TEXT, read_log, write_dataset
+from conftest import TEXT, read_log, write_dataset, write_tiny
 from test_parallel import ROOT, command, finish, launch, torchrun
 from transformers import AutoModelForCausalLM
 
@@ -27,18 +28,14 @@ SHORT = dict(max_steps=12, eval_interval=6, dropout=0.1)
 def folder(tmp_path_factory):
     """A working directory with data/tiny."""
     folder, before = tmp_path_factory.mktemp("launches"), os.getcwd()
-    ids = list(TEXT.encode())
-    write_dataset(folder / "data" / "tiny", ids[:-600], ids[-600:], {"tokenizer": "byte"})
+    write_tiny(folder)
     os.chdir(folder)
     yield folder
     os.chdir(before)
 
 
 def losses(name):
-    return [
-        (r["step"], r.get("train_loss"), r.get("grad_norm"), r.get("val_loss"))
-        for r in read_log(Path(f"out/{name}-model"))
-    ]
+    return test_resume.losses(Path(f"out/{name}-model"))
 
 
 def same_weights(a, b):

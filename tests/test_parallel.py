@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, arguments, read_log, write_dataset
+from conftest import arguments, read_log, write_tiny
 from test_variants import MODELS
 
 import train
@@ -90,17 +90,11 @@ def run_all():
     return notes
 
 
-def make_tiny():
-    """data/tiny in the working directory."""
-    ids = list(TEXT.encode())
-    write_dataset(Path("data/tiny"), ids[:-600], ids[-600:], {"tokenizer": "byte"})
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("parallel"))
-    make_tiny()
+    write_tiny(Path())
     yield run_all()
     os.chdir(before)
 
@@ -206,7 +200,7 @@ if __name__ == "__main__":  # write the tables into docs/DISTRIBUTED.md
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        make_tiny()
+        write_tiny(Path())
         made = tables(run_all())
     path = ROOT / "docs/DISTRIBUTED.md"
     text = path.read_text(encoding="utf-8")
