@@ -1,0 +1,124 @@
+"""The models that the experiments compare: their training runs, and steps of training and decoding to time.
+
+A run is one of train.py's, in out/experiments/runs; several experiments look at the same ones. What is timed has the
+shape of GPT-2 124M, whatever was trained.
+"""
+
+import multiprocessing
+from dataclasses import dataclass, field
+
+import torch
+
+import machine
+import train
+from bench import read
+from configurator import UserError
+from experiments.study import OUT
+from plot import read_log
+from pretrained import model_module
+
+
+@dataclass
+class Config:
+    run: dict  # options of train.py
+    seeds: tuple = (1, 2, 3)
+    shape: dict = field(default_factory=lambda: {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024})
+    batch_size: int = 1  # sequences of block_size tokens in a timed training step
+    rounds: int = 3  # of training steps taking turns; ten times as many of decoding
+
+
+SMALL = {"dataset": "stdlib", "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256}
+SMALL |= {"batch_size": 8, "total_batch_size": 2048, "max_steps": 800, "eval_interval": 100, "eval_tokens": 2**20}
+SMALL |= {"learning_rate": 4e-3, "min_lr": 1e-5, "warmup_steps": 50, "lr_schedule": "wsd", "beta2": 0.99}
+MEDIUM = {"dataset": "fineweb", "n_layer": 8, "n_head": 8, "n_embd": 512, "block_size": 1024, "vocab_size": 50304}
+MEDIUM |= {"batch_size": 32, "total_batch_size": 2**17, "max_steps": 2000, "eval_interval": 250, "eval_tokens": 2**21}
+MEDIUM |= {"learning_rate": 1e-3, "min_lr": 1e-5, "warmup_steps": 100, "lr_schedule": "wsd"}
+PRESETS = {
+    "cpu": Config(run=SMALL | {"log_interval": 100}),
+    "gpu": Config(run=MEDIUM | {"log_interval": 50}, seeds=(1, 2), batch_size=16, rounds=10),
+}
+
+
+def variants(n_head, block_size, **_):
+    """The models compared, for a shape, by name."""
+    half, quarter = n_head // 2, n_head // 4
+    return {
+        "base": {"model": "model"},
+        "RoPE": {"model": "model_rope"},
+        "GQA 1/2": {"model": "model_gqa", "n_kv_head": half},
+        "GQA 1/4": {"model": "model_gqa", "n_kv_head": quarter},
+        "SWA 1/4": {"model": "model_swa", "window": block_size // 4},
+        "SWA 1/16": {"model": "model_swa", "window": block_size // 16},
+        "RoPE + SWA": {"model": "model_rope_gqa_swa", "n_kv_head": n_head, "window": block_size // 4},
+        "all three": {"model": "model_rope_gqa_swa", "n_kv_head": half, "window": block_size // 4},
+    }
+
+
+def run_of(config, name, seed):
+    """The finished run of a variant, trained where it is missing."""
+    directory = f"{config.run['dataset']}-{name.replace(' ', '_').replace('/', '_of_')}-{seed}"
+    return trained(directory, config.run | variants(**config.run)[name] | {"seed": seed})
+
+
+def trained(name, options):
+    """The directory of a run of train.py, finished; UserError where it was stopped."""
+    run = OUT / "runs" / name
+    torch.compiler.reset()  # of the run before: compiled variants of one function are limited in number
+    train.main([*(f"--{key}={value}" for key, value in options.items()), f"--out_dir={run}"])
+    if read_log(run)[-1]["step"] < options["max_steps"]:
+        raise UserError(f"{run} was stopped: the same command goes on from there")
+    return run
+
+
+def build(shape):
+    """A new model of a shape: `model`, the file's name, and options of its GPTConfig."""
+    module = model_module(shape["model"])
+    return module.GPT(module.GPTConfig(**{key: value for key, value in shape.items() if key != "model"}))
+
+
+def training_step(shape, B, T, device, dtype):
+    """A function that takes one training step (AdamW, autocast) of a new model on B x T random tokens."""
+    model = build(shape).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(model.config.vocab_size, (B, T + 1), device=device)
+    forward = torch.compile(model) if device.type == "cuda" else model
+
+    def step():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = forward(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@torch.inference_mode()
+def decoding_step(shape, position, device, dtype):
+    """A function that decodes the token at a position, again and again; and the bytes of its cache."""
+    model = build(shape).to(device, dtype).eval()
+    cache = model.make_cache(1, position + 1)
+    read(model, cache, position)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+
+    @torch.inference_mode()
+    def step():
+        cache.pos = position
+        model(token, cache=cache)
+
+    return step, cache.nbytes
+
+
+def step_memory(shape, B, T, device, dtype):
+    """Peak GB of training steps; on a CPU beyond what the process had without a model."""
+    before = machine.peak_memory(device)
+    step = training_step(shape, B, T, device, dtype)
+    for _ in range(2):  # the second has the optimizer's state too
+        step()
+    return machine.peak_memory(device) - before
+
+
+def in_new_process(function, *arguments):
+    """Call a function in a process of its own: a peak of memory knows no way back."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)

@@ -1,0 +1,82 @@
+"""What does each change cost and buy? model.py and its variants side by side.
+
+    python -m experiments.table --preset=cpu
+
+Quality: small models trained on the same data, in the same order, for as many tokens, with several seeds. Size and
+speed: at the shape of GPT-2 124M, training steps and decoding taking turns.
+"""
+
+import math
+import sys
+
+import torch
+
+from bench import take_turns
+from configurator import program
+from experiments.runs import PRESETS, build, decoding_step, in_new_process, run_of, step_memory, training_step, variants
+from experiments.study import COLOURS, Study
+from loader import open_dataset
+from plot import read_log
+
+
+def quality(config, name, seed):
+    record = read_log(run_of(config, name, seed))[-1]
+    val = open_dataset(config.run["dataset"])[1]["val"]
+    bits = record["val_loss"] / math.log(2) * val["tokens"] / val["bytes"] if "bytes" in val else None
+    return {"val_loss": record["val_loss"], "bits_per_byte": bits, "tokens": record["tokens"]}
+
+
+def size(shape, T):
+    with torch.device("meta"):
+        model = build(shape)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops_per_token": model.flops_per_token(T),
+        "cache_bytes_per_token": model.make_cache(1, 1).nbytes,
+        "cache_bytes_32k": model.make_cache(1, 32 * 1024).nbytes,
+    }
+
+
+def speed(config, device, dtype):
+    """Tokens per second of training and of decoding at position T - 1, by name: the models take turns."""
+    T = config.shape["block_size"]
+    shapes = {name: config.shape | variant for name, variant in variants(**config.shape).items()}
+    steps = {name: training_step(shape, config.batch_size, T, device, dtype) for name, shape in shapes.items()}
+    training = take_turns(config.rounds, device, steps)
+    steps = {name: decoding_step(shape, T - 1, device, dtype)[0] for name, shape in shapes.items()}
+    decoding = take_turns(10 * config.rounds, device, steps)
+    return {
+        name: {"training": config.batch_size * T / training[name], "decoding": 1 / decoding[name]} for name in shapes
+    }
+
+
+def draw(study, panel):
+    """Validation loss over what decoding has to read: a point for each variant, a whisker for its seeds."""
+    points = study.state["points"]
+    for name, colour in zip(variants(**study.config.run), COLOURS, strict=True):
+        losses = [points[f"{name}, seed {seed}"]["val_loss"] for seed in study.config.seeds]
+        x, mean = points[f"{name}, size"]["cache_bytes_32k"] / 1e6, sum(losses) / len(losses)
+        panel.errorbar(x, mean, [[mean - min(losses)], [max(losses) - mean]], fmt="o", capsize=4, color=colour)
+        panel.annotate(name, (x, mean), xytext=(8, 4), textcoords="offset points", color=colour)
+    panel.set_xscale("log")
+    panel.set_xlabel("key-value cache of 32k tokens at the shape of GPT-2 124M, float32 (MB)")
+    panel.set_ylabel("validation loss (nats per token)")
+
+
+@program
+def main(argv):
+    study = Study("table", argv, __doc__, PRESETS)
+    config, device, dtype, T = study.config, study.device, study.dtype, study.config.shape["block_size"]
+    for seed in config.seeds:
+        for name in variants(**config.run):
+            study.point(f"{name}, seed {seed}", quality, config, name, seed)
+    for name, variant in variants(**config.shape).items():
+        shape = config.shape | variant
+        study.point(f"{name}, size", size, shape, T)
+        study.point(f"{name}, memory", in_new_process, step_memory, shape, config.batch_size, T, device, dtype)
+    study.point("speed", speed, config, device, dtype)
+    study.finish(lambda panel: draw(study, panel))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
