@@ -1,21 +1,18 @@
-"""The models that the experiments compare: their training runs, and steps of training and decoding to time.
+"""The models that the experiments compare, and their training runs.
 
 A run is one of train.py's, in out/experiments/runs; several experiments look at the same ones. What is timed has the
 shape of GPT-2 124M, whatever was trained.
 """
 
-import multiprocessing
 from dataclasses import dataclass, field
 
 import torch
 
-import machine
 import train
-from bench import read
 from configurator import UserError
 from experiments.study import OUT
+from loader import open_dataset
 from plot import read_log
-from pretrained import model_module
 
 
 @dataclass
@@ -70,55 +67,7 @@ def trained(name, options):
     return run
 
 
-def build(shape):
-    """A new model of a shape: `model`, the file's name, and options of its GPTConfig."""
-    module = model_module(shape["model"])
-    return module.GPT(module.GPTConfig(**{key: value for key, value in shape.items() if key != "model"}))
-
-
-def training_step(shape, B, T, device, dtype):
-    """A function that takes one training step (AdamW, autocast) of a new model on B x T random tokens."""
-    model = build(shape).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(model.config.vocab_size, (B, T + 1), device=device)
-    forward = torch.compile(model) if device.type == "cuda" else model
-
-    def step():
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = forward(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-@torch.inference_mode()
-def decoding_step(shape, position, device, dtype):
-    """A function that decodes the token at a position, again and again; and the bytes of its cache."""
-    model = build(shape).to(device, dtype).eval()
-    cache = model.make_cache(1, position + 1)
-    read(model, cache, position)
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-
-    @torch.inference_mode()
-    def step():
-        cache.pos = position
-        model(token, cache=cache)
-
-    return step, cache.nbytes
-
-
-def step_memory(shape, B, T, device, dtype):
-    """Peak GB of training steps; on a CPU beyond what the process had without a model."""
-    before = machine.peak_memory(device)
-    step = training_step(shape, B, T, device, dtype)
-    for _ in range(2):  # the second has the optimizer's state too
-        step()
-    return machine.peak_memory(device) - before
-
-
-def in_new_process(function, *arguments):
-    """Call a function in a process of its own: a peak of memory knows no way back."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+def shape_of(run):
+    """The shape of the models that these options train, but for the model."""
+    shape = {key: run[key] for key in ("n_layer", "n_head", "n_embd", "block_size")}
+    return shape | {"vocab_size": run.get("vocab_size") or open_dataset(run["dataset"])[1]["vocab_size"]}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import machine
-from configurator import UserError, configure
+from configurator import UserError
 from tokenizer import write_json
 
 OUT, DOCS = Path("out/experiments"), Path("docs/experiments")
@@ -31,17 +31,20 @@ class StudyConfig:
 
 
 class Study:
-    """One experiment at one preset; `presets` has each one's config, a dataclass."""
+    """One experiment, for a filled StudyConfig; `presets` has each preset's config, a dataclass."""
 
-    def __init__(self, name, argv, doc, presets):
-        options = configure(StudyConfig, argv, doc)
+    def __init__(self, name, options, presets):
         if options.preset not in presets:
             raise UserError(f"preset={options.preset} is none of {', '.join(presets)}")
         self.name, self.config = f"{name}_{options.preset}", presets[options.preset]
         self.device = machine.pick_device("cuda" if options.preset == "gpu" else "cpu")
         self.dtype = machine.pick_dtype("auto", self.device)
         machine.keep_freed_memory()
-        about = {"experiment": name, "preset": options.preset, "config": asdict(self.config)}
+        about = {
+            "experiment": name,
+            "preset": options.preset,
+            "config": self.config if isinstance(self.config, dict) else asdict(self.config),
+        }
         self.state = json.loads(json.dumps(about | where_and_when(self.device, self.dtype))) | {"points": {}}
         self.path = OUT / f"{self.name}.json"
         if self.path.exists() and not options.overwrite:
@@ -95,3 +98,14 @@ def where_and_when(device, dtype):
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository
         commit, changes = "unknown", ""
     return {"machine": what, "versions": versions, "commit": commit + (" and changes" if changes else "")}
+
+
+def seeds_of(state, key):
+    """The values of a point's seeds, of a study's state."""
+    return [state["points"][f"{key}, seed {seed}"] for seed in state["config"]["seeds"]]
+
+
+def markdown(header, rows):
+    """A table for the report."""
+    lines = [" | ".join(map(str, row)) for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)]
+    return "\n".join(f"| {line} |" for line in lines)

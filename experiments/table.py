@@ -8,20 +8,22 @@ speed: at the shape of GPT-2 124M, training steps and decoding taking turns.
 
 import math
 import sys
+from statistics import mean
 
 import torch
 
 from bench import take_turns
-from configurator import program
-from experiments.runs import PRESETS, build, decoding_step, in_new_process, run_of, step_memory, training_step, variants
-from experiments.study import COLOURS, Study
+from configurator import configure, program
+from experiments.runs import PRESETS, run_of, variants
+from experiments.steps import build, decoding_step, in_new_process, step_memory, training_step
+from experiments.study import COLOURS, Study, StudyConfig, markdown, seeds_of
 from loader import open_dataset
 from plot import read_log
 
 
 def quality(config, name, seed):
     record = read_log(run_of(config, name, seed))[-1]
-    val = open_dataset(config.run["dataset"])[1]["val"]
+    val = open_dataset(config.run["dataset"])[1].get("val", {})
     bits = record["val_loss"] / math.log(2) * val["tokens"] / val["bytes"] if "bytes" in val else None
     return {"val_loss": record["val_loss"], "bits_per_byte": bits, "tokens": record["tokens"]}
 
@@ -50,6 +52,39 @@ def speed(config, device, dtype):
     }
 
 
+def sizes(state):
+    """Markdown: size and speed of each variant, with its speed as a multiple of the base's."""
+    points, rows = state["points"], []
+    base = points["speed"]["base"]
+    for name, speed in points["speed"].items():
+        size, faster = points[f"{name}, size"], {key: speed[key] / base[key] for key in speed}
+        row = [name, f"{size['parameters']:,}", f"{size['flops_per_token'] / 1e6:.0f}"]
+        row += [f"{speed[key]:.{digits}f} ({faster[key]:.2f}x)" for key, digits in (("training", 0), ("decoding", 1))]
+        row += [f"{points[f'{name}, memory']:.2f}", f"{size['cache_bytes_per_token']:,}"]
+        rows.append([*row, f"{size['cache_bytes_32k'] / 1e6:.1f}"])
+    header = ["", "parameters", "MFLOPs / token", "training tok/s", "decoding tok/s", "training GB"]
+    return markdown([*header, "cache bytes / token", "cache of 32k, MB"], rows)
+
+
+def verdict(losses, base):
+    """How a variant's losses compare with the base's: their means, where they differ by more than either's spread."""
+    difference, spread = mean(losses) - mean(base), max(max(x) - min(x) for x in (losses, base))
+    return "no difference shown" if abs(difference) <= spread else f"{difference:+.4f}"
+
+
+def losses(state):
+    """Markdown: validation loss and bits per byte of each variant, means over the seeds."""
+    rows = []
+    base = [point["val_loss"] for point in seeds_of(state, "base")]
+    for name in variants(**state["config"]["run"]):
+        points = seeds_of(state, name)
+        own = [point["val_loss"] for point in points]
+        bits = [p["bits_per_byte"] for p in points if p["bits_per_byte"] is not None]
+        row = [name, f"{mean(own):.4f}", f"{min(own):.4f} to {max(own):.4f}"]
+        rows.append([*row, f"{mean(bits):.3f}" if bits else "", "" if name == "base" else verdict(own, base)])
+    return markdown(["", "validation loss", "of the seeds", "bits per byte", "against the base"], rows)
+
+
 def draw(study, panel):
     """Validation loss over what decoding has to read: a point for each variant, a whisker for its seeds."""
     points = study.state["points"]
@@ -65,7 +100,7 @@ def draw(study, panel):
 
 @program
 def main(argv):
-    study = Study("table", argv, __doc__, PRESETS)
+    study = Study("table", configure(StudyConfig, argv, __doc__), PRESETS)
     config, device, dtype, T = study.config, study.device, study.dtype, study.config.shape["block_size"]
     for seed in config.seeds:
         for name in variants(**config.run):

@@ -1,0 +1,88 @@
+"""Do rotary positions learn faster than learned ones? Validation loss over steps and over time.
+
+    python -m experiments.convergence --preset=cpu
+
+The runs are experiments.table's. Time is steps times the median step time of models that take turns, as the speed of a
+machine wanders while runs follow each other.
+"""
+
+import itertools
+import sys
+
+from bench import take_turns
+from configurator import configure, program
+from experiments.runs import PRESETS, run_of, shape_of, variants
+from experiments.steps import training_step
+from experiments.study import COLOURS, Study, StudyConfig, markdown
+from plot import read_log
+
+NAMES = ("base", "RoPE")
+
+
+def curve(config, name, seed):
+    return [[r["step"], r["val_loss"]] for r in read_log(run_of(config, name, seed)) if "val_loss" in r]
+
+
+def step_seconds(config, device, dtype):
+    B, T = config.run["batch_size"], config.run["block_size"]
+    shapes = {name: shape_of(config.run) | variants(**config.run)[name] for name in NAMES}
+    steps = {name: training_step(shape, B, T, device, dtype) for name, shape in shapes.items()}
+    micro_steps = config.run["total_batch_size"] // (B * T)
+    return {name: s * micro_steps for name, s in take_turns(10 * config.rounds, device, steps).items()}
+
+
+def steps_to(curve, loss):
+    """The step at which a curve first reaches a loss, on a straight line between evaluations; None if it never does."""
+    for (step, before), (next_step, after) in itertools.pairwise(curve):
+        if after <= loss < before:
+            return step + (next_step - step) * (before - loss) / (before - after)
+    return None
+
+
+def losses(state):
+    """Markdown: where the runs end, and when RoPE is where the learned positions end."""
+    seconds, rows = state["points"]["step_seconds"], []
+    for seed in state["config"]["seeds"]:
+        base, rope = (state["points"][f"{name}, seed {seed}"] for name in NAMES)
+        (last, loss), there = base[-1], steps_to(rope, base[-1][1])
+        row = [f"seed {seed}", f"{loss:.4f}", f"{rope[-1][1]:.4f}"]
+        if there is None:
+            rows.append([*row, "never", "", ""])
+        else:
+            time = there * seconds["RoPE"] / (last * seconds["base"])
+            rows.append([*row, f"{there:.0f}", f"{there / last:.2f}", f"{time:.2f}"])
+    rows.append(["a step takes", *(f"{1000 * seconds[name]:.1f} ms" for name in NAMES), "", "", ""])
+    header = ["", "learned positions", "RoPE", "RoPE is there at step", "of the steps", "of the time"]
+    return markdown(header, rows)
+
+
+def draw(study, over_steps, over_time):
+    points = study.state["points"]
+    for name, colour in zip(NAMES, (COLOURS[0], COLOURS[1]), strict=True):
+        for seed in study.config.seeds:
+            steps, losses = zip(*points[f"{name}, seed {seed}"], strict=True)
+            times = [step * points["step_seconds"][name] for step in steps]
+            for panel, x in ((over_steps, steps), (over_time, times)):
+                panel.plot(x[1:], losses[1:], color=colour, marker="o", markersize=3, linewidth=1.2)
+        label = "learned positions" if name == "base" else "RoPE"
+        for panel, x in ((over_steps, steps), (over_time, times)):
+            middle = len(x) // 2
+            offset = (4, 14) if name == "base" else (-4, -18)
+            panel.annotate(label, (x[middle], losses[middle]), offset, textcoords="offset points", color=colour)
+    over_steps.set_xlabel("steps")
+    over_time.set_xlabel("time (s)")
+    over_steps.set_ylabel("validation loss (nats per token)")
+
+
+@program
+def main(argv):
+    study = Study("convergence", configure(StudyConfig, argv, __doc__), PRESETS)
+    for name in NAMES:
+        for seed in study.config.seeds:
+            study.point(f"{name}, seed {seed}", curve, study.config, name, seed)
+    study.point("step_seconds", step_seconds, study.config, study.device, study.dtype)
+    study.finish(lambda *panels: draw(study, *panels), panels=2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

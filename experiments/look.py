@@ -1,0 +1,79 @@
+"""Who sees whom? Measured by gradients: which inputs move the output at a position; with parameters, cache and FLOPs.
+
+    python -m experiments.look --model=model_swa --window=4 --n_layer=2
+
+The quickest way to check an idea of your own (--model=model_mine). Without a model or options of one: all models, tiny,
+into docs/.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from configurator import UserError, at_least, configure, program
+from experiments.study import Study
+from pretrained import model_module, models_with
+
+TINY = {"n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": 64, "vocab_size": 257}
+VARIANTS = {"model": {}, "model_rope": {}, "model_gqa": {"n_kv_head": 2}, "model_swa": {"window": 4}}
+VARIANTS |= {"model_rope_gqa_swa": {"n_kv_head": 2, "window": 4}}
+PRESETS = {"cpu": TINY, "gpu": TINY}
+
+
+@dataclass
+class LookConfig:
+    model: str | None = None  # the model file, without .py, and options of its GPTConfig
+    tokens: int = 12  # positions to draw
+    # Without a model
+    preset: str = "cpu"  # cpu, gpu: the device
+    overwrite: bool = False  # forget the points of an unfinished study, and measure them anew
+
+
+def sight(model, tokens):
+    """(tokens, tokens) bool: row i has the inputs that move the logits at position i."""
+    seen, idx = [], torch.zeros(1, tokens, dtype=torch.int64, device=model.transformer.wte.weight.device)
+    model.transformer.wte.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    logits = model.double()(idx)[0]  # in float64 nothing rounds to zero
+    weights = torch.randn(logits.size(1), dtype=logits.dtype, device=logits.device)  # their plain sum may not move
+    rows = [torch.autograd.grad(row @ weights, seen[0], retain_graph=True)[0][0].abs().sum(1) > 0 for row in logits]
+    return torch.stack(rows)
+
+
+def describe(name, options, tokens, device="cpu"):
+    """The picture and the numbers of a model, as text."""
+    module = model_module(name)
+    config = module.GPTConfig(**options)
+    torch.manual_seed(0)
+    model = module.GPT(config).to(device).eval()
+    T, parameters = config.block_size, sum(p.numel() for p in model.parameters())
+    per_token, cache = (model.make_cache(1, length).nbytes for length in (1, T))
+    flops = model.flops_per_token(T)
+    lines = [f"{name}, " + ", ".join(f"{key}={value}" for key, value in options.items()), ""]
+    for i, row in enumerate(sight(model, tokens).tolist()):
+        lines.append(f"output {i:2d}   " + " ".join("x" if sees else "." for sees in row))
+    lines += ["", f"{parameters:,} parameters, {flops:,} FLOPs per token of training on {T}"]
+    lines += [f"{per_token:,} bytes of float32 cache for a token, {cache:,} for {T}"]
+    return "\n".join(lines)
+
+
+@program
+def main(argv):
+    config, options = configure(
+        LookConfig, argv, __doc__, None, lambda config: model_module(config.model or "model").GPTConfig, models_with
+    )
+    at_least(1, config, "tokens")
+    if config.model or options:
+        try:
+            print(describe(config.model or "model", options, config.tokens))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return
+    study = Study("look", config, PRESETS)
+    for name, own in VARIANTS.items():
+        print(study.point(name, describe, name, TINY | own, config.tokens, study.device), end="\n\n")
+    study.finish()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
