@@ -57,11 +57,11 @@ def run_of(config, name, seed):
     return trained(directory, config.run | variants(**config.run)[name] | {"seed": seed})
 
 
-def trained(name, options):
-    """The directory of a run of train.py, finished; UserError where it was stopped."""
+def trained(name, options, *configs):
+    """The directory of a run of train.py with config files and options, finished; UserError where it was stopped."""
     run = OUT / "runs" / name
     torch.compiler.reset()  # of the run before: compiled variants of one function are limited in number
-    train.main([*(f"--{key}={value}" for key, value in options.items()), f"--out_dir={run}"])
+    train.main([*configs, *(f"--{key}={value}" for key, value in options.items()), f"--out_dir={run}"])
     if read_log(run)[-1]["step"] < options["max_steps"]:
         raise UserError(f"{run} was stopped: the same command goes on from there")
     return run

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, write_tiny
 
-from experiments import length, long_sequences, look, recall, report, runs, samples, steps, study, table
+from experiments import curves, length, long_sequences, look, recall, report, runs, samples, steps, study, table
 from loader import Loader
 from pretrained import load_model
 
 ROOT = Path(__file__).parent.parent
-EXPERIMENTS = ["table", "convergence", "length", "uptraining", "samples", "recall", "long_sequences", "look"]
+EXPERIMENTS = ["table", "convergence", "length", "uptraining", "samples", "recall", "long_sequences", "look", "curves"]
 RUN = {"n_layer": 1, "n_head": 4, "n_embd": 32, "max_steps": 40, "eval_interval": 10, "total_batch_size": 64}
 
 
@@ -27,8 +27,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def tiny(folder, monkeypatch):
-    from conftest import write_tiny
-
     if not (folder / "data").exists():
         write_tiny(folder)
     monkeypatch.chdir(folder)
@@ -37,6 +35,9 @@ def tiny(folder, monkeypatch):
     monkeypatch.setitem(runs.PRESETS, "cpu", runs.Config(run=run, seeds=(1, 2), shape=shape, rounds=1))
     monkeypatch.setitem(recall.PRESETS, "cpu", recall.Config(shape=shape | {"block_size": 128}, max_steps=2))
     monkeypatch.setitem(long_sequences.PRESETS, "cpu", long_sequences.Config(n_embd=32, lengths=(512, 1024)))
+    (folder / "config").mkdir(exist_ok=True)
+    (folder / "config" / "tiny.py").write_text("".join(f"{key} = {value!r}\n" for key, value in run.items()))
+    monkeypatch.setitem(curves.PRESETS, "cpu", curves.Config(("tiny",)))
     monkeypatch.setitem(samples.PROMPTS, "tiny", "def ")
     for module in (table, long_sequences):  # spawning takes seconds; one test below does it
         monkeypatch.setattr(module, "in_new_process", lambda function, *arguments: function(*arguments))

@@ -66,21 +66,22 @@ def launch(ranks, runs, **options):
     return [json.loads(Path(f"runs.json.{rank}").read_text()) for rank in range(ranks)], err
 
 
-def run_all():
-    """All models in all modes, 50 steps, and some more: {(mode, model): what each rank noted}."""
-    for model in MODELS:
+def run_all(models=MODELS, more=True):
+    """Models in all modes, 50 steps, and some more of `model`: {(mode, model): what each rank noted}."""
+    for model in models:
         train.main(command("one", model=model))
-    train.main(command("bf16", dtype="bfloat16"))
+    if more:
+        train.main(command("bf16", dtype="bfloat16"))
     notes = {}
     for ranks in (2, 3, 4):
         runs = {}
         for mode, (size, options) in WEIGHED.items():
             if size == ranks and mode in MODES:
-                runs |= {(mode, model): {"argv": command(mode, ranks, model, **options)} for model in MODELS}
-            if size == ranks:
+                runs |= {(mode, model): {"argv": command(mode, ranks, model, **options)} for model in models}
+            if size == ranks and more:
                 wide = command(f"wide-{mode}", ranks, **WIDE, **options)
                 runs[f"wide-{mode}", "model"] = {"argv": wide, "weigh": True}
-            if size == ranks == 2:
+            if size == ranks == 2 and more:
                 bf16 = command(f"bf16-{mode}", ranks, dtype="bfloat16", **options)
                 runs[f"bf16-{mode}", "model"] = {"argv": bf16}
                 again = command(f"again-{mode}", ranks, MODELS[-1], activation_checkpointing=True, **options)
@@ -91,11 +92,16 @@ def run_all():
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory, request):
+    """What run_all() returns, in its directory; pytest -k model_mine runs that model alone."""
+    asked = [item.callspec.params if hasattr(item, "callspec") else {} for item in request.session.items]
+    asked = [params for params, item in zip(asked, request.session.items, strict=True) if "done" in item.fixturenames]
+    more = any("model" not in params for params in asked)
+    models = [model for model in MODELS if more or any(model == params["model"] for params in asked)]
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("parallel"))
     write_tiny(Path())
-    yield run_all()
+    yield run_all(models, more)
     os.chdir(before)
 
 
@@ -140,7 +146,7 @@ def test_the_weights_are_those_of_one_process(done, mode, model):
     assert weights_apart(mode, model) < 1e-4
 
 
-@pytest.mark.parametrize("model", [name for name in MODELS if "rope" not in name])
+@pytest.mark.parametrize("model", ["model", "model_gqa", "model_swa"])
 def test_a_key_bias_has_no_gradient_without_rotary_positions(done, model):
     gpt, C = load_model(f"out/one-{model}")[0], SHAPE["n_embd"]
     x = torch.randint(257, (4, 16), generator=torch.Generator().manual_seed(0))

@@ -261,3 +261,21 @@ def test_a_block_that_recomputes_its_activations_still_compiles():
     model.transformer.h[0].compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     torch.testing.assert_close(model(x), expected)
     assert len(graphs) == 1
+
+
+def test_dropout_differs_from_step_to_step_and_from_rank_to_rank(workdir, monkeypatch):
+    batch = torch.randint(257, (2, 4, 16), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(Loader, "train_batch", lambda self, first, count: tuple(batch))
+    original, losses = train.train_step, []
+    for rank in (0, 1):
+
+        def as_rank(run, step, rank=rank):
+            with monkeypatch.context() as patch:
+                patch.setattr(run.ranks, "rank", rank)
+                return original(run, step)
+
+        monkeypatch.setattr(train, "train_step", as_rank)
+        options = dict(out_dir=f"out/{rank}", max_steps=2, learning_rate=0.0, min_lr=0.0, dropout=0.5)
+        train.main(arguments(**options, eval_interval=100, total_batch_size=64))
+        losses += [record["train_loss"] for record in read_log(Path(f"out/{rank}"))[1:]]
+    assert len(set(losses)) == len(losses) == 4

@@ -1,0 +1,65 @@
+"""Is my loss normal? The validation loss of the configs as they are, over their steps.
+
+python -m experiments.curves --preset=cpu
+"""
+
+import sys
+from dataclasses import dataclass
+
+from configurator import configure, program
+from experiments.runs import trained
+from experiments.study import COLOURS, Study, StudyConfig, markdown
+from plot import read_log
+from pretrained import model_module
+from train import TrainConfig
+
+CHARACTERS = [f"shakespeare_char{variant}" for variant in ("", "_rope", "_gqa", "_swa", "_rope_gqa_swa")]
+
+
+@dataclass
+class Config:
+    configs: tuple
+
+
+PRESETS = {
+    "cpu": Config(("quickstart", *CHARACTERS)),
+    "gpu": Config(("gpt2", "gpt2_rope", "gpt2_gqa", "gpt2_swa", "gpt2_rope_gqa_swa")),
+}
+
+
+def curve(name):
+    """[step, validation loss] of a run of config/NAME.py."""
+    path = f"config/{name}.py"
+    config, _ = configure(TrainConfig, [path], "", more=lambda config: model_module(config.model).GPTConfig)
+    run = trained(name, {"max_steps": config.max_steps}, path)
+    return [[record["step"], record["val_loss"]] for record in read_log(run) if "val_loss" in record]
+
+
+def losses(state):
+    """Markdown: the validation loss of each config at the steps where it is evaluated."""
+    rows = [
+        [f"[{name}](../config/{name}.py)", ", ".join(f"{loss:.3f} at {step}" for step, loss in curve)]
+        for name, curve in state["points"].items()
+    ]
+    return markdown(["config", "validation loss at step"], rows)
+
+
+def draw(study, panel):
+    for (name, curve), colour in zip(study.state["points"].items(), COLOURS, strict=False):
+        steps, values = zip(*curve, strict=True)
+        panel.plot(steps, values, color=colour, marker="o", markersize=4, label=name)
+    panel.legend(frameon=False)
+    panel.set_xlabel("steps")
+    panel.set_ylabel("validation loss (nats per token)")
+
+
+@program
+def main(argv):
+    study = Study("curves", configure(StudyConfig, argv, __doc__), PRESETS)
+    for name in study.config.configs:
+        study.point(name, curve, name)
+    study.finish(lambda panel: draw(study, panel))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
