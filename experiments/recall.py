@@ -1,10 +1,9 @@
-"""How far back can it copy from? Accuracy over distance: full attention, grouped queries, windows.
+"""How far back does it remember? Accuracy over distance: full attention, grouped queries, windows of several sizes.
 
     python -m experiments.recall --preset=cpu
 
-The task: a random text of d tokens, again and again. From its second round on each next token is known, and stands d
-tokens back, behind the same token as now: what induction heads find (Olsson et al. 2022). Two stacked windows see
-2 (window - 1) tokens back; but the second layer's head must find the match in one look of `window` keys.
+The task: noise, and in it one token of another kind, to be copied at every position from there on. Stacked windows see
+n_layer (window - 1) tokens back, if every layer passes on what it has seen to the next: do they learn to?
 """
 
 import sys
@@ -18,19 +17,18 @@ from experiments.steps import build
 from experiments.study import COLOURS, Study, StudyConfig, markdown, seeds_of
 from optimizer import learning_rate, make_optimizer
 
-DISTANCES = (4, 6, 8, 12, 16, 24, 32, 48, 64)
-
 
 @dataclass
 class Config:
-    shape: dict = field(default_factory=lambda: {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 128})
-    vocab_size: int = 64
+    shape: dict = field(default_factory=lambda: {"n_layer": 4, "n_head": 4, "n_embd": 32, "block_size": 64})
+    vocab_size: int = 64  # half of it noise, half of it tokens to copy
     batch_size: int = 16
-    windows: tuple = (8, 16, 32)
+    tested: int = 2048  # sequences
+    windows: tuple = (4, 8, 16)
     seeds: tuple = (1, 2)
     # As train.py has them
-    max_steps: int = 2000
-    learning_rate: float = 2e-3
+    max_steps: int = 1500
+    learning_rate: float = 4e-3
     min_lr: float = 0.0
     warmup_steps: int = 50
     lr_schedule: str = "wsd"
@@ -39,8 +37,8 @@ class Config:
     beta2: float = 0.98
 
 
-WIDE = {"n_layer": 8, "n_head": 8, "n_embd": 512, "block_size": 128}
-PRESETS = {"cpu": Config(), "gpu": Config(shape=WIDE, batch_size=128, max_steps=5000, learning_rate=3e-4)}
+WIDE = {"n_layer": 4, "n_head": 8, "n_embd": 512, "block_size": 1024}
+PRESETS = {"cpu": Config(), "gpu": Config(shape=WIDE, windows=(32, 64, 128), max_steps=5000, learning_rate=3e-4)}
 
 
 def contestants(config):
@@ -48,24 +46,23 @@ def contestants(config):
     return models | {f"window {w}": {"model": "model_swa", "window": w} for w in config.windows}
 
 
-def batch(config, generator, distances):
-    """Inputs and targets (B, T); the targets of a text's first round are -1: nobody can know them."""
-    T = config.shape["block_size"]
-    text = torch.randint(config.vocab_size, (len(distances), T + 1), generator=generator)
-    text = text.gather(1, torch.arange(T + 1) % distances[:, None])
-    targets = text[:, 1:].masked_fill(torch.arange(T) < distances[:, None], -1)
-    return text[:, :-1], targets
+def batch(config, size, generator):
+    """Inputs and targets (size, T), and how far back the token to copy stands; the targets before it are -1."""
+    T, half = config.shape["block_size"], config.vocab_size // 2
+    x = torch.randint(half, (size, T), generator=generator)
+    place, token = (torch.randint(n, (size, 1), generator=generator) for n in (T, half))
+    x.scatter_(1, place, half + token)
+    distance = torch.arange(T) - place
+    return x, (half + token).expand(size, T).masked_fill(distance < 0, -1), distance
 
 
 def accuracies(config, shape, seed, device, dtype):
-    """Train a model; returns the share of tokens that it then predicts at each of DISTANCES."""
+    """Train a model; returns the share of tokens that it then copies, by distance (T values)."""
     torch.manual_seed(seed)
     model = build(config.shape | shape | {"vocab_size": config.vocab_size}).to(device)
     optimizer, generator = make_optimizer(model, config), torch.Generator().manual_seed(seed)
-    low, high = DISTANCES[0], DISTANCES[-1]
     for step in range(config.max_steps):
-        share = torch.rand(config.batch_size, generator=generator)
-        x, y = batch(config, generator, (low * ((high + 1) / low) ** share).long())  # as many short ones as long ones
+        x, y, _ = batch(config, config.batch_size, generator)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model(x.to(device), y.to(device))
         loss.backward()
@@ -74,34 +71,38 @@ def accuracies(config, shape, seed, device, dtype):
             group["lr"] = learning_rate(config, step)
         optimizer.step()
         optimizer.zero_grad()
-    right = []
-    for distance in DISTANCES:
-        x, y = batch(config, generator, torch.full((64,), distance))
-        with torch.inference_mode():
-            guess = model(x.to(device)).argmax(-1).cpu()
-        right.append((guess == y)[y != -1].float().mean().item())
-    return right
+    x, y, distance = batch(config, config.tested, generator)
+    with torch.inference_mode():
+        right = model(x.to(device)).argmax(-1).cpu() == y
+    return [right[distance == d].float().mean().item() for d in range(config.shape["block_size"])]
+
+
+def reach(shape, window):
+    """How far back stacked windows see at most: each layer window - 1 tokens further."""
+    return shape["n_layer"] * (window - 1)
 
 
 def shares(state):
-    """Markdown: the share of tokens that are right, at each distance, means over the seeds."""
-    names = [key.removesuffix(", seed 1") for key in state["points"] if key.endswith(", seed 1")]
-    rows = [[n, *(f"{mean(a):.2f}" for a in zip(*seeds_of(state, n), strict=True))] for n in names]
-    return markdown(["distance", *DISTANCES], rows)
+    """Markdown: the share that is right at some distances, among them the last in reach of a window, and the next."""
+    shape, rows = state["config"]["shape"], []
+    edges = [reach(shape, window) + more for window in state["config"]["windows"] for more in (0, 1)]
+    distances = sorted({1, shape["block_size"] // 4, shape["block_size"] // 2, *edges})
+    for name in contestants(Config(**state["config"])):
+        means = [mean(at) for at in zip(*seeds_of(state, name), strict=True)]
+        rows.append([name, *(f"{means[distance]:.2f}" for distance in distances)])
+    return markdown(["distance", *distances], rows)
 
 
 def draw(study, panel):
-    for name, colour in zip(contestants(study.config), COLOURS, strict=False):
-        runs = [study.state["points"][f"{name}, seed {seed}"] for seed in study.config.seeds]
-        mean = torch.tensor(runs).mean(0).tolist()
-        panel.plot(DISTANCES, mean, color=colour, marker="o", markersize=4)
-        place = next((i for i, a in enumerate(mean) if a < 0.5), len(mean) - 1)
-        panel.annotate(name, (DISTANCES[place], mean[place]), (6, 4), textcoords="offset points", color=colour)
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(DISTANCES, [str(d) for d in DISTANCES])
-    panel.set_xlim(right=100)
-    panel.set_xlabel("distance of the token to copy (tokens)")
-    panel.set_ylabel("accuracy")
+    config = study.config
+    for name, colour in zip(contestants(config), COLOURS, strict=False):
+        means = [mean(at) for at in zip(*seeds_of(study.state, name), strict=True)]
+        panel.plot(means, color=colour, label=name, linestyle="--" if name.startswith("GQA") else "-")
+    for window, colour in zip(config.windows, COLOURS[2:], strict=False):
+        panel.axvline(reach(config.shape, window), color=colour, linestyle=":", linewidth=1)
+    panel.legend(frameon=False, loc="center right")
+    panel.set_xlabel(f"distance (tokens); dotted: {config.shape['n_layer']} (window - 1)")
+    panel.set_ylabel("share that is right")
 
 
 @program
