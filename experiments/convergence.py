@@ -13,7 +13,7 @@ from bench import take_turns
 from configurator import configure, program
 from experiments.runs import PRESETS, run_of, shape_of, variants
 from experiments.steps import training_step
-from experiments.study import COLOURS, Study, StudyConfig, markdown
+from experiments.study import COLOURS, Study, StudyConfig, label, markdown, seeds_of
 from plot import read_log
 
 NAMES = ("base", "RoPE")
@@ -56,19 +56,15 @@ def losses(state):
     return markdown(header, rows)
 
 
-def draw(study, over_steps, over_time):
-    points = study.state["points"]
-    for name, colour in zip(NAMES, (COLOURS[0], COLOURS[1]), strict=True):
-        for seed in study.config.seeds:
-            steps, losses = zip(*points[f"{name}, seed {seed}"], strict=True)
-            times = [step * points["step_seconds"][name] for step in steps]
-            for panel, x in ((over_steps, steps), (over_time, times)):
-                panel.plot(x[1:], losses[1:], color=colour, marker="o", markersize=3, linewidth=1.2)
-        label = "learned positions" if name == "base" else "RoPE"
-        for panel, x in ((over_steps, steps), (over_time, times)):
-            middle = len(x) // 2
-            offset = (4, 14) if name == "base" else (-4, -18)
-            panel.annotate(label, (x[middle], losses[middle]), offset, textcoords="offset points", color=colour)
+def draw(state, over_steps, over_time):
+    seconds = state["points"]["step_seconds"]
+    for name, colour, text in (("base", COLOURS[0], "learned positions"), ("RoPE", COLOURS[3], "RoPE")):
+        for curve in seeds_of(state, name):
+            steps, losses = zip(*curve[1:], strict=True)
+            for panel, unit in ((over_steps, 1), (over_time, seconds[name])):
+                panel.plot([step * unit for step in steps], losses, color=colour, marker="o", markersize=3)
+        for panel, unit in ((over_steps, 1), (over_time, seconds[name])):
+            label(panel, text, steps[-3] * unit, losses[-3], colour, (-10, 12))
     over_steps.set_xlabel("steps")
     over_time.set_xlabel("time (s)")
     over_steps.set_ylabel("validation loss (nats per token)")
@@ -81,7 +77,7 @@ def main(argv):
         for seed in study.config.seeds:
             study.point(f"{name}, seed {seed}", curve, study.config, name, seed)
     study.point("step_seconds", step_seconds, study.config, study.device, study.dtype)
-    study.finish(lambda *panels: draw(study, *panels), panels=2)
+    study.finish(draw)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from configurator import configure, program
 from experiments.runs import trained
-from experiments.study import COLOURS, Study, StudyConfig, markdown
+from experiments.study import COLOURS, Study, StudyConfig, label, markdown
 from plot import read_log
 from pretrained import model_module
 from train import TrainConfig
@@ -44,11 +44,12 @@ def losses(state):
     return markdown(["config", "validation loss at step"], rows)
 
 
-def draw(study, panel):
-    for (name, curve), colour in zip(study.state["points"].items(), COLOURS, strict=False):
+def draw(state, panel):
+    for (name, curve), colour in zip(state["points"].items(), COLOURS, strict=False):
         steps, values = zip(*curve, strict=True)
-        panel.plot(steps, values, color=colour, marker="o", markersize=4, label=name)
-    panel.legend(frameon=False)
+        panel.plot(steps, values, color=colour, marker="o", markersize=4)
+        label(panel, name, steps[-1], values[-1], colour)
+    panel.set_xlim(right=1.4 * steps[-1])
     panel.set_xlabel("steps")
     panel.set_ylabel("validation loss (nats per token)")
 
@@ -58,7 +59,7 @@ def main(argv):
     study = Study("curves", configure(StudyConfig, argv, __doc__), PRESETS)
     for name in study.config.configs:
         study.point(name, curve, name)
-    study.finish(lambda panel: draw(study, panel))
+    study.finish(draw)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from configurator import configure, program
 from experiments.runs import PRESETS, run_of
-from experiments.study import COLOURS, Study, StudyConfig, markdown, seeds_of
+from experiments.study import COLOURS, Study, StudyConfig, label, markdown, seeds_of
 from loader import Loader, open_dataset
 from pretrained import load_model
 
@@ -54,15 +54,14 @@ def losses(state):
     return markdown(["", "up to T", "T to 2T", "2T to 4T"], rows)
 
 
-def draw(study, panel):
-    T = study.config.run["block_size"]
+def draw(state, panel):
+    T = state["config"]["run"]["block_size"]
     for name, colour in zip(NAMES, (COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[5]), strict=True):
-        losses = np.mean([study.state["points"][f"{name}, seed {seed}"] for seed in study.config.seeds], axis=0)
+        losses = np.mean(seeds_of(state, name), axis=0)
         x = (np.arange(len(losses)) + 0.5) * T / PARTS
         panel.plot(x, losses, color=colour, marker="o", markersize=3)
-        panel.annotate(name, (x[-1], losses[-1]), (6, -3), textcoords="offset points", color=colour)
-    for multiple in (1, 2, 4):
-        panel.axvline(multiple * T, color="grey", linewidth=0.8, linestyle=":")
+        label(panel, name, x[-1], losses[-1], colour)
+    panel.axvline(T, color="grey", linewidth=0.8, linestyle=":")
     panel.set_xlim(0, 4.7 * T)
     panel.set_xticks([0, T, 2 * T, 3 * T, 4 * T])
     panel.set_xlabel(f"position (tokens); trained on the first {T}")
@@ -75,7 +74,7 @@ def main(argv):
     for name in NAMES:
         for seed in study.config.seeds:
             study.point(f"{name}, seed {seed}", loss_by_position, study.config, name, seed, study.device)
-    study.finish(lambda panel: draw(study, panel))
+    study.finish(draw)
 
 
 if __name__ == "__main__":

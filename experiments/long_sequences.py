@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from bench import take_turns
 from configurator import configure, program
 from experiments.steps import decoding_step, in_new_process, step_memory, training_step
-from experiments.study import COLOURS, Study, StudyConfig, markdown
+from experiments.study import COLOURS, Study, StudyConfig, label, markdown
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Config:
     vocab_size: int = 257
     window: int = 256
     lengths: tuple = (1024, 2048, 4096, 8192, 16384, 32768)
-    rounds: int = 1  # of training steps taking turns; ten times as many of decoding
+    rounds: int = 3  # of training steps taking turns; ten times as many of decoding
 
 
 PRESETS = {"cpu": Config(), "gpu": Config(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, rounds=5)}
@@ -63,23 +63,25 @@ def costs(state):
     return markdown(["T", *contestants(Config(), 1), "base / SWA, training"], rows)
 
 
-def draw(study, *panels):
-    points, lengths = study.state["points"], study.config.lengths
-    values = {
-        "training step (s)": lambda T, name: points[f"{T}, training"][name],
-        "memory of training (GB)": lambda T, name: points[f"{T}, memory"][name],
-        "decoding a token (ms)": lambda T, name: 1000 * points[f"{T}, decoding"][name]["seconds"],
-    }
-    for panel, (label, value) in zip(panels, values.items(), strict=True):
-        for name, colour in zip(contestants(study.config, 1), (0, 1, 2, 5), strict=True):
-            y = [value(T, name) for T in lengths]
-            panel.plot(lengths, y, color=COLOURS[colour], marker="o", markersize=4, label=name)
+def draw(state, training, memory, decoding):
+    points, lengths = state["points"], state["config"]["lengths"]
+    for name, colour in zip(contestants(Config(), 1), (0, 1, 2, 5), strict=True):
+        decoded = [1000 * points[f"{T}, decoding"][name]["seconds"] for T in lengths]
+        for panel, key in ((training, "training"), (memory, "memory"), (decoding, None)):
+            y = [points[f"{T}, {key}"][name] for T in lengths] if key else decoded
+            panel.plot(lengths, y, color=COLOURS[colour], marker="o", markersize=4)
+            label(panel, name, lengths[-1], y[-1], COLOURS[colour], (6, -3))
+    for panel, text in (
+        (training, "training step (s)"),
+        (memory, "memory of training (GB)"),
+        (decoding, "a token (ms)"),
+    ):
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
+        panel.set_xlim(right=4 * lengths[-1])
         panel.set_xticks(lengths, [f"{T // 1024}k" for T in lengths])
         panel.set_xlabel("T (tokens)")
-        panel.set_ylabel(label)
-    panels[0].legend(frameon=False)
+        panel.set_ylabel(text)
 
 
 @program
@@ -88,7 +90,7 @@ def main(argv):
     for T in study.config.lengths:
         for measure in (training, memory, decoding):
             study.point(f"{T}, {measure.__name__}", measure, study.config, T, study.device, study.dtype)
-    study.finish(lambda *panels: draw(study, *panels), size=(11, 3.6), panels=3)
+    study.finish(draw)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ into docs/.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -15,10 +15,20 @@ from configurator import UserError, at_least, configure, program
 from experiments.study import Study
 from pretrained import model_module, models_with
 
-TINY = {"n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": 64, "vocab_size": 257}
 VARIANTS = {"model": {}, "model_rope": {}, "model_gqa": {"n_kv_head": 2}, "model_swa": {"window": 4}}
 VARIANTS |= {"model_rope_gqa_swa": {"n_kv_head": 2, "window": 4}}
-PRESETS = {"cpu": TINY, "gpu": TINY}
+
+
+@dataclass
+class Config:
+    n_layer: int = 1
+    n_head: int = 4
+    n_embd: int = 32
+    block_size: int = 64
+    vocab_size: int = 257
+
+
+PRESETS = {"cpu": Config(), "gpu": Config()}
 
 
 @dataclass
@@ -71,7 +81,7 @@ def main(argv):
         return
     study = Study("look", config, PRESETS)
     for name, own in VARIANTS.items():
-        print(study.point(name, describe, name, TINY | own, config.tokens, study.device), end="\n\n")
+        print(study.point(name, describe, name, asdict(study.config) | own, config.tokens, study.device), end="\n\n")
     study.finish()
 
 

@@ -14,7 +14,7 @@ import torch
 
 from configurator import configure, program
 from experiments.steps import build
-from experiments.study import COLOURS, Study, StudyConfig, markdown, seeds_of
+from experiments.study import COLOURS, Study, StudyConfig, label, markdown, seeds_of
 from optimizer import learning_rate, make_optimizer
 
 
@@ -93,15 +93,16 @@ def shares(state):
     return markdown(["distance", *distances], rows)
 
 
-def draw(study, panel):
-    config = study.config
-    for name, colour in zip(contestants(config), COLOURS, strict=False):
-        means = [mean(at) for at in zip(*seeds_of(study.state, name), strict=True)]
-        panel.plot(means, color=colour, label=name, linestyle="--" if name.startswith("GQA") else "-")
-    for window, colour in zip(config.windows, COLOURS[2:], strict=False):
-        panel.axvline(reach(config.shape, window), color=colour, linestyle=":", linewidth=1)
-    panel.legend(frameon=False, loc="center right")
-    panel.set_xlabel(f"distance (tokens); dotted: {config.shape['n_layer']} (window - 1)")
+def draw(state, panel):
+    shape, windows = state["config"]["shape"], state["config"]["windows"]
+    ends = [shape["block_size"] - 1] * 2 + [reach(shape, window) for window in windows]
+    for i, (name, end) in enumerate(zip(contestants(Config(**state["config"])), ends, strict=True)):
+        means = [mean(at) for at in zip(*seeds_of(state, name), strict=True)]
+        panel.plot(means, color=COLOURS[i], linestyle="--" if name.startswith("GQA") else "-")
+        panel.axvline(end, color=COLOURS[i], linestyle=":", linewidth=1)
+        label(panel, name, end, 0.9 - 0.12 * i, COLOURS[i])
+    panel.set_xlim(right=1.25 * shape["block_size"])
+    panel.set_xlabel(f"distance (tokens); dotted: {shape['n_layer']} (window - 1)")
     panel.set_ylabel("share that is right")
 
 
@@ -111,7 +112,7 @@ def main(argv):
     for seed in study.config.seeds:
         for name, shape in contestants(study.config).items():
             study.point(f"{name}, seed {seed}", accuracies, study.config, shape, seed, study.device, study.dtype)
-    study.finish(lambda panel: draw(study, panel))
+    study.finish(draw)
 
 
 if __name__ == "__main__":

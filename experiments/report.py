@@ -1,4 +1,4 @@
-"""Put the tables of docs/REPORT.md in step with the result files.
+"""Put the tables of README.md and docs/REPORT.md in step with the result files, and draw these anew.
 
     python -m experiments.report
 
@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import UserError, configure, program
-from experiments.study import DOCS
+from experiments.study import DOCS, markdown, plot
+
+DOCUMENTS = (Path("README.md"), Path("docs/REPORT.md"))
 
 
 @dataclass
 class ReportConfig:
-    report: str = "docs/REPORT.md"  # the file to bring in step
+    """No options."""
 
 
 def results(name, preset):
@@ -48,6 +50,16 @@ def texts(name, preset):
     return "\n\n".join(f"{key}:\n\n```\n{text.rstrip()}\n```" for key, text in results(name, preset)["points"].items())
 
 
+def bench(name):
+    """The rows of docs/bench/NAME.json: a table for each kind of row."""
+    about, kinds = json.loads(Path(f"docs/bench/{name}.json").read_text(encoding="utf-8")), {}
+    for row in about["rows"]:
+        kinds.setdefault(tuple(row), []).append([f"{v:.4g}" if isinstance(v, float) else v for v in row.values()])
+    tables = [markdown([key.replace("_", " ") for key in header], rows) for header, rows in kinds.items()]
+    note = f"Made by `python bench.py {name}`, {about['device']}, {about['threads']} threads, torch {about['torch']}."
+    return "\n\n".join([*tables, note])
+
+
 def changes(name):
     """The changed lines of a model file against model.py."""
     old, new = (Path(f).read_text(encoding="utf-8").splitlines() for f in ("model.py", f"{name}.py"))
@@ -56,7 +68,7 @@ def changes(name):
 
 
 def fill(text):
-    """The report with its blocks made anew."""
+    """A document with its blocks made anew."""
 
     def block(match):
         what, *arguments = match[1].split()
@@ -64,7 +76,7 @@ def fill(text):
             module, function = what.split(".")
             new = getattr(importlib.import_module(f"experiments.{module}"), function)(results(module, *arguments))
         else:
-            new = {"made": made, "texts": texts, "changes": changes}[what](*arguments)
+            new = {"made": made, "texts": texts, "bench": bench, "changes": changes}[what](*arguments)
         return f"<!-- begin {match[1]} -->\n{new}\n<!-- end -->"
 
     return re.sub(r"<!-- begin ([^\n]*?) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
@@ -72,9 +84,15 @@ def fill(text):
 
 @program
 def main(argv):
-    path = Path(configure(ReportConfig, argv, __doc__).report)
-    path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
-    print(path)
+    configure(ReportConfig, argv, __doc__)
+    for path in DOCUMENTS:
+        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+        print(path)
+    for path in sorted(DOCS.glob("*.json")):
+        state = json.loads(path.read_text(encoding="utf-8"))
+        module = importlib.import_module(f"experiments.{state['experiment']}")
+        if hasattr(module, "draw"):
+            plot(state, module.draw)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A study measures point after point and keeps them in out/experiments/NAME_PRESET
 where it stopped. When it is whole it becomes docs/experiments/NAME_PRESET.json, with its plot beside it.
 """
 
+import inspect
 import json
 import platform
 import re
@@ -40,11 +41,7 @@ class Study:
         self.device = machine.pick_device("cuda" if options.preset == "gpu" else "cpu")
         self.dtype = machine.pick_dtype("auto", self.device)
         machine.keep_freed_memory()
-        about = {
-            "experiment": name,
-            "preset": options.preset,
-            "config": self.config if isinstance(self.config, dict) else asdict(self.config),
-        }
+        about = {"experiment": name, "preset": options.preset, "config": asdict(self.config)}
         self.state = json.loads(json.dumps(about | where_and_when(self.device, self.dtype))) | {"points": {}}
         self.path = OUT / f"{self.name}.json"
         if self.path.exists() and not options.overwrite:
@@ -63,25 +60,37 @@ class Study:
             print(f"{key}: {json.dumps(self.state['points'][key])}"[:300], flush=True)
         return self.state["points"][key]
 
-    def finish(self, draw=None, size=(8, 4), panels=1):
-        """Write the result file and the plot: draw(panel, ...) into that many panels."""
+    def finish(self, draw=None):
+        """Write the result file, and the plot."""
         DOCS.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.path, DOCS / self.path.name)
         print(DOCS / self.path.name)
         if draw:
-            import matplotlib
+            plot(self.state, draw)
 
-            matplotlib.use("Agg")  # no screen needed
-            import matplotlib.pyplot as plt
 
-            figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
-            draw(*axes[0])
-            for panel in axes[0]:
-                panel.grid(alpha=0.3)
-                panel.spines[["top", "right"]].set_visible(False)
-            figure.savefig(DOCS / f"{self.name}.png", dpi=110)
-            plt.close(figure)
-            print(DOCS / f"{self.name}.png")
+def plot(state, draw):
+    """Draw a study's state beside its result file: draw(state, panel, ...) has as many panels as it asks for."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    import matplotlib.pyplot as plt
+
+    panels = len(inspect.signature(draw).parameters) - 1
+    figure, axes = plt.subplots(1, panels, figsize=(8 if panels < 3 else 11, 4), layout="constrained", squeeze=False)
+    draw(state, *axes[0])
+    for panel in axes[0]:
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    path = DOCS / f"{state['experiment']}_{state['preset']}.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(path)
+
+
+def label(panel, text, x, y, colour, offset=(6, 4)):
+    """Name a line or a point where it is."""
+    panel.annotate(text, (x, y), offset, textcoords="offset points", color=colour, fontsize="small")
 
 
 def where_and_when(device, dtype):

@@ -16,7 +16,7 @@ from bench import take_turns
 from configurator import configure, program
 from experiments.runs import PRESETS, run_of, variants
 from experiments.steps import build, decoding_step, in_new_process, step_memory, training_step
-from experiments.study import COLOURS, Study, StudyConfig, markdown, seeds_of
+from experiments.study import COLOURS, Study, StudyConfig, label, markdown, seeds_of
 from loader import open_dataset
 from plot import read_log
 
@@ -85,15 +85,15 @@ def losses(state):
     return markdown(["", "validation loss", "of the seeds", "bits per byte", "against the base"], rows)
 
 
-def draw(study, panel):
+def draw(state, panel):
     """Validation loss over what decoding has to read: a point for each variant, a whisker for its seeds."""
-    points = study.state["points"]
-    for name, colour in zip(variants(**study.config.run), COLOURS, strict=True):
-        losses = [points[f"{name}, seed {seed}"]["val_loss"] for seed in study.config.seeds]
-        x, mean = points[f"{name}, size"]["cache_bytes_32k"] / 1e6, sum(losses) / len(losses)
-        panel.errorbar(x, mean, [[mean - min(losses)], [max(losses) - mean]], fmt="o", capsize=4, color=colour)
-        panel.annotate(name, (x, mean), xytext=(8, 4), textcoords="offset points", color=colour)
+    for name, colour in zip(variants(**state["config"]["run"]), COLOURS, strict=True):
+        own = [point["val_loss"] for point in seeds_of(state, name)]
+        x, middle = state["points"][f"{name}, size"]["cache_bytes_32k"] / 1e6, mean(own)
+        panel.errorbar(x, middle, [[middle - min(own)], [max(own) - middle]], fmt="o", capsize=4, color=colour)
+        label(panel, name, x, middle, colour)
     panel.set_xscale("log")
+    panel.set_xlim(right=4000)
     panel.set_xlabel("key-value cache of 32k tokens at the shape of GPT-2 124M, float32 (MB)")
     panel.set_ylabel("validation loss (nats per token)")
 
@@ -110,7 +110,7 @@ def main(argv):
         study.point(f"{name}, size", size, shape, T)
         study.point(f"{name}, memory", in_new_process, step_memory, shape, config.batch_size, T, device, dtype)
     study.point("speed", speed, config, device, dtype)
-    study.finish(lambda panel: draw(study, panel))
+    study.finish(draw)
 
 
 if __name__ == "__main__":

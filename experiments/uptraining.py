@@ -11,7 +11,7 @@ from statistics import mean
 
 from configurator import configure, program
 from experiments.runs import PRESETS, run_of, trained, variants
-from experiments.study import COLOURS, Study, StudyConfig, markdown, seeds_of
+from experiments.study import COLOURS, Study, StudyConfig, label, markdown, seeds_of
 from plot import read_log
 
 NAMES = ("base", "GQA 1/2", "GQA 1/4")
@@ -52,15 +52,14 @@ def losses(state):
     return markdown(["", "from scratch", "converted", *(f"+{step} steps" for step in list(at)[1:])], rows)
 
 
-def draw(study, panel):
-    points, seeds = study.state["points"], study.config.seeds
+def draw(state, panel):
     for name, colour in zip(NAMES, (COLOURS[0], COLOURS[1], COLOURS[2]), strict=True):
-        curves = [points[f"{name}, trained on, seed {seed}"] for seed in seeds]
+        curves = seeds_of(state, f"{name}, trained on")
         steps = [step for step, _ in curves[0]]
-        mean = [sum(curve[i][1] for curve in curves) / len(seeds) for i in range(len(steps))]
-        panel.plot(steps, mean, color=colour, marker="o", markersize=4)
-        panel.annotate(f"{name}, from the base", (steps[1], mean[1]), (6, 4), textcoords="offset points", color=colour)
-        scratch = sum(points[f"{name}, from scratch, seed {seed}"] for seed in seeds) / len(seeds)
+        losses = [mean(curve[i][1] for curve in curves) for i in range(len(steps))]
+        panel.plot(steps, losses, color=colour, marker="o", markersize=4)
+        label(panel, f"{name}, from the base", steps[0], losses[0], colour, (10, 0))
+        scratch = mean(seeds_of(state, f"{name}, from scratch"))
         panel.axhline(scratch, color=colour, linestyle=":", linewidth=1.2)
     panel.set_xlabel("steps of training on (dotted: the end of training from scratch)")
     panel.set_ylabel("validation loss (nats per token)")
@@ -73,7 +72,7 @@ def main(argv):
         for name in NAMES:
             study.point(f"{name}, from scratch, seed {seed}", from_scratch, study.config, name, seed)
             study.point(f"{name}, trained on, seed {seed}", trained_on, study.config, name, seed)
-    study.finish(lambda panel: draw(study, panel))
+    study.finish(draw)
 
 
 if __name__ == "__main__":
