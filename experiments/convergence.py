@@ -64,7 +64,7 @@ def draw(state, over_steps, over_time):
             for panel, unit in ((over_steps, 1), (over_time, seconds[name])):
                 panel.plot([step * unit for step in steps], losses, color=colour, marker="o", markersize=3)
         for panel, unit in ((over_steps, 1), (over_time, seconds[name])):
-            label(panel, text, steps[-3] * unit, losses[-3], colour, (-10, 12))
+            label(panel, (text, steps[-3] * unit, losses[-3], colour), offset=(-10, 12))
     over_steps.set_xlabel("steps")
     over_time.set_xlabel("time (s)")
     over_steps.set_ylabel("validation loss (nats per token)")

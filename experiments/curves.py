@@ -45,10 +45,13 @@ def losses(state):
 
 
 def draw(state, panel):
+    ends = []
     for (name, curve), colour in zip(state["points"].items(), COLOURS, strict=False):
-        steps, values = zip(*curve, strict=True)
+        steps, values = zip(*curve[1:], strict=True)  # the untrained model's would press the others together
         panel.plot(steps, values, color=colour, marker="o", markersize=4)
-        label(panel, name, steps[-1], values[-1], colour)
+        ends.append((name, steps[-1], values[-1], colour))
+    for last in {x for _, x, *_ in ends}:
+        label(panel, *(end for end in ends if end[1] == last))
     panel.set_xlim(right=1.4 * steps[-1])
     panel.set_xlabel("steps")
     panel.set_ylabel("validation loss (nats per token)")

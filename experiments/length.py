@@ -55,12 +55,13 @@ def losses(state):
 
 
 def draw(state, panel):
-    T = state["config"]["run"]["block_size"]
+    T, ends = state["config"]["run"]["block_size"], []
     for name, colour in zip(NAMES, (COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[5]), strict=True):
         losses = np.mean(seeds_of(state, name), axis=0)
         x = (np.arange(len(losses)) + 0.5) * T / PARTS
         panel.plot(x, losses, color=colour, marker="o", markersize=3)
-        label(panel, name, x[-1], losses[-1], colour)
+        ends.append((name, x[-1], losses[-1], colour))
+    label(panel, *ends)
     panel.axvline(T, color="grey", linewidth=0.8, linestyle=":")
     panel.set_xlim(0, 4.7 * T)
     panel.set_xticks([0, T, 2 * T, 3 * T, 4 * T])

@@ -65,20 +65,18 @@ def costs(state):
 
 def draw(state, training, memory, decoding):
     points, lengths = state["points"], state["config"]["lengths"]
-    for name, colour in zip(contestants(Config(), 1), (0, 1, 2, 5), strict=True):
-        decoded = [1000 * points[f"{T}, decoding"][name]["seconds"] for T in lengths]
-        for panel, key in ((training, "training"), (memory, "memory"), (decoding, None)):
-            y = [points[f"{T}, {key}"][name] for T in lengths] if key else decoded
+    panels = {"training": (training, "training step (s)"), "memory": (memory, "memory of training (GB)")}
+    for key, (panel, text) in (panels | {"decoding": (decoding, "decoding a token (ms)")}).items():
+        ends = []
+        for name, colour in zip(contestants(Config(), 1), (0, 1, 2, 5), strict=True):
+            y = [points[f"{T}, {key}"][name] for T in lengths]
+            y = [1000 * value["seconds"] for value in y] if key == "decoding" else y
             panel.plot(lengths, y, color=COLOURS[colour], marker="o", markersize=4)
-            label(panel, name, lengths[-1], y[-1], COLOURS[colour], (6, -3))
-    for panel, text in (
-        (training, "training step (s)"),
-        (memory, "memory of training (GB)"),
-        (decoding, "a token (ms)"),
-    ):
+            ends.append((name, lengths[-1], y[-1], COLOURS[colour]))
+        label(panel, *ends)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
-        panel.set_xlim(right=4 * lengths[-1])
+        panel.set_xlim(right=5 * lengths[-1])
         panel.set_xticks(lengths, [f"{T // 1024}k" for T in lengths])
         panel.set_xlabel("T (tokens)")
         panel.set_ylabel(text)

@@ -100,7 +100,7 @@ def draw(state, panel):
         means = [mean(at) for at in zip(*seeds_of(state, name), strict=True)]
         panel.plot(means, color=COLOURS[i], linestyle="--" if name.startswith("GQA") else "-")
         panel.axvline(end, color=COLOURS[i], linestyle=":", linewidth=1)
-        label(panel, name, end, 0.9 - 0.12 * i, COLOURS[i])
+        label(panel, (name, end, 0.9 - 0.12 * i, COLOURS[i]))
     panel.set_xlim(right=1.25 * shape["block_size"])
     panel.set_xlabel(f"distance (tokens); dotted: {shape['n_layer']} (window - 1)")
     panel.set_ylabel("share that is right")

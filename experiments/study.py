@@ -38,9 +38,9 @@ class Study:
         if options.preset not in presets:
             raise UserError(f"preset={options.preset} is none of {', '.join(presets)}")
         self.name, self.config = f"{name}_{options.preset}", presets[options.preset]
+        machine.keep_freed_memory()
         self.device = machine.pick_device("cuda" if options.preset == "gpu" else "cpu")
         self.dtype = machine.pick_dtype("auto", self.device)
-        machine.keep_freed_memory()
         about = {"experiment": name, "preset": options.preset, "config": asdict(self.config)}
         self.state = json.loads(json.dumps(about | where_and_when(self.device, self.dtype))) | {"points": {}}
         self.path = OUT / f"{self.name}.json"
@@ -80,25 +80,25 @@ def plot(state, draw):
     figure, axes = plt.subplots(1, panels, figsize=(8 if panels < 3 else 11, 4), layout="constrained", squeeze=False)
     draw(state, *axes[0])
     for panel in axes[0]:
+        panel.margins(y=0.12)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    path = DOCS / f"{state['experiment']}_{state['preset']}.png"
-    figure.savefig(path, dpi=110)
+    figure.savefig(DOCS / f"{state['experiment']}_{state['preset']}.png", dpi=110)
     plt.close(figure)
-    print(path)
 
 
-def label(panel, text, x, y, colour, offset=(6, 4)):
-    """Name a line or a point where it is."""
-    panel.annotate(text, (x, y), offset, textcoords="offset points", color=colour, fontsize="small")
+def label(panel, *points, offset=(6, -3)):
+    """Name points, each (text, x, y, colour), beside them; several at once are kept apart, in the order of y."""
+    for rank, (text, x, y, colour) in enumerate(sorted(points, key=lambda point: point[2])):
+        place = (offset[0], offset[1] + 11 * (rank - (len(points) - 1) / 2))
+        panel.annotate(text, (x, y), place, textcoords="offset points", color=colour, fontsize="small")
 
 
 def where_and_when(device, dtype):
     """Machine, versions and commit, for a result file."""
-    name = machine.device_name(device)
-    if device.type == "cpu":
-        text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        name = next(iter(re.findall(r"model name\s*: (.*)", text)), platform.processor())
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next(iter(re.findall(r"model name\s*: (.*)", cpu)), platform.processor())
+    name = cpu if device.type == "cpu" else machine.device_name(device)
     what = {"device": name, "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     git = ["git", "log", "-1", "--format=%H", "--", "*.py", ":!tests"], ["git", "status", "--porcelain", "--", "*.py"]

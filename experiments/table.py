@@ -91,7 +91,7 @@ def draw(state, panel):
         own = [point["val_loss"] for point in seeds_of(state, name)]
         x, middle = state["points"][f"{name}, size"]["cache_bytes_32k"] / 1e6, mean(own)
         panel.errorbar(x, middle, [[middle - min(own)], [max(own) - middle]], fmt="o", capsize=4, color=colour)
-        label(panel, name, x, middle, colour)
+        label(panel, (name, x, middle, colour), offset=(6, 4))
     panel.set_xscale("log")
     panel.set_xlim(right=4000)
     panel.set_xlabel("key-value cache of 32k tokens at the shape of GPT-2 124M, float32 (MB)")

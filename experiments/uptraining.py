@@ -53,14 +53,17 @@ def losses(state):
 
 
 def draw(state, panel):
+    ends = []
     for name, colour in zip(NAMES, (COLOURS[0], COLOURS[1], COLOURS[2]), strict=True):
         curves = seeds_of(state, f"{name}, trained on")
         steps = [step for step, _ in curves[0]]
         losses = [mean(curve[i][1] for curve in curves) for i in range(len(steps))]
         panel.plot(steps, losses, color=colour, marker="o", markersize=4)
-        label(panel, f"{name}, from the base", steps[0], losses[0], colour, (10, 0))
+        ends.append((f"{name}, from the base", steps[-1], losses[-1], colour))
         scratch = mean(seeds_of(state, f"{name}, from scratch"))
         panel.axhline(scratch, color=colour, linestyle=":", linewidth=1.2)
+    label(panel, *ends)
+    panel.set_xlim(right=1.3 * steps[-1])
     panel.set_xlabel("steps of training on (dotted: the end of training from scratch)")
     panel.set_ylabel("validation loss (nats per token)")
 
