@@ -28,7 +28,7 @@ def trained_on(config, name, seed):
             "init_from": run_of(config, "base", seed),
             "seed": 100 + seed,  # other batches than it has seen first
             "max_steps": steps,
-            "eval_interval": steps // 8,
+            "eval_interval": max(1, steps // 8),
             "learning_rate": config.run["learning_rate"] / 4,
             "warmup_steps": max(1, steps // 16),
         }

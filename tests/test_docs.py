@@ -116,7 +116,7 @@ def run(argv):
     elif argv[:2] == ["python", "-m"] and argv[2].startswith("experiments."):
         module = importlib.import_module(argv[2])
         if module is look:
-            look.main([re.sub("model_mine", "model", arg) for arg in argv[3:]])
+            look.main([*(re.sub("model_mine", "model", arg) for arg in argv[3:]), "--n_head=2", "--n_embd=16"])
         elif module is not report:
             assert configure(study.StudyConfig, argv[3:], "").preset in module.PRESETS
     elif argv[0] == "python" and argv[1] in PROGRAMS:
