@@ -11,16 +11,15 @@ import sys
 
 from bench import take_turns
 from configurator import configure, program
-from experiments.runs import PRESETS, run_of, shape_of, variants
+from experiments.runs import PRESETS, run_of, shape_of, val_losses, variants
 from experiments.steps import training_step
 from experiments.study import COLOURS, Study, StudyConfig, label, markdown, seeds_of
-from plot import read_log
 
 NAMES = ("base", "RoPE")
 
 
 def curve(config, name, seed):
-    return [[r["step"], r["val_loss"]] for r in read_log(run_of(config, name, seed)) if "val_loss" in r]
+    return val_losses(run_of(config, name, seed))
 
 
 def step_seconds(config, device, dtype):

@@ -7,9 +7,8 @@ import sys
 from dataclasses import dataclass
 
 from configurator import configure, program
-from experiments.runs import trained
+from experiments.runs import trained, val_losses
 from experiments.study import COLOURS, Study, StudyConfig, label, markdown
-from plot import read_log
 from pretrained import model_module
 from train import TrainConfig
 
@@ -31,8 +30,7 @@ def curve(name):
     """[step, validation loss] of a run of config/NAME.py."""
     path = f"config/{name}.py"
     config, _ = configure(TrainConfig, [path], "", more=lambda config: model_module(config.model).GPTConfig)
-    run = trained(name, {"max_steps": config.max_steps}, path)
-    return [[record["step"], record["val_loss"]] for record in read_log(run) if "val_loss" in record]
+    return val_losses(trained(name, {"max_steps": config.max_steps}, path))
 
 
 def losses(state):

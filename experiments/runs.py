@@ -32,7 +32,7 @@ MEDIUM |= {"batch_size": 32, "total_batch_size": 2**17, "max_steps": 2000, "eval
 MEDIUM |= {"learning_rate": 1e-3, "min_lr": 1e-5, "warmup_steps": 100, "lr_schedule": "wsd"}
 PRESETS = {
     "cpu": Config(run=SMALL | {"log_interval": 100}),
-    "gpu": Config(run=MEDIUM | {"log_interval": 50}, seeds=(1, 2), batch_size=16, rounds=10),
+    "gpu": Config(run=MEDIUM | {"log_interval": 50}, batch_size=16, rounds=10),
 }
 
 
@@ -53,18 +53,22 @@ def variants(n_head, block_size, **_):
 
 def run_of(config, name, seed):
     """The finished run of a variant, trained where it is missing."""
-    directory = f"{config.run['dataset']}-{name.replace(' ', '_').replace('/', '_of_')}-{seed}"
-    return trained(directory, config.run | variants(**config.run)[name] | {"seed": seed})
+    return trained(f"{config.run['dataset']}-{name}-{seed}", config.run | variants(**config.run)[name] | {"seed": seed})
 
 
 def trained(name, options, *configs):
     """The directory of a run of train.py with config files and options, finished; UserError where it was stopped."""
-    run = OUT / "runs" / name
+    run = OUT / "runs" / name.replace(" ", "_").replace("/", "_of_")
     torch.compiler.reset()  # of the run before: compiled variants of one function are limited in number
     train.main([*configs, *(f"--{key}={value}" for key, value in options.items()), f"--out_dir={run}"])
     if read_log(run)[-1]["step"] < options["max_steps"]:
         raise UserError(f"{run} was stopped: the same command goes on from there")
     return run
+
+
+def val_losses(run):
+    """[step, validation loss] of a run, wherever it was evaluated."""
+    return [[record["step"], record["val_loss"]] for record in read_log(run) if "val_loss" in record]
 
 
 def shape_of(run):

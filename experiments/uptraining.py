@@ -10,7 +10,7 @@ import sys
 from statistics import mean
 
 from configurator import configure, program
-from experiments.runs import PRESETS, run_of, trained, variants
+from experiments.runs import PRESETS, run_of, trained, val_losses, variants
 from experiments.study import COLOURS, Study, StudyConfig, label, markdown, seeds_of
 from plot import read_log
 
@@ -33,8 +33,7 @@ def trained_on(config, name, seed):
             "warmup_steps": max(1, steps // 16),
         }
     )
-    run = trained(f"uptrained-{config.run['dataset']}-{name.replace(' ', '_').replace('/', '_of_')}-{seed}", options)
-    return [[r["step"], r["val_loss"]] for r in read_log(run) if "val_loss" in r]
+    return val_losses(trained(f"uptrained-{config.run['dataset']}-{name}-{seed}", options))
 
 
 def from_scratch(config, name, seed):
