@@ -94,16 +94,16 @@ class CausalSelfAttention(nn.Module):
         query 4     x x x x x      x attends, . the future
         """
         (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
-        if T == 1:  # GQA: without a mask, the queries of a group can be the rows of one small matrix
-            q = q.view(B, G, H // G, D)
-        elif G < H:  # as fast as enable_gqa=True, which for some devices, dtypes and masks takes slow kernels
+        dropout = self.dropout if self.training else 0.0
+        if T == 1:  # GQA: a single query needs no mask, so the queries of a group can be the rows of one small matrix
+            y = F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v, dropout_p=dropout)
+            return y.reshape(B, H, T, D)
+        if G < H:  # as fast as enable_gqa=True, which for some devices, dtypes and masks takes slow kernels
             k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))  # (B, H, S, D)
         # is_causal counts from the upper left corner, right for T = S alone; a single query sees all, without a mask.
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
         causal = True if T == S else False  # a plain bool, also where torch.compile has T as a symbol
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        return y.reshape(B, H, T, D)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 class MLP(nn.Module):

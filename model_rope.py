@@ -25,7 +25,7 @@ import torch.nn.functional as F
 class GPTConfig:
     """The shape of a model; the defaults are GPT-2 small, 124M parameters. ValueError for numbers that do not fit."""
 
-    block_size: int = 1024  # longest sequence, in tokens
+    block_size: int = 1024  # RoPE: length of the training sequences, in tokens; the model takes any
     vocab_size: int = 50257  # token ids are 0 .. vocab_size - 1
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads

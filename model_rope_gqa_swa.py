@@ -20,7 +20,7 @@ import torch.nn.functional as F
 class GPTConfig:
     """The shape of a model; the defaults are GPT-2 small, 124M parameters. ValueError for numbers that do not fit."""
 
-    block_size: int = 1024  # longest sequence, in tokens
+    block_size: int = 1024  # RoPE: length of the training sequences, in tokens; the model takes any
     vocab_size: int = 50257  # token ids are 0 .. vocab_size - 1
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
@@ -119,9 +119,11 @@ class CausalSelfAttention(nn.Module):
         before, which hold all that it sees; the queries before them go in one piece.
         """
         (B, H, T, D), (G, S), W = q.shape, k.shape[1:3], self.window
-        if T == 1:  # GQA: without a mask, the queries of a group can be the rows of one small matrix
-            q = q.view(B, G, H // G, D)
-        elif G < H:  # as fast as enable_gqa=True, which for some devices, dtypes and masks takes slow kernels
+        dropout = self.dropout if self.training else 0.0
+        if T == 1:  # GQA: a single query needs no mask, so the queries of a group can be the rows of one small matrix
+            y = F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v, dropout_p=dropout)
+            return y.reshape(B, H, T, D)
+        if G < H:  # as fast as enable_gqa=True, which for some devices, dtypes and masks takes slow kernels
             k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))  # (B, H, S, D)
         b = min(max(W, 64), 256)  # measured, as the 320
         m = -(-(W - 1) // b)
@@ -137,9 +139,7 @@ class CausalSelfAttention(nn.Module):
         if 1 < T < S or T == S > W:  # SWA
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).triu(S - T - W + 1)
         causal = True if T == S <= W else False  # a plain bool, also where torch.compile has T as a symbol
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        return y.reshape(B, H, T, D)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 class MLP(nn.Module):

@@ -1,49 +1,75 @@
-"""Text or a named dataset -> data/NAME/{train,val}.bin and meta.json.
+"""Prepare a dataset: text or a named dataset -> data/NAME/{train,val}.bin and meta.json.
 
-    python prepare_data.py stdlib                 the text of Python's own standard library, as bytes: no download
-    python prepare_data.py shakespeare            tinyshakespeare (1 MB), GPT-2 BPE; shakespeare_char: by characters
-    python prepare_data.py fineweb --shards=10    FineWeb, tokenized for GPT-2: 100M tokens (200 MB) a shard, 103 in all
-    python prepare_data.py mine --input='corpus/*.txt'     your own: .txt, .jsonl (--field=text), .gz of either
+    python prepare_data.py stdlib                     Python's own standard library as bytes; no download
+    python prepare_data.py shakespeare                tinyshakespeare (1 MB), GPT-2 BPE
+    python prepare_data.py shakespeare_char           the same, by characters
+    python prepare_data.py fineweb --shards=10        FineWeb, tokenized for GPT-2: 100 million tokens
+                                                      (200 MB) per shard, 103 shards in all
+    python prepare_data.py mine --input='corpus/*.txt'    your own text: .txt, .jsonl (--field=text),
+                                                          .gz of either
 
-The bins are raw little-endian uint16 token ids, nanoGPT's format. Documents (files; lines of .jsonl) are separated by
-<|endoftext|>; the last val_fraction of all tokens is val.bin. Text streams through in pieces, so that memory does not
-grow with it, on all cores, and a file appears under its name only when it is complete.
+The bins are raw little-endian uint16 token ids, nanoGPT's format. A .txt file is a document, and so
+is a line of a .jsonl file; <|endoftext|> separates documents. The last val_fraction of all tokens
+becomes val.bin. Text is tokenized piece by piece on all cores, so memory does not grow with it. A
+file appears under its final name only when it is complete.
 """
 
+import codecs
 import contextlib
 import glob
+import gzip
+import json
 import os
 import random
 import re
 import shutil
 import sys
 import sysconfig
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from configurator import UserError, configure, program
-from corpus import PIECE, read_pieces, tokenize
-from download import download, file_sha256, hub_url
-from tokenizer import EOT, NAMES, get_tokenizer, read_meta, token_bytes, write_json
+from common.download import download, file_sha256, hub_url
+from common.errors import UserError, program
+from common.files import write_json
+from common.tokenizer import (
+    EOT,
+    NAMES,
+    encode,
+    get_tokenizer,
+    read_meta,
+    token_bytes,
+    without_surrogates,
+)
+from configurator import configure
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 FINEWEB = "datasets/kjj0/fineweb10B-gpt2/resolve/main"
 FINEWEB_SHARDS = 103
-SHARD_HEADER = 256  # int32 numbers before a shard's tokens: magic, version, count of tokens, then zeros
+SHARD_HEADER = 256  # int32 numbers before a shard's tokens: magic, version, token count, zeros
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 
-# name: tokenizer, val_fraction (a tenth for Shakespeare, as in nanoGPT), a config that trains on it; --input under such
-# a name is other text in its place
+PIECE_BYTES = 1 << 20  # read at a time
+BATCH_CHARS = 1 << 20  # that one core tokenizes at a time
+# Characters without white space that are kept together; beyond, the tokens at a cut may differ from
+# those of the whole text.
+LONGEST_WORD = 8 << 20
+
+# name: (tokenizer, val_fraction, a config that trains on it). A tenth of Shakespeare is for
+# validation, as in nanoGPT. With --input, other text takes the place of a named dataset.
 DATASETS = {
     "stdlib": ("byte", 0.01, "config/quickstart.py"),
     "shakespeare": ("gpt2", 0.1, "config/finetune_shakespeare.py"),
     "shakespeare_char": ("char", 0.1, "config/shakespeare_char.py"),
     "fineweb": ("gpt2", 0.01, "config/gpt2.py"),
 }
-SMALL = ("stdlib", "shakespeare", "shakespeare_char")  # train.py prepares these on the spot
+SMALL_DATASETS = ("stdlib", "shakespeare", "shakespeare_char")  # train.py prepares these itself
 YOUR_OWN = ("gpt2", 0.01, "config/quickstart.py")
 
 
@@ -56,34 +82,179 @@ class PrepareConfig:
     shards: int = 10  # fineweb: training shards to have in all, 1 to 103
     # How
     tokenizer: str | None = None  # gpt2, byte or char; None: the dataset's, gpt2 for your own
-    val_fraction: float | None = None  # share of the tokens for validation; None: the dataset's, 0.01 for your own
-    overwrite: bool = False  # make it anew, and in the place of one that was made from something else
-    verify: bool = False  # check the bins against the hashes in meta.json, and nothing else
+    val_fraction: float | None = None  # of the tokens; None: the dataset's, 0.01 for your own
+    overwrite: bool = False  # make the dataset again, also if it was made from something else
+    verify: bool = False  # only check the bins against the hashes in meta.json
 
 
-def describe(path, tokenizer):
-    """What meta.json says of a bin; the bytes of its text only where there is a tokenizer."""
+# Read text ------------------------------------------------------------------------------------
+
+
+def read_pieces(paths, field, description):
+    """Yield the text of the files in pieces, and None between two documents.
+
+    A document is cut only where no token reaches across, so tokenizing the pieces gives the tokens
+    of the whole text. Shows a progress bar with this description.
+    """
+    started = False
+    total = sum(map(os.path.getsize, paths))
+    with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=None) as bar:
+        for path in paths:
+            for is_first, piece in _read_file(path, field, bar):
+                if is_first and started:
+                    yield None
+                started = True
+                yield piece
+
+
+def _read_file(path, field, bar):
+    """Yield (whether a document begins here, piece) for each piece of a file."""
+    position = 0
+    try:
+        with contextlib.ExitStack() as stack:
+            raw = stack.enter_context(open(path, "rb"))
+            stream = stack.enter_context(gzip.open(raw)) if path.endswith(".gz") else raw
+            for document in _documents(path, stream, field):
+                is_first = True
+                for piece in document:
+                    if not piece:
+                        continue
+                    yield is_first, piece
+                    is_first = False
+                    bar.update(raw.tell() - position)
+                    position = raw.tell()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read to its end: {error}") from error
+
+
+def _documents(path, stream, field):
+    """Yield the documents of a file, each an iterable of pieces."""
+    if path.removesuffix(".gz").endswith(".jsonl"):
+        yield from _jsonl_documents(path, stream, field)
+    else:
+        yield _text_pieces(path, stream)
+
+
+def _text_pieces(path, stream):
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    text, read, block = "", 0, True
+    while block:
+        block = stream.read(PIECE_BYTES)
+        read += len(block)
+        try:
+            text += decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            offset = read - len(error.object) + error.start
+            raise UserError(f"{path}: byte {offset} is not UTF-8 ({error.reason}): convert the file first") from error
+        end = _safe_cut(text)
+        yield text[:end]
+        text = text[end:]
+    yield text
+
+
+def _safe_cut(text):
+    """Return how much of the text can be tokenized alone; 0 if nothing yet.
+
+    GPT-2's pattern for words starts a new one at the last white space before other text. No token
+    reaches across that place, so cutting there gives the tokens of the whole text.
+    """
+    cut = re.match(r"(?s:.*)(?=[ \n]\S)", text)  # greedy: the last such place
+    if cut:
+        return cut.end()
+    return len(text) if len(text) > LONGEST_WORD else 0
+
+
+def _jsonl_documents(path, stream, field):
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line.decode("utf-8-sig"))[field]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}, line {number}: byte {error.start} of it is not UTF-8 ({error.reason})") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f'{path}, line {number}: no JSON object with the field "{field}" '
+                f"({type(error).__name__}); --field names another"
+            ) from error
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise UserError(f'{path}, line {number}: the field "{field}" is {kind}, not a string')
+        yield [without_surrogates(text)]
+
+
+# Tokenize text --------------------------------------------------------------------------------
+
+
+def tokenize(tokenizer, pieces):
+    """Yield the uint16 ids of the pieces in order, and <|endoftext|> for each None among them.
+
+    All cores work, because tiktoken releases the interpreter lock. Memory is that of a few batches
+    per core.
+    """
+
+    def batch_ids(batch):
+        eot = [tokenizer.eot_token]
+        ids = [eot if piece is None else encode(tokenizer, piece) for piece in batch]
+        return np.concatenate(ids).astype("<u2")
+
+    cores = os.cpu_count()
+    pending = deque()
+    with ThreadPoolExecutor(cores) as pool:
+        for batch in _batches(pieces):
+            pending.append(pool.submit(batch_ids, batch))
+            if len(pending) > 2 * cores:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _batches(pieces):
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece or "")
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def describe_bin(path, tokenizer):
+    """Return what meta.json says about a bin; without a tokenizer not the bytes of its text."""
     counts = np.zeros(1 << 16, dtype=np.int64)  # how often each id occurs
     with open(path, "rb") as file:
-        while (ids := np.fromfile(file, "<u2", PIECE)).size:
+        while (ids := np.fromfile(file, "<u2", PIECE_BYTES)).size:
             counts += np.bincount(ids, minlength=len(counts))
-    about = {"tokens": int(counts.sum()), "largest_id": int(counts.nonzero()[0][-1]), "sha256": file_sha256(path)}
+    description = {
+        "tokens": int(counts.sum()),
+        "largest_id": int(counts.nonzero()[0][-1]),
+        "sha256": file_sha256(path),
+    }
     if tokenizer is not None:
-        about["bytes"] = int(counts[: tokenizer.n_vocab] @ token_bytes(tokenizer))
-    return about
+        description["bytes"] = int(counts[: tokenizer.n_vocab] @ token_bytes(tokenizer))
+    return description
+
+
+def find_chars(paths, field):
+    """Return the sorted characters of the files; <|endoftext|> is last, if documents need it."""
+    chars = set()
+    for piece in read_pieces(paths, field, "characters"):
+        chars |= {EOT} if piece is None else set(piece)
+    if not chars:
+        return [EOT]  # there is no text; prepare_text refuses it
+    return sorted(chars, key=lambda char: (char == EOT, char))
 
 
 def prepare_text(folder, tokenizer_name, paths, field, val_fraction, source):
-    """Tokenize text files into folder/train.bin, val.bin and meta.json."""
+    """Tokenize text files into folder/train.bin, val.bin and meta.json; return the meta.json."""
     meta = {"tokenizer": tokenizer_name}
     if tokenizer_name == "char":
-        chars = set()
-        for piece in read_pieces(paths, field, "characters"):
-            chars |= {EOT} if piece is None else set(piece)
-        meta["chars"] = sorted(chars, key=lambda char: (char == EOT, char)) or [EOT]  # without text: refused below
+        meta["chars"] = find_chars(paths, field)
     tokenizer = get_tokenizer(meta)
     if tokenizer.n_vocab > 1 << 16:
-        raise UserError(f"{tokenizer.n_vocab} different characters do not fit the bins' uint16: --tokenizer=byte does")
+        raise UserError(f"{tokenizer.n_vocab} different characters do not fit in uint16: use --tokenizer=byte")
     folder.mkdir(parents=True, exist_ok=True)
     parts = {split: folder / f"{split}.bin.part" for split in ("train", "val")}
     try:
@@ -92,44 +263,61 @@ def prepare_text(folder, tokenizer_name, paths, field, val_fraction, source):
                 train.write(ids)
             total = train.tell() // 2
             n_train = int(total * (1 - val_fraction))
-            if min(n_train, total - n_train) < 2:
+            n_val = total - n_train
+            if min(n_train, n_val) < 2:
                 raise UserError(
-                    f"{source} has {total} tokens: with val_fraction={val_fraction} {n_train} are left for training "
-                    f"and {total - n_train} for validation, and each needs 2 at least"
+                    f"{source} has {total} tokens: val_fraction={val_fraction} leaves {n_train} "
+                    f"for training and {n_val} for validation, and each needs at least 2"
                 )
             train.seek(2 * n_train)
             shutil.copyfileobj(train, val)
             train.truncate(2 * n_train)
         meta |= {"vocab_size": tokenizer.n_vocab, "source": source, "val_fraction": val_fraction}
-        meta |= {split: describe(part, tokenizer) for split, part in parts.items()}
-        (folder / "train.bin").unlink(missing_ok=True)  # the last to come back: without it the folder is no dataset
+        for split, part in parts.items():
+            meta[split] = describe_bin(part, tokenizer)
+        # Without train.bin the folder is not a dataset: it goes first and comes back last.
+        (folder / "train.bin").unlink(missing_ok=True)
         parts["val"].replace(folder / "val.bin")
         write_json(folder / "meta.json", meta)
         parts["train"].replace(folder / "train.bin")
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it is not empty, but where nothing came of it
+        with contextlib.suppress(OSError):  # the folder is empty only if nothing was made
             folder.rmdir()
     return meta
 
 
+# FineWeb --------------------------------------------------------------------------------------
+
+
 def prepare_fineweb(folder, shards, overwrite):
-    """Download FineWeb's tokenized shards and append them to folder/train.bin, one by one: a later call adds more."""
+    """Download FineWeb's tokenized shards and append them to train.bin; return the meta.json.
+
+    A later call with more shards adds only those that are missing.
+    """
     if not 1 <= shards <= FINEWEB_SHARDS:
-        raise UserError(f"shards={shards}: fineweb has 1 to {FINEWEB_SHARDS}")
+        raise UserError(f"shards={shards} must be from 1 to {FINEWEB_SHARDS}")
     if (folder / "meta.json").exists() and not overwrite:
         meta = read_meta(folder)
     else:
         (folder / "meta.json").unlink(missing_ok=True)
-        meta = {"tokenizer": "gpt2", "vocab_size": 50257, "source": "fineweb", "shards": 0, "train": {"tokens": 0}}
-        meta["val"] = {"tokens": append_shard("fineweb_val_000000.bin", folder / "val.bin", 0)}
+        val_tokens = append_shard("fineweb_val_000000.bin", folder / "val.bin", 0)
+        meta = {
+            "tokenizer": "gpt2",
+            "vocab_size": 50257,
+            "source": "fineweb",
+            "shards": 0,
+            "train": {"tokens": 0},
+            "val": {"tokens": val_tokens},
+        }
     if meta["shards"] > shards:
         raise UserError(f"{folder} has {meta['shards']} shards already, more than --shards={shards}")
     if meta["shards"] == shards and "sha256" in meta["train"]:
-        return meta  # as it is: hashes taken anew would vouch for what was damaged since
+        return meta  # unchanged: new hashes would vouch for bins that were damaged since
     for shard in range(meta["shards"] + 1, shards + 1):
-        tokens = append_shard(f"fineweb_train_{shard:06d}.bin", folder / "train.bin", meta["train"]["tokens"])
+        name = f"fineweb_train_{shard:06d}.bin"
+        tokens = append_shard(name, folder / "train.bin", meta["train"]["tokens"])
         meta |= {"shards": shard, "train": {"tokens": tokens}}
         write_json(folder / "meta.json", meta)
     try:
@@ -137,101 +325,150 @@ def prepare_fineweb(folder, shards, overwrite):
     except UserError as error:
         print(f"no bits per byte: {error}", file=sys.stderr)
         tokenizer = None
-    meta |= {split: describe(folder / f"{split}.bin", tokenizer) for split in ("train", "val")}
+    for split in ("train", "val"):
+        meta[split] = describe_bin(folder / f"{split}.bin", tokenizer)
     write_json(folder / "meta.json", meta)
     return meta
 
 
 def append_shard(name, bin_path, tokens_before):
-    """Download a shard and append its tokens to a bin of `tokens_before` tokens. Returns the tokens it then has."""
+    """Download a shard and append it to a bin of `tokens_before` tokens; return the new count."""
     shard = bin_path.with_name(name)
     if not shard.exists():
         download(hub_url(f"{FINEWEB}/{name}"), shard)
-    expected = [SHARD_MAGIC, SHARD_VERSION, (shard.stat().st_size - 4 * SHARD_HEADER) / 2]
-    told = np.fromfile(shard, "<i4", 3).tolist()
-    if told != expected:
+    tokens = (shard.stat().st_size - 4 * SHARD_HEADER) / 2
+    expected = [SHARD_MAGIC, SHARD_VERSION, tokens]
+    header = np.fromfile(shard, "<i4", 3).tolist()
+    if header != expected:
         shard.unlink()
-        raise UserError(f"{name}: magic, version, tokens are {told}, not {expected} as its size asks: thrown away")
+        raise UserError(
+            f"{name} has magic, version, tokens {header}, expected {expected} by its size: "
+            "deleted; run the same command again"
+        )
     with open(bin_path, "ab") as bin_file, open(shard, "rb") as file:
-        had = bin_file.tell() // 2
-        if had < tokens_before:
+        size = bin_file.tell() // 2
+        if size < tokens_before:
             raise UserError(
-                f"{bin_path} has {had} tokens, meta.json says {tokens_before}: --overwrite=True makes it anew"
+                f"{bin_path} has {size} tokens, meta.json says {tokens_before}: --overwrite=True makes it again"
             )
-        bin_file.truncate(2 * tokens_before)  # what an interrupted call added without writing meta.json
+        bin_file.truncate(2 * tokens_before)  # an interrupted call may have added more
         file.seek(4 * SHARD_HEADER)
         shutil.copyfileobj(file, bin_file)
     shard.unlink()
-    return tokens_before + told[2]
+    return tokens_before + header[2]
 
 
-# The program --------------------------------------------------------------------------------------------------------
+# Datasets -------------------------------------------------------------------------------------
 
 
 def stdlib_files():
-    """The .py files of Python's own library, shuffled, without its tests (not all UTF-8) and installed packages."""
+    """Return the .py files of Python's standard library, shuffled.
+
+    Without its tests, of which some are not UTF-8, and without installed packages. Shuffled because
+    the validation tokens are the last ones: they should be a mixture, not the modules with z.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = [path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts)]
-    random.Random(0).shuffle(files)  # the validation tokens are the last ones: a mixture then, not the letter z
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    files = [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
+    random.Random(0).shuffle(files)
     return [str(path) for path in files if path.is_file()]
 
 
 def input_files(pattern):
-    """The files that a path or pattern names, sorted; UserError where there are none."""
-    paths = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-    files = [path for path in paths if os.path.isfile(path)]
-    if not files:
-        folder = f" (a folder: write --input='{pattern.rstrip('/')}/**/*.txt')" if os.path.isdir(pattern) else ""
-        raise UserError(f"--input={pattern}: no such file{folder}")
-    return files
+    """Return the files that a path or a pattern names, sorted. Raises UserError if there are none."""
+    if os.path.isfile(pattern):
+        return [pattern]
+    files = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
+    if files:
+        return files
+    message = f"--input={pattern}: no such file"
+    if os.path.isdir(pattern):
+        message += f" (a folder: write --input='{pattern.rstrip('/')}/**/*.txt')"
+    raise UserError(message)
 
 
 def prepare(config, root="data"):
-    """Make the dataset that a PrepareConfig describes in root/NAME; returns its meta.json."""
+    """Make the dataset that a PrepareConfig describes in root/NAME; return its meta.json."""
     if not re.fullmatch(r"\w[\w.-]*", config.name):
         raise UserError(f"name a dataset: {', '.join(DATASETS)}, or one of your own with --input (--help explains)")
     if not config.input and config.name not in DATASETS:
-        raise UserError(f"{config.name} is none of {', '.join(DATASETS)}: --input='FILES' says where its text is")
+        raise UserError(f"{config.name} is not one of {', '.join(DATASETS)}: --input='FILES' names its text")
     folder, source = Path(root, config.name), config.input or config.name
     if (folder / "meta.json").exists() and not config.overwrite:
-        there = read_meta(folder).get("source")
-        if there != source:
-            raise UserError(f"{folder} was made from {there}: another name, or --overwrite=True to replace it")
+        before = read_meta(folder).get("source")
+        if before != source:
+            raise UserError(
+                f"{folder} was made from {before}: choose another name, or replace it with --overwrite=True"
+            )
     if config.name == "fineweb" and not config.input:
         if config.tokenizer not in (None, "gpt2") or config.val_fraction is not None:
-            raise UserError("fineweb comes tokenized for gpt2 and split: --tokenizer and --val_fraction do not apply")
+            raise UserError(
+                "fineweb is tokenized for gpt2 and split already: --tokenizer and --val_fraction do not apply"
+            )
         return prepare_fineweb(folder, config.shards, config.overwrite)
-    if (folder / "train.bin").exists() and not (folder / "meta.json").exists() and not config.overwrite:
-        raise UserError(f"{folder} holds bins of other making: another name, or --overwrite=True to replace them")
+    has_foreign_bins = (folder / "train.bin").exists() and not (folder / "meta.json").exists()
+    if has_foreign_bins and not config.overwrite:
+        raise UserError(
+            f"{folder} has bins that this program did not make: choose another name, or replace "
+            "them with --overwrite=True"
+        )
     tokenizer, val_fraction, _ = DATASETS.get(config.name, YOUR_OWN)
     tokenizer = config.tokenizer or tokenizer
-    val_fraction = val_fraction if config.val_fraction is None else config.val_fraction
+    if config.val_fraction is not None:
+        val_fraction = config.val_fraction
     if tokenizer not in NAMES:
-        raise UserError(f"tokenizer={tokenizer} is none of {', '.join(NAMES)}")
+        raise UserError(f"tokenizer={tokenizer} must be one of {', '.join(NAMES)}")
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction} must be above 0 and below 1")
-    if config.input:
-        paths = input_files(config.input)
-    elif config.name == "stdlib":
-        paths = stdlib_files()
-    else:
-        paths = [str(Path(root, "download", "tinyshakespeare.txt"))]
-        if not os.path.exists(paths[0]):
-            download(SHAKESPEARE_URL, paths[0], SHAKESPEARE_SHA256)
+    paths = source_files(config, root)
     return prepare_text(folder, tokenizer, paths, config.field, val_fraction, source)
 
 
+def source_files(config, root):
+    """Return the text files of a dataset, downloaded if need be."""
+    if config.input:
+        return input_files(config.input)
+    if config.name == "stdlib":
+        return stdlib_files()
+    path = Path(root, "download", "tinyshakespeare.txt")
+    if not path.exists():
+        download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
+    return [str(path)]
+
+
+def open_dataset(name, prepare_missing=True):
+    """Return the folder and the meta.json of a dataset; prepare a small one that is missing.
+
+    prepare_missing   False under torchrun: one process must prepare it before
+    """
+    folder = Path("data", name)
+    exists = (folder / "meta.json").exists() or (folder / "train.bin").exists()
+    if exists:
+        return folder, read_meta(folder)
+    if name == "fineweb":
+        raise UserError(
+            f"no {folder}: python prepare_data.py fineweb downloads 1 of its 10 billion tokens, "
+            "2 GB (python train.py config/quickstart.py needs no download)"
+        )
+    if name not in SMALL_DATASETS:
+        raise UserError(f"no {folder}: python prepare_data.py {name} --input='FILES' makes it from your text")
+    if not prepare_missing:
+        raise UserError(f"no {folder}: python prepare_data.py {name} makes it; run it before torchrun")
+    print(f"preparing {folder}", flush=True)
+    prepare(PrepareConfig(name=name))
+    return folder, read_meta(folder)
+
+
 def verify(folder):
-    """UserError where a bin is not the one that meta.json describes."""
+    """Check the bins against the hashes in meta.json. Raises UserError if one differs."""
     meta = read_meta(folder)
     for path in (folder / "train.bin", folder / "val.bin"):
         expected = meta.get(path.stem, {}).get("sha256")
         if expected is None:
-            raise UserError(f"{folder}/meta.json holds no SHA-256 of {path.name}")
-        got = file_sha256(path) if path.exists() else "of no file"
-        if got != expected:
-            raise UserError(f"{path} has SHA-256 {got}, meta.json says {expected}: --overwrite=True makes it anew")
+            raise UserError(f"{folder}/meta.json has no SHA-256 of {path.name}")
+        actual = file_sha256(path) if path.exists() else "of no file"
+        if actual != expected:
+            raise UserError(f"{path} has SHA-256 {actual}, meta.json says {expected}: --overwrite=True makes it again")
         print(f"{path}: SHA-256 as in meta.json")
 
 
@@ -240,15 +477,17 @@ def main(argv):
     config = configure(PrepareConfig, argv, __doc__, positional="name")
     folder = Path("data", config.name)
     if config.verify:
-        return verify(folder)
+        verify(folder)
+        return
     meta = prepare(config)
-    print(f"{folder}: {meta['train']['tokens']:,} tokens for training, {meta['val']['tokens']:,} for validation")
+    n_train, n_val = meta["train"]["tokens"], meta["val"]["tokens"]
+    print(f"{folder}: {n_train:,} tokens for training, {n_val:,} for validation")
     print(f"tokenizer {meta['tokenizer']}, vocab_size {meta['vocab_size']}")
     *_, train_config = DATASETS.get(config.name, YOUR_OWN)
-    print(
-        f"python train.py {train_config}"
-        + ("" if config.name in DATASETS else f" --dataset={config.name} --out_dir=out/{config.name}")
-    )
+    command = f"python train.py {train_config}"
+    if config.name not in DATASETS:
+        command += f" --dataset={config.name} --out_dir=out/{config.name}"
+    print(command)
 
 
 if __name__ == "__main__":

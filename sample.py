@@ -17,10 +17,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 
 import torch
 
-from configurator import UserError, at_least, configure, program
-from machine import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
-from pretrained import load_model
-from tokenizer import encode, get_tokenizer
+from common.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
+from common.errors import UserError, program
+from common.pretrained import load_model
+from common.tokenizer import encode, get_tokenizer
+from configurator import check_range, configure
 
 
 @dataclass
@@ -123,8 +124,8 @@ class Sample:
 
 def check(config):
     """UserError for a SampleConfig that makes no sense."""
-    at_least(1, config, "num_samples", "max_new_tokens", "top_k")
-    at_least(0, config, "temperature", "seed")
+    check_range(config, 1, "num_samples", "max_new_tokens", "top_k")
+    check_range(config, 0, "temperature", "seed")
     if config.top_p is not None and not 0 < config.top_p <= 1:
         raise UserError(f"top_p={config.top_p} must be above 0 and at most 1")
     if config.stop == "":
@@ -205,7 +206,7 @@ def main(argv):
         if not is_out_of_memory(error):
             raise
         asked = f"num_samples={config.num_samples} and max_new_tokens={config.max_new_tokens}"
-        raise UserError(f"out of memory with {asked}: less of either needs less") from error
+        raise UserError(f"out of memory with {asked}: use less of either") from error
 
 
 if __name__ == "__main__":

@@ -1,318 +1,753 @@
-"""Train a GPT: one loop, on a CPU, a CUDA GPU or an Apple GPU, or many processes of them.
+"""Train a GPT: one loop for one CPU or GPU, and for several processes with DDP or FSDP.
 
-    python train.py config/quickstart.py                         a minute on a laptop, no download
-    python train.py config/gpt2.py config/small_gpu.py           GPT-2 124M on FineWeb, fitted to a small GPU
-    torchrun --standalone --nproc_per_node=8 train.py            the same on eight GPUs, as DDP; --fsdp=True: as FSDP
-    python train.py config/quickstart.py --n_layer=8 --model=model_mine
+    python train.py config/quickstart.py                a minute on two CPU cores, no download
+    python train.py config/gpt2.py config/small_gpu.py  GPT-2 124M on FineWeb, on a GPU of 8 to 16 GB
+    torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py               8 GPUs, DDP
+    torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py --fsdp=True   8 GPUs, FSDP
+    python train.py config/quickstart.py --model=model_mine --n_layer=4
 
-The same command again goes on where it stopped: bit for bit what an uninterrupted run would have done (on CUDA with
---deterministic=True), because data order and dropout are functions of (seed, step), and the learning rate of the step.
-out_dir/log.jsonl has a line for every step.
+The same command resumes an interrupted run. On the same number of processes the resumed run is bit
+for bit the uninterrupted one (on CUDA with --deterministic=True), because the data order, the
+dropout masks and the learning rate are functions of the seed, the step and the rank.
+out_dir/log.jsonl gets one line per optimizer step.
+
+The file reads top to bottom: options, setup, one training step, the loop, main.
 """
 
 import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
-# Threads that wait for each other in a spin lose a hundredfold where they share a core with anything else. Read when
-# torch loads OpenMP: a short spin costs nothing where they do not.
+# OpenMP threads that busy-wait slow down everything else on their core, and each other, up to a
+# hundredfold; a short spin costs nothing. OpenMP reads this variable when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-import checkpoint
-import machine
-from configurator import UserError, at_least, configure, program
-from optimizer import learning_rate
-from parallel import Ranks, accumulate, whole
-from pretrained import model_module, models_with
-from start import compile_model, compiles, set_up
+from common import checkpoint
+from common.dataloader import Loader
+from common.device import (
+    device_name,
+    is_out_of_memory,
+    keep_freed_memory,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    set_float32_precision,
+)
+from common.distributed import (
+    ProcessGroup,
+    full_tensor,
+    gradient_sync,
+    load_initial_weights,
+    shard_model,
+    wrap_ddp,
+)
+from common.errors import UserError, program
+from common.models import model_module, models_with_option
+from common.optimizer import learning_rate, make_optimizer
+from common.pretrained import load_model
+from configurator import check_range, configure_with_model
+from prepare_data import open_dataset
+
+MAX_OVERFLOWS = 20  # float16 steps in a row with an infinite gradient before the run stops
 
 
 @dataclass
 class TrainConfig:
     # Run
-    out_dir: str | None = None  # for checkpoints and log.jsonl; None: out/ and the names of the configs, and --model
+    out_dir: str | None = None  # checkpoints, log.jsonl; None: out/ and the names of the configs
     model: str = "model"  # the model file, without .py
     dataset: str = "fineweb"  # folder of data/, made by prepare_data.py
-    init_from: str = "scratch"  # weights to begin with: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a directory
-    overwrite: bool = False  # delete the run that is in out_dir, and start over
-    eval_only: bool = False  # evaluate, print, and write nothing
+    init_from: str = "scratch"  # scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a directory
+    overwrite: bool = False  # delete the run in out_dir and start over
+    eval_only: bool = False  # evaluate, print the loss, write nothing
     seed: int = 1337  # of weights, data order and dropout
     # Steps
-    batch_size: int = 16  # sequences in one forward
-    total_batch_size: int = 2**19  # tokens in one optimizer step; gradient accumulation follows from it
+    batch_size: int = 16  # sequences per forward pass and process
+    total_batch_size: int = 2**19  # tokens per optimizer step, over all processes and micro-steps
     max_steps: int = 19_073  # optimizer steps: 10 billion tokens
-    # Optimizer: AdamW, decay on matrices only
-    learning_rate: float = 6e-4  # the highest
-    min_lr: float = 6e-5  # where the schedule ends
+    # Optimizer: AdamW, weight decay on matrices only
+    learning_rate: float = 6e-4  # peak, after the warmup
+    min_lr: float = 6e-5  # at the end of the schedule
     warmup_steps: int = 700  # steps of linear increase from 0
-    lr_schedule: str = "cosine"  # cosine, or wsd: constant, then linear decay over the last fifth
+    lr_schedule: str = "cosine"  # cosine; wsd: constant, then linear decay over the last fifth
     weight_decay: float = 0.1  # per unit of learning rate
     beta1: float = 0.9  # decay of the mean of the gradient
     beta2: float = 0.95  # decay of the mean of its square
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: any
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     # Evaluation, log, checkpoints
-    eval_interval: int = 250  # steps
+    eval_interval: int = 250  # steps between evaluations
     eval_tokens: int = 2**20  # validation tokens, rounded up to whole sequences
     log_interval: int = 10  # steps between lines on the console
-    checkpoint_interval: int = 1000  # steps
-    keep_checkpoints: int = 2  # the last ones; the best is kept beside them
-    # Machine
+    checkpoint_interval: int = 1000  # steps between checkpoints
+    keep_checkpoints: int = 2  # the last ones; the best is kept besides
+    # Device
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # float32, bfloat16, float16; auto: bfloat16 where the hardware is fast at it
-    compile: bool | str = "auto"  # torch.compile, for training; auto: on CUDA
-    activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
-    deterministic: bool = False  # the same bits on CUDA too, slower
-    # Processes, where torchrun starts several
-    fsdp: bool = False  # share parameters, gradients and optimizer state among them (FSDP); else each has all (DDP)
-    shard_size: int = 0  # processes that share one copy of the model, with fsdp; 0: all of them
-    timeout: int = 600  # seconds that one waits for another
+    dtype: str = "auto"  # float32, bfloat16, float16; auto: bfloat16 where it is fast
+    compile: bool | str = "auto"  # torch.compile for training; auto: on CUDA
+    activation_checkpointing: bool = False  # recompute activations: less memory, a third more work
+    deterministic: bool = False  # the same bits on CUDA too; slower
+    # Several processes, started by torchrun
+    fsdp: bool = False  # shard parameters, gradients and optimizer state (FSDP) instead of DDP
+    shard_degree: int = 0  # ranks that share one copy of the model, with fsdp; 0: all of them
+    dist_timeout: int = 600  # seconds that a rank waits for the others
 
 
-AFTER_DIVERGENCE = (
-    "; a run with a lower learning_rate, or in float32, can begin with a checkpoint from before: --init_from, --out_dir"
-)
-MAX_OVERFLOWS = 20  # float16 steps in a row without a finite gradient
+# Setup ----------------------------------------------------------------------------------------
 
 
-# The loop -----------------------------------------------------------------------------------------------------------
+class StopSignal:
+    """Remembers the first SIGTERM or SIGINT inside a `with` block; a second one exits at once."""
+
+    def __init__(self):
+        self.received = False
+        self._time = 0.0
+        self._handlers = {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if not self.received:
+            self.received = True
+            self._time = time.monotonic()
+            with contextlib.suppress(OSError):  # stderr is a closed pipe
+                os.write(2, b"\nstopping at the next micro-step; a second signal exits at once\n")
+            return
+        # A signal to torchrun's process group reaches a rank twice, as torchrun passes it on.
+        is_echo = "RANK" in os.environ and time.monotonic() - self._time < 1
+        if not is_echo:
+            os._exit(128 + number)
 
 
-@torch.no_grad()
-def evaluate(run):
-    """Mean validation loss in nats per token; None where a signal cut it short."""
-    run.model.eval()
-    config, ranks, stopping = run.config, run.ranks, False
-    total, count = 0.0, 0
-    # each rank has other windows, and as many forwards, which under FSDP all take part in
-    for x, y in run.loader.val_batches(config.eval_tokens, config.batch_size, ranks.rank, ranks.size):
-        if stopping := run.stopping():
-            break
-        targets = int((y != -1).sum())
-        with run.autocast():
-            total += run.forward(x.to(run.device), y.to(run.device)).item() * targets
-        count += targets
-    run.model.train()
-    total, count = ranks.reduce([total, count])
-    if not math.isfinite(total):
-        ranks.fail(f"step {run.record['step']}: validation loss {total}, not finite{AFTER_DIVERGENCE}")
-    return None if stopping else total / count
+@dataclass
+class Run:
+    """What setup() makes and the training loop uses."""
+
+    config: TrainConfig
+    out_dir: Path
+    info: dict  # what checkpoints record of the run: options, model_config, data, meta
+    group: ProcessGroup
+    device: torch.device
+    dtype: torch.dtype  # of the computation; weights and optimizer state are float32
+    loader: Loader
+    model: torch.nn.Module  # parameters with plain names; under FSDP sharded
+    wrapped: torch.nn.Module  # the module to call: the model, or DDP around it
+    forward: Callable  # `wrapped`, compiled or not
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # scales the loss in float16; does nothing in other dtypes
+    step: int  # optimizer steps taken; the next one uses global batch number `step`
+    metrics: dict  # of the last step: its line in log.jsonl
+    best_loss: float  # lowest validation loss of a saved checkpoint
+    stop: StopSignal = field(default_factory=StopSignal)
+    overflows: int = 0  # float16 steps in a row with an infinite gradient
+
+    def autocast(self):
+        """Compute in the run's dtype. Under FSDP the parameters themselves have that dtype."""
+        enabled = self.dtype != torch.float32 and not self.config.fsdp
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
 
-def train_step(run, step):
-    """One optimizer step on the global batch of step `step` (from 0).
+def check_config(config, group):
+    """Raise UserError for options that make no sense, for this number of ranks."""
+    check_range(config, 1, "batch_size", "total_batch_size", "max_steps")
+    check_range(config, 1, "eval_interval", "eval_tokens", "log_interval")
+    check_range(config, 1, "checkpoint_interval", "keep_checkpoints")
+    check_range(config, 0, "seed", "learning_rate", "min_lr", "warmup_steps")
+    check_range(config, 0, "weight_decay", "grad_clip", "shard_degree")
+    if config.min_lr > config.learning_rate:
+        raise UserError(f"min_lr={config.min_lr} must not exceed learning_rate={config.learning_rate}")
+    for name in ("beta1", "beta2"):
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise UserError(f"{name}={value} must be at least 0 and below 1")
+    if config.lr_schedule not in ("cosine", "wsd"):
+        raise UserError(f"lr_schedule={config.lr_schedule} must be cosine or wsd")
+    if config.compile not in (True, False, "auto"):
+        raise UserError(f"compile={config.compile} must be auto, True or False")
+    if config.fsdp and not group.launched:
+        raise UserError("fsdp=True needs torchrun: torchrun --standalone --nproc_per_node=2 train.py ...")
+    if config.shard_degree and not config.fsdp:
+        raise UserError(f"shard_degree={config.shard_degree} needs --fsdp=True; DDP does not shard")
+    if config.shard_degree and group.world_size % config.shard_degree:
+        raise UserError(f"shard_degree={config.shard_degree} must divide the number of processes, {group.world_size}")
 
-    Returns its mean loss and the norm of the gradient before clipping; None where a signal came, with nothing changed.
+
+def default_out_dir(argv):
+    """Return out/ and the stems of the config files, and the model if the command line names one.
+
+    Without a config file it is out/default.
     """
-    config, ranks, T = run.config, run.ranks, run.loader.block_size
-    # A function of (seed, step, rank): dropout repeats on resume without any saved generator state.
-    random = np.random.SeedSequence((config.seed, step, ranks.rank))
-    torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))
-    sequences = config.total_batch_size // T
-    micro_steps = sequences // (config.batch_size * ranks.size)
+    names = [Path(arg).stem for arg in argv if arg.endswith(".py") and not arg.startswith("-")]
+    names = names or ["default"]
+    names += [arg.partition("=")[2] for arg in argv if arg.startswith("--model=")]
+    return "out/" + "-".join(names)
+
+
+def check_batch(config, block_size, world_size):
+    """Raise UserError if an optimizer step is not a whole number of micro-steps."""
+    tokens = config.batch_size * block_size * world_size  # of one micro-step on all ranks
+    if config.total_batch_size % tokens == 0:
+        return
+    lower = config.total_batch_size // tokens * tokens
+    nearest = [str(n) for n in (lower, lower + tokens) if n > 0]
+    names = "batch_size x block_size"
+    numbers = f"{config.batch_size} x {block_size}"
+    if world_size > 1:
+        names += " x processes"
+        numbers += f" x {world_size}"
+    raise UserError(
+        f"total_batch_size={config.total_batch_size} is not a multiple of {names} = "
+        f"{numbers} = {tokens}: the nearest are {' and '.join(nearest)}"
+    )
+
+
+def initial_model(config, module, options, meta):
+    """Return the model of a new run, on the CPU: initialized by the seed, or with loaded weights."""
+    data_vocab_size = meta["vocab_size"]
+    if options.get("vocab_size", data_vocab_size) < data_vocab_size:
+        raise UserError(f"vocab_size={options['vocab_size']} is below the {data_vocab_size} of data/{config.dataset}")
+    if config.init_from == "scratch":
+        torch.manual_seed(config.seed)
+        return module.GPT(module.GPTConfig(**scratch_options(options, meta)))
+    model, source_meta = load_model(config.init_from, config.model, options)
+    source = (source_meta["tokenizer"], source_meta.get("chars"))
+    data = (meta["tokenizer"], meta.get("chars"))
+    if source[0] != data[0]:
+        raise UserError(
+            f"{config.init_from} was trained with the tokenizer {source[0]}, data/{config.dataset} has {data[0]}"
+        )
+    if source != data:
+        raise UserError(
+            f"{config.init_from} was trained with a char tokenizer of other characters than data/{config.dataset}"
+        )
+    return model
+
+
+def scratch_options(options, meta):
+    """Return the model options of a run from scratch; the vocabulary is by default the data's."""
+    return {"vocab_size": meta["vocab_size"]} | options
+
+
+def find_start(config, module, options, meta, info, out_dir):
+    """Decide where a run starts; only rank 0 calls this.
+
+    Returns (checkpoint path, its config.json, model config, None) to resume the run in out_dir,
+    or (None, None, model config, weights) to start a new one.
+    """
+    checkpoints = [] if config.overwrite else checkpoint.list_checkpoints(out_dir)
+    if checkpoints:
+        stored = checkpoint.read_config(checkpoints[-1])
+        # eval_only with other weights than the run in out_dir started from: evaluate those weights.
+        is_other = config.eval_only and stored["options"]["init_from"] != config.init_from
+        if not is_other:
+            if config.init_from == "scratch":
+                model_config = asdict(module.GPTConfig(**scratch_options(options, meta)))
+            else:
+                model_config = stored["model_config"] | options
+            now = info | {"model_config": model_config}
+            checkpoint.check_same_options(now, stored, out_dir)
+            return checkpoints[-1], stored, model_config, None
+    model = initial_model(config, module, options, meta)
+    return None, None, asdict(model.config), model.state_dict()
+
+
+def setup(config, options, argv, group):
+    """Prepare everything before the loop: data, model, optimizer, and the state to resume from.
+
+    options   the model options of the command line and the config files
+
+    Writes nothing, except for a small dataset that is missing. Returns a Run. Rank 0 alone
+    initializes or reads the weights and the other ranks receive them, so that one process, DDP and
+    FSDP start with the same bits and no rank needs memory for more than it trains.
+    """
+    module = model_module(config.model)
+    out_dir = Path(config.out_dir or default_out_dir(argv))
+    path = stored = model_config = weights = None
+    with group.exit_together():
+        check_config(config, group)
+        device = pick_device(config.device, group.local_rank)
+        dtype = pick_dtype(config.dtype, device)
+        if config.fsdp and dtype == torch.float16:
+            raise UserError("dtype=float16 does not work with fsdp=True: use bfloat16 or float32")
+        try:
+            module.GPTConfig(**options)  # check the numbers before anything that takes long
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        folder, meta = open_dataset(config.dataset, prepare_missing=not group.launched)
+        resolved = {"out_dir": str(out_dir), "dtype": str(dtype).removeprefix("torch.")}
+        info = {"options": asdict(config) | resolved, "meta": meta}
+        if group.rank == 0:
+            path, stored, model_config, weights = find_start(config, module, options, meta, info, out_dir)
+    path, stored, model_config = group.broadcast((path, stored, model_config))
+
+    with group.exit_together():
+        with torch.device("meta"):  # no memory yet: under FSDP a rank may have room for its shard only
+            model = module.GPT(module.GPTConfig(**model_config))
+        loader = Loader(folder, model.config.block_size, model.config.vocab_size, config.seed)
+        tokens = [loader.n_train, loader.n_val]
+        data = {"tokens": tokens, "sha256": meta.get("train", {}).get("sha256")}
+        if not config.eval_only:
+            check_batch(config, loader.block_size, group.world_size)
+        if stored:
+            checkpoint.check_same_data(data, stored, out_dir)
+    group.check_equal(info["options"] | options | {"data": data})
+
+    set_float32_precision(device, config.deterministic)
+    if config.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+    wrapped = place_model(model, weights, config, group, device, dtype)
+    optimizer = make_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, metrics, best_loss = 0, {"tokens": 0, "seconds": 0.0}, math.inf
+    if stored:
+        checkpoint.load_checkpoint(path, model, optimizer)
+        scaler.load_state_dict(stored["scaler"])
+        step, metrics = stored["step"], stored["metrics"]
+        best_loss = group.broadcast(checkpoint.best_loss(out_dir))
+    return Run(
+        config=config,
+        out_dir=out_dir,
+        info=info | {"model_config": model_config, "data": data},
+        group=group,
+        device=device,
+        dtype=dtype,
+        loader=loader,
+        model=model,
+        wrapped=wrapped,
+        forward=wrapped,
+        optimizer=optimizer,
+        scaler=scaler,
+        step=step,
+        metrics=metrics,
+        best_loss=best_loss,
+    )
+
+
+def place_model(model, weights, config, group, device, dtype):
+    """Bring a model from the meta device to where it trains; return the module to call.
+
+    weights   the state dict of a new run, on rank 0; None elsewhere and if the run is resumed
+    """
+    is_resumed = group.broadcast(weights is None)
+    if config.activation_checkpointing:
+        for block in model.transformer.h:
+            checkpoint_activations(block)
+    if config.fsdp and uses_compile(config, device):
+        # Block by block, because the all-gathers between the blocks cannot be part of a graph.
+        print_compiling(group)
+        for block in model.transformer.h:
+            block.compile()
+    if config.fsdp:
+        shard_model(model, group, device, dtype, config.shard_degree)
+    if is_resumed:
+        model.to_empty(device=device)  # load_checkpoint fills it
+    else:
+        load_initial_weights(model, weights, group, device)
+    if group.launched and not config.fsdp:
+        return wrap_ddp(model, device)
+    return model
+
+
+def checkpoint_activations(block):
+    """Make a block forget its activations and recompute them in the backward pass.
+
+    "Training Deep Nets with Sublinear Memory Cost" (Chen et al. 2016, section 4).
+    """
+    forward = block.forward  # wrapped by a function: torch.compile does not trace functools.partial
+    block.forward = lambda *inputs: recompute_in_backward(forward, *inputs, use_reentrant=False)
+
+
+def uses_compile(config, device):
+    """Return whether to use torch.compile."""
+    return config.compile is True or (config.compile == "auto" and device.type == "cuda")
+
+
+def print_compiling(group):
+    group.print("compiling, which takes about a minute (--compile=False skips it)")
+
+
+def compile_forward(run):
+    """Collective. Compile the forward and backward pass; train uncompiled if that fails."""
+    print_compiling(run.group)
+    compiled = torch.compile(run.wrapped)  # checkpoints use run.model, whose names stay plain
+    x, y = run.loader.train_batch(0, run.config.batch_size)
+    failure = None
+    try:
+        # Without gradient sync, so that it can fail on one rank alone.
+        with gradient_sync(run.wrapped, enabled=False):
+            with run.autocast():
+                loss = compiled(x.to(run.device), y.to(run.device))
+            loss.backward()
+    except Exception as error:  # backends and compilers raise types of their own
+        if is_out_of_memory(error):
+            raise
+        failure = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    run.optimizer.zero_grad()
+    failures = [text for text in run.group.all_gather(failure) if text is not None]
+    if not failures:
+        run.forward = compiled
+    elif run.group.rank == 0:
+        print(f"warning: training uncompiled, torch.compile failed: {failures[0]}", file=sys.stderr)
+
+
+# One step -------------------------------------------------------------------------------------
+
+
+def train_step(run):
+    """Collective. Take one optimizer step on global batch number run.step.
+
+    Returns the mean loss and the gradient norm before clipping, or None if a stop signal arrived
+    between micro-steps; then the weights have not changed.
+    """
+    config, group = run.config, run.group
+    sequences = config.total_batch_size // run.loader.block_size  # in the global batch
+    micro_steps = sequences // (config.batch_size * group.world_size)
+    seed_dropout(config.seed, run.step, group.rank)
     loss = torch.zeros((), device=run.device)
     for micro_step in range(micro_steps):
-        if run.stopping():
+        stopping = group.any_rank(run.stop.received)
+        if stopping:
             run.optimizer.zero_grad()
             return None
-        # the ranks share out the micro-step's sequences: together the same global batch, however many they are
-        first = step * sequences + (micro_step * ranks.size + ranks.rank) * config.batch_size
+        # Each rank takes its own sequences; all ranks together take the same global batch,
+        # whatever the world size.
+        first = run.step * sequences + (micro_step * group.world_size + group.rank) * config.batch_size
         x, y = run.loader.train_batch(first, config.batch_size)
-        if run.device.type == "cuda":  # from pinned memory the copy overlaps with the computation
-            x, y = (t.pin_memory().to(run.device, non_blocking=True) for t in (x, y))
-        else:  # an Apple GPU could read the source of such a copy after it is freed
-            x, y = x.to(run.device), y.to(run.device)
-        # gradients travel once, in the backward pass of the last micro-step
-        with accumulate(run.wrapped, last=micro_step == micro_steps - 1):
+        x, y = to_device(x, run.device), to_device(y, run.device)
+        with gradient_sync(run.wrapped, enabled=micro_step == micro_steps - 1):
             with run.autocast():
                 micro_loss = run.forward(x, y) / micro_steps
             run.scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
+
     run.scaler.unscale_(run.optimizer)
     parameters = list(run.model.parameters())
-    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    loss, grad_norm = torch.stack([loss, norm]).tolist()
-    loss = ranks.reduce([loss])[0] / ranks.size
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        run.overflows = 0
-    elif run.dtype == torch.float16 and run.overflows + 1 < MAX_OVERFLOWS:
-        run.overflows += 1  # the scaler skips this step, and scales by half from the next
-    else:
-        ranks.fail(f"step {step + 1}: loss {loss}, norm of the gradient {grad_norm}, not finite{AFTER_DIVERGENCE}")
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    grad_norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
+    loss_value, grad_norm_value = torch.stack([loss, grad_norm]).tolist()  # waits for the device
+    loss_value = group.all_reduce([loss_value])[0] / group.world_size
+    check_finite(run, loss_value, grad_norm_value)
     if config.grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, grad_norm)
+    for param_group in run.optimizer.param_groups:
+        param_group["lr"] = learning_rate(config, run.step)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
-    return loss, grad_norm
+    return loss_value, grad_norm_value
 
 
-def loop(run):
-    """Train from the run's record on, to the end or to a signal."""
-    config, ranks = run.config, run.ranks
-    flops, peak = run.model.flops_per_token(run.loader.block_size), machine.peak_flops(run.device, run.dtype)
-    started = time.perf_counter() - run.record["seconds"]
-    with ranks.together():
-        if ranks.rank == 0:
-            checkpoint.keep_log(run.out_dir, run.record["step"])
+def seed_dropout(seed, step, rank):
+    """Make the dropout masks a function of (seed, step, rank): resuming needs no generator state."""
+    sequence = np.random.SeedSequence((seed, step, rank))
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+
+def to_device(tensor, device):
+    """Copy a batch to the device; to CUDA from pinned memory, which overlaps with computation."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)  # MPS could read the source of a non-blocking copy after it is freed
+
+
+def check_finite(run, loss, grad_norm):
+    """End the run before the weights change if the loss or the gradient norm is not finite.
+
+    In float16 the scaler skips such a step and halves its scale; only MAX_OVERFLOWS of them in a
+    row end the run.
+    """
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        run.overflows = 0
+        return
+    run.overflows += 1
+    if run.dtype == torch.float16 and run.overflows < MAX_OVERFLOWS:
+        return
+    run.group.exit(f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}, not finite" + advice(run))
+
+
+def advice(run):
+    """What to try after a loss that is not finite."""
+    text = "; try a new run with a lower --learning_rate or --dtype=float32"
+    checkpoints = checkpoint.list_checkpoints(run.out_dir)
+    if not checkpoints:
+        return text
+    return f"{text}, and its own --out_dir, from the last good weights: --init_from={checkpoints[-1]}"
+
+
+# The loop -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(run):
+    """Collective. Return the mean validation loss in nats per token, or None after a stop signal."""
+    config, group = run.config, run.group
+    total, count = 0.0, 0  # of losses and of targets, on this rank
+    stopping = False
+    run.model.eval()
+    # Each rank has its own windows, and all have the same number of batches, because under FSDP
+    # every forward pass is a collective.
+    batches = run.loader.val_batches(config.eval_tokens, config.batch_size, group.rank, group.world_size)
+    for x, y in batches:
+        stopping = group.any_rank(run.stop.received)
+        if stopping:
+            break
+        targets = int((y != -1).sum())
+        with run.autocast():
+            loss = run.forward(x.to(run.device), y.to(run.device))
+        total += loss.item() * targets
+        count += targets
+    run.model.train()
+    total, count = group.all_reduce([total, count])
+    if not math.isfinite(total):
+        group.exit(f"step {run.step}: validation loss {total}, not finite" + advice(run))
+    return None if stopping else total / count
+
+
+def train_loop(run):
+    """Collective. Train from run.step to max_steps, or to a stop signal."""
+    config, group = run.config, run.group
+    flops_per_token = mfu_flops_per_token(run.model, run.loader.block_size)
+    peak = peak_flops(run.device, run.dtype)
+    start = time.perf_counter() - run.metrics["seconds"]  # as if the run had never stopped
+    with group.exit_together():
+        if group.rank == 0:
+            checkpoint.truncate_log(run.out_dir, run.step)
+
     while True:
-        step, last = run.record["step"], run.record["step"] == config.max_steps
+        is_last = run.step >= config.max_steps
 
-        # once in a while: evaluate, save
-        if (step % config.eval_interval == 0 or last) and "val_loss" not in run.record:
+        # Once in a while: evaluate, log, save.
+        if (run.step % config.eval_interval == 0 or is_last) and "val_loss" not in run.metrics:
             val_loss = evaluate(run)
             if val_loss is not None:
-                run.record["val_loss"] = val_loss
-                print(f"step {step}/{config.max_steps} | {describe_loss(val_loss, run.loader.meta)}", flush=True)
-        problem = write_log(run) if ranks.rank == 0 else None
-        improved = "val_loss" in run.record and ranks.share(run.record["val_loss"] < checkpoint.best_loss(run.out_dir))
-        stopping = ranks.any(run.stop.asked or problem is not None)
-        if improved or last or stopping or step % config.checkpoint_interval == 0:
+                run.metrics["val_loss"] = val_loss
+                text = describe_loss(val_loss, run.loader.meta)
+                group.print(f"step {run.step}/{config.max_steps} | {text}")
+        log_error = append_log(run) if group.rank == 0 else None
+        stopping = group.any_rank(run.stop.received or log_error is not None)
+        improved = run.metrics.get("val_loss", math.inf) < run.best_loss
+        if improved or is_last or stopping or run.step % config.checkpoint_interval == 0:
             save(run)
-        if stopping and (problem := ranks.share(problem)):
-            ranks.fail(problem)
-        if last or stopping:
+        if stopping:
+            log_error = group.broadcast(log_error)
+            if log_error is not None:
+                group.exit(log_error)
+        if is_last or stopping:
             return
 
-        # train
-        begun = time.perf_counter()
-        result = train_step(run, step)
+        # One optimizer step.
+        begin = time.perf_counter()
+        result = train_step(run)
         if result is None:
             save(run)
             return
-        loss, grad_norm = result
-        memory = machine.peak_memory(run.device)
         now = time.perf_counter()
-        speed = config.total_batch_size / (now - begun)
-        run.record = {
-            "step": step + 1,
-            "train_loss": loss if math.isfinite(loss) else None,  # JSON knows no infinity
+        memory = peak_memory(run.device)
+        if memory is not None:  # None on all ranks or on none
+            memory = group.all_reduce([memory], dist.ReduceOp.MAX)[0]
+        loss, grad_norm = result
+        tokens_per_second = config.total_batch_size / (now - begin)
+        run.metrics = {
+            "train_loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "lr": learning_rate(config, step),
-            "tokens": (step + 1) * config.total_batch_size,
-            "seconds": now - started,
-            "tokens_per_second": speed,
-            "mfu": flops * speed / peak / ranks.size if peak else None,
-            "memory_gb": memory and ranks.reduce([memory], "max")[0],
+            "lr": learning_rate(config, run.step),
+            "tokens": (run.step + 1) * config.total_batch_size,
+            "seconds": now - start,
+            "tokens_per_second": tokens_per_second,
+            "mfu": flops_per_token * tokens_per_second / (peak * group.world_size) if peak else None,
+            "memory_gb": memory,
         }
-        if (step + 1) % config.log_interval == 0 or step + 1 == config.max_steps:
-            print(
-                f"step {step + 1}/{config.max_steps} | loss {loss:.4f} | norm {grad_norm:.2f} | "
-                f"lr {run.record['lr']:.1e} | {1000 * (now - begun):.1f} ms | {speed / 1000:.1f}k tok/s",
-                flush=True,
+        run.step += 1
+        if run.step % config.log_interval == 0 or run.step == config.max_steps:
+            group.print(
+                f"step {run.step}/{config.max_steps} | loss {loss:.4f} | norm {grad_norm:.2f} | "
+                f"lr {run.metrics['lr']:.1e} | {1000 * (now - begin):.1f} ms | "
+                f"{tokens_per_second / 1000:.1f}k tok/s"
             )
 
 
-def write_log(run):
-    """Append the run's record to log.jsonl; returns what went wrong, or None."""
+def mfu_flops_per_token(model, T):
+    """Return the FLOPs per token that MFU counts by convention (forward + backward).
+
+    6 per parameter (without position embeddings) and 12 * n_layer * n_embd per attended key, all
+    T keys included: "PaLM" (Chowdhery et al. 2022, appendix B), as nanoGPT and llm.c report it.
+    Causal attention needs only half of those keys; model.flops_per_token counts exactly. With a
+    sliding window the keys are at most `window`.
+    """
+    config = model.config
+    parameters = [p for name, p in model.named_parameters() if not name.endswith("wpe.weight")]
+    n_parameters = sum(p.numel() for p in parameters)
+    keys = min(T, getattr(config, "window", T))
+    return 6 * n_parameters + 12 * config.n_layer * config.n_embd * keys
+
+
+def append_log(run):
+    """Append run.metrics to log.jsonl; return an error message, or None."""
     try:
         with open(run.out_dir / "log.jsonl", "a", encoding="utf-8") as log:
-            print(json.dumps(run.record), file=log)
+            print(json.dumps({"step": run.step} | run.metrics), file=log)
     except OSError as error:
         return str(error)
+    return None
 
 
 def save(run):
-    """Save the state after the last finished step; before the first there is nothing to save."""
-    if run.record["step"] > 0:
-        about = run.about | {"record": run.record, "scaler": run.scaler.state_dict()}
-        checkpoint.save(run.out_dir, run.model, run.optimizer, about, run.config.keep_checkpoints, run.ranks)
+    """Collective. Save the state after the last finished step; before the first there is none."""
+    if run.step == 0:
+        return
+    state = {"step": run.step, "metrics": run.metrics, "scaler": run.scaler.state_dict()}
+    checkpoint.save_checkpoint(
+        run.out_dir,
+        run.model,
+        run.optimizer,
+        config=run.info | state,
+        keep=run.config.keep_checkpoints,
+        group=run.group,
+    )
+    run.best_loss = min(run.best_loss, run.metrics.get("val_loss", math.inf))
 
 
 def describe_loss(loss, meta):
-    """Validation loss with perplexity and, where meta.json knows the bytes of val.bin, bits per byte."""
+    """Return a validation loss with its perplexity, and bits per byte if meta.json has the bytes."""
+    text = f"val loss {loss:.4f} | perplexity {math.exp(min(loss, 700)):.2f}"
     val = meta.get("val", {})
-    bits = f" | {loss / math.log(2) * val['tokens'] / val['bytes']:.3f} bits per byte" if "bytes" in val else ""
-    return f"val loss {loss:.4f} | perplexity {math.exp(min(loss, 700)):.2f}{bits}"
+    if "bytes" in val:
+        bits_per_byte = loss / math.log(2) * val["tokens"] / val["bytes"]
+        text += f" | {bits_per_byte:.3f} bits per byte"
+    return text
 
 
-# The program --------------------------------------------------------------------------------------------------------
+def train(run):
+    """Collective. Print what the run is, then evaluate it, or train it to the end."""
+    print_summary(run)
+    if run.config.eval_only:
+        val_loss = evaluate(run)
+        run.group.print("stopped" if val_loss is None else describe_loss(val_loss, run.loader.meta))
+        return
+    if run.step >= run.config.max_steps and "val_loss" in run.metrics:
+        run.group.print(f"{run.out_dir} is finished, at step {run.step}: a larger --max_steps continues it")
+        return
+    with contextlib.ExitStack() as stack:
+        with run.group.exit_together():
+            if run.group.rank == 0:
+                run.out_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(checkpoint.lock_run(run.out_dir))
+                if run.config.overwrite:
+                    checkpoint.remove_run(run.out_dir)
+        with run.group.exit_together():
+            if not run.out_dir.is_dir():
+                raise UserError(f"{run.out_dir} must be a directory that all machines share")
+        if uses_compile(run.config, run.device) and not run.config.fsdp:
+            compile_forward(run)
+        try:
+            train_loop(run)
+        except OSError:  # for example: stdout is a closed pipe
+            if run.group.world_size == 1:
+                save(run)
+            raise
+    if run.step < run.config.max_steps:
+        run.group.print(f"stopped after step {run.step}: the same command resumes the run")
+    else:
+        run.group.print(f"python sample.py --init_from={run.out_dir}")
+
+
+def print_summary(run):
+    config, loader = run.config, run.loader
+    world_size = run.group.world_size
+    options = run.info["options"] | run.info["model_config"]
+    run.group.print(" ".join(f"{name}={value}" for name, value in options.items()))
+    n_parameters = sum(p.numel() for p in run.model.parameters())
+    micro_steps = config.total_batch_size // (config.batch_size * loader.block_size * world_size)
+    processes = f" on {world_size} processes" if world_size > 1 else ""
+    run.group.print(
+        f"{n_parameters:,} parameters | {loader.n_train:,} training tokens | "
+        f"{config.total_batch_size:,} tokens per step: {config.batch_size} sequences of "
+        f"{loader.block_size} tokens x {micro_steps} micro-steps{processes} | "
+        f"{device_name(run.device)}, {options['dtype']} | {run.out_dir}"
+    )
+
+
+# Main -----------------------------------------------------------------------------------------
 
 
 @program
 def main(argv):
-    config, problem = None, None
+    config = options = option_error = None
     try:
-        config, options = configure(
-            TrainConfig, argv, __doc__, more=lambda config: model_module(config.model).GPTConfig, elsewhere=models_with
+        config, options = configure_with_model(
+            TrainConfig,
+            argv,
+            __doc__,
+            model_config=lambda config: model_module(config.model).GPTConfig,
+            hint=models_with_option,
         )
-        at_least(1, config, "timeout")
+        check_range(config, 1, "dist_timeout")
     except UserError as error:
-        config, problem = None, error
-    ranks = Ranks(config.timeout if config else 60)
-    with ranks.together():
-        if problem:
-            raise problem
-    if ranks.restarted:
-        config.overwrite = False  # torchrun started this worker again: what is there is this very run
-    machine.keep_freed_memory()
+        option_error = error
+    group = ProcessGroup(timeout=config.dist_timeout if config else 60)
+    with group.exit_together():  # every rank reads the options; one prints what is wrong with them
+        if option_error:
+            raise option_error
+    if group.restarted:
+        config.overwrite = False  # torchrun restarted this worker: out_dir holds this very run
+    keep_freed_memory()
     run = None
     try:
-        run = set_up(config, model_module(config.model), options, argv, ranks)
-        train(run)
+        run = setup(config, options, argv, group)
+        with run.stop:
+            train(run)
     except (RuntimeError, MemoryError) as error:
-        if config.fsdp and isinstance(error, TorchDynamoException):
-            raise UserError(f"not compiled, {type(error).__name__}: --compile=False does without") from error
-        if not machine.is_out_of_memory(error):
+        user_error = explain_error(error, config, run, group.world_size)
+        if user_error is None:
             raise
-        if run is None:
-            raise UserError("out of memory: the model alone does not fit the device") from error
-        raise UserError(machine.out_of_memory(config, run.loader.block_size, ranks.size)) from error
-    finally:
-        if run:
-            run.stop.restore()
+        raise user_error from error
 
 
-def train(run):
-    """Say what the run is, and take it to its end, or evaluate it."""
-    config, loader, size = run.config, run.loader, run.ranks.size
-    on = f" on {size} processes" if size > 1 else ""
-    print(" ".join(f"{name}={value}" for name, value in (run.about["options"] | run.about["model_config"]).items()))
-    print(
-        f"{sum(p.numel() for p in run.model.parameters()):,} parameters | {loader.n_train:,} training tokens | "
-        f"{config.total_batch_size:,} tokens a step: {config.batch_size} sequences of {loader.block_size}, "
-        f"{config.total_batch_size // config.batch_size // loader.block_size // size} times{on} | "
-        f"{machine.device_name(run.device)}, {run.about['options']['dtype']} | {run.out_dir}",
-        flush=True,
-    )
-    if config.eval_only:
-        val_loss = evaluate(run)
-        print("stopped" if val_loss is None else describe_loss(val_loss, loader.meta))
-        return
-    if run.record["step"] >= config.max_steps and "val_loss" in run.record:
-        print(f"{run.out_dir} is finished, at step {run.record['step']}: a larger --max_steps goes on")
-        return
-    with contextlib.ExitStack() as stack:
-        with run.ranks.together():
-            if run.ranks.rank == 0:
-                run.out_dir.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(checkpoint.alone_in(run.out_dir))
-                if config.overwrite:
-                    checkpoint.remove(run.out_dir)
-        with run.ranks.together():
-            if not run.out_dir.is_dir():
-                raise UserError(f"{run.out_dir} is not there on all machines: they must share it")
-        if compiles(config, run.device) and not config.fsdp:
-            compile_model(run)
-        try:
-            loop(run)
-        except OSError:  # who read our output may be gone
-            if run.ranks.size == 1:
-                save(run)
-            raise
-    if run.record["step"] < config.max_steps:
-        print(f"stopped after step {run.record['step']}: the same command goes on from there")
-    else:
-        print(f"python sample.py --init_from={run.out_dir}")
+def explain_error(error, config, run, world_size):
+    """Return a UserError for an error of torch that the options can cure, else None."""
+    if config.fsdp and isinstance(error, TorchDynamoException):
+        name = type(error).__name__
+        return UserError(f"torch.compile failed ({name}): --compile=False trains without it")
+    if not is_out_of_memory(error):
+        return None
+    if run is None:
+        return UserError("out of memory: the model alone does not fit on the device")
+    return UserError(out_of_memory_advice(config, run.loader.block_size, world_size))
+
+
+def out_of_memory_advice(config, block_size, world_size=1):
+    """Return what to do when memory ran out: a batch_size that keeps total_batch_size."""
+    sequences = config.total_batch_size // block_size // world_size  # per rank and step
+    smaller = [n for n in range(1, config.batch_size) if sequences % n == 0]
+    remedies = []
+    if smaller:
+        remedies.append(f"--batch_size={smaller[-1]} keeps total_batch_size={config.total_batch_size}")
+    if not config.activation_checkpointing:
+        remedies.append("--activation_checkpointing=True")
+    if not remedies:
+        remedies.append("use a smaller block_size")
+    return f"out of memory with batch_size={config.batch_size}: {', or '.join(remedies)}"
 
 
 if __name__ == "__main__":

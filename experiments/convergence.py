@@ -9,11 +9,12 @@ machine wanders while runs follow each other.
 import itertools
 import sys
 
-from bench import take_turns
-from configurator import configure, program
+from common.errors import program
+from configurator import configure
 from experiments.runs import PRESETS, run_of, shape_of, val_losses, variants
 from experiments.steps import training_step
 from experiments.study import COLOURS, Study, StudyConfig, label, markdown, seeds_of
+from tools.bench import take_turns
 
 NAMES = ("base", "RoPE")
 

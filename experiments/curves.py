@@ -6,10 +6,11 @@ python -m experiments.curves --preset=cpu
 import sys
 from dataclasses import dataclass
 
-from configurator import configure, program
+from common.errors import program
+from common.models import model_module, models_with_option
+from configurator import configure, configure_with_model
 from experiments.runs import trained, val_losses
 from experiments.study import COLOURS, Study, StudyConfig, label, markdown
-from pretrained import model_module
 from train import TrainConfig
 
 CHARACTERS = [f"shakespeare_char{variant}" for variant in ("", "_rope", "_gqa", "_swa", "_rope_gqa_swa")]
@@ -29,7 +30,9 @@ PRESETS = {
 def curve(name):
     """[step, validation loss] of a run of config/NAME.py."""
     path = f"config/{name}.py"
-    config, _ = configure(TrainConfig, [path], "", more=lambda config: model_module(config.model).GPTConfig)
+    config, _ = configure_with_model(
+        TrainConfig, [path], "", lambda config: model_module(config.model).GPTConfig, models_with_option
+    )
     return val_losses(trained(name, {"max_steps": config.max_steps}, path))
 
 

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from configurator import configure, program
+from common.dataloader import Loader
+from common.errors import program
+from common.pretrained import load_model
+from configurator import configure
 from experiments.runs import PRESETS, run_of
 from experiments.study import COLOURS, Study, StudyConfig, label, markdown, seeds_of
-from loader import Loader, open_dataset
-from pretrained import load_model
+from prepare_data import open_dataset
 
 NAMES = ("base", "RoPE", "RoPE + SWA", "all three")
 PARTS = 8  # of T, each with a mean loss

@@ -6,10 +6,11 @@ python -m experiments.long_sequences --preset=cpu
 import sys
 from dataclasses import dataclass
 
-from bench import take_turns
-from configurator import configure, program
+from common.errors import program
+from configurator import configure
 from experiments.steps import decoding_step, in_new_process, step_memory, training_step
 from experiments.study import COLOURS, Study, StudyConfig, label, markdown
+from tools.bench import take_turns
 
 
 @dataclass

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from configurator import UserError, at_least, configure, program
+from common.errors import UserError, program
+from common.models import model_module, models_with_option
+from configurator import check_range, configure_with_model
 from experiments.study import Study
-from pretrained import model_module, models_with
 
 VARIANTS = {"model": {}, "model_rope": {}, "model_gqa": {"n_kv_head": 2}, "model_swa": {"window": 4}}
 VARIANTS |= {"model_rope_gqa_swa": {"n_kv_head": 2, "window": 4}}
@@ -69,10 +70,14 @@ def describe(name, options, tokens, device="cpu"):
 
 @program
 def main(argv):
-    config, options = configure(
-        LookConfig, argv, __doc__, None, lambda config: model_module(config.model or "model").GPTConfig, models_with
+    config, options = configure_with_model(
+        LookConfig,
+        argv,
+        __doc__,
+        model_config=lambda config: model_module(config.model or "model").GPTConfig,
+        hint=models_with_option,
     )
-    at_least(1, config, "tokens")
+    check_range(config, 1, "tokens")
     if config.model or options:
         try:
             print(describe(config.model or "model", options, config.tokens))

@@ -12,10 +12,11 @@ from statistics import mean
 
 import torch
 
-from configurator import configure, program
+from common.errors import program
+from common.optimizer import learning_rate, make_optimizer
+from configurator import configure
 from experiments.steps import build
 from experiments.study import COLOURS, Study, StudyConfig, label, markdown, seeds_of
-from optimizer import learning_rate, make_optimizer
 
 
 @dataclass

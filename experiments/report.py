@@ -14,7 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import UserError, configure, program
+from common.errors import UserError, program
+from configurator import configure
 from experiments.study import DOCS, markdown, plot
 
 DOCUMENTS = (Path("README.md"), Path("docs/REPORT.md"))
@@ -56,7 +57,8 @@ def bench(name):
     for row in about["rows"]:
         kinds.setdefault(tuple(row), []).append([f"{v:.4g}" if isinstance(v, float) else v for v in row.values()])
     tables = [markdown([key.replace("_", " ") for key in header], rows) for header, rows in kinds.items()]
-    note = f"Made by `python bench.py {name}`, {about['device']}, {about['threads']} threads, torch {about['torch']}."
+    where = f"{about['device']}, {about['threads']} threads, torch {about['torch']}"
+    note = f"Made by `python -m tools.bench {name}`, {where}."
     return "\n\n".join([*tables, note])
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 
 import train
-from configurator import UserError
+from common.errors import UserError
 from experiments.study import OUT
-from loader import open_dataset
-from plot import read_log
+from prepare_data import open_dataset
+from tools.plot_loss import read_log
 
 
 @dataclass

@@ -9,12 +9,13 @@ import sys
 
 import torch
 
-from configurator import configure, program
+from common.errors import program
+from common.pretrained import load_model
+from common.tokenizer import encode, get_tokenizer
+from configurator import configure
 from experiments.runs import PRESETS, run_of, variants
 from experiments.study import Study, StudyConfig
-from pretrained import load_model
 from sample import Sample, generate
-from tokenizer import encode, get_tokenizer
 
 PROMPTS = {"stdlib": "def read(self, size=-1):\n", "fineweb": "The best way to learn a language is"}
 

@@ -4,9 +4,9 @@ import multiprocessing
 
 import torch
 
-import machine
-from bench import read
-from pretrained import model_module
+from common.device import peak_memory
+from common.models import model_module
+from tools.bench import fill_cache
 
 
 def build(shape):
@@ -37,7 +37,7 @@ def decoding_step(shape, position, device, dtype):
     """A function that decodes the token at a position, again and again; and the bytes of its cache."""
     model = build(shape).to(device, dtype).eval()
     cache = model.make_cache(1, position + 1)
-    read(model, cache, position)
+    fill_cache(model, cache, position)
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
@@ -50,11 +50,11 @@ def decoding_step(shape, position, device, dtype):
 
 def step_memory(shape, B, T, device, dtype):
     """Peak GB of training steps; on a CPU beyond what the process had without a model."""
-    before = machine.peak_memory(device)
+    before = peak_memory(device)
     step = training_step(shape, B, T, device, dtype)
     for _ in range(2):  # the second has the optimizer's state too
         step()
-    return machine.peak_memory(device) - before
+    return peak_memory(device) - before
 
 
 def in_new_process(function, *arguments):

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import machine
-from configurator import UserError
-from tokenizer import write_json
+from common.device import device_name, keep_freed_memory, pick_device, pick_dtype
+from common.errors import UserError
+from common.files import write_json
 
 OUT, DOCS = Path("out/experiments"), Path("docs/experiments")
 # Okabe and Ito's colours, and a grey, neighbours far apart in lightness (Wong, Nature Methods 8, 441, 2011)
@@ -38,9 +38,9 @@ class Study:
         if options.preset not in presets:
             raise UserError(f"preset={options.preset} is none of {', '.join(presets)}")
         self.name, self.config = f"{name}_{options.preset}", presets[options.preset]
-        machine.keep_freed_memory()
-        self.device = machine.pick_device("cuda" if options.preset == "gpu" else "cpu")
-        self.dtype = machine.pick_dtype("auto", self.device)
+        keep_freed_memory()
+        self.device = pick_device("cuda" if options.preset == "gpu" else "cpu")
+        self.dtype = pick_dtype("auto", self.device)
         about = {"experiment": name, "preset": options.preset, "config": asdict(self.config)}
         self.state = json.loads(json.dumps(about | where_and_when(self.device, self.dtype))) | {"points": {}}
         self.path = OUT / f"{self.name}.json"
@@ -98,7 +98,7 @@ def where_and_when(device, dtype):
     """Machine, versions and commit, for a result file."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = next(iter(re.findall(r"model name\s*: (.*)", cpu)), platform.processor())
-    name = cpu if device.type == "cpu" else machine.device_name(device)
+    name = cpu if device.type == "cpu" else device_name(device)
     what = {"device": name, "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     git = ["git", "log", "-1", "--format=%H", "--", "*.py", ":!tests"], ["git", "status", "--porcelain", "--", "*.py"]

@@ -12,13 +12,14 @@ from statistics import mean
 
 import torch
 
-from bench import take_turns
-from configurator import configure, program
+from common.errors import program
+from configurator import configure
 from experiments.runs import PRESETS, run_of, variants
 from experiments.steps import build, decoding_step, in_new_process, step_memory, training_step
 from experiments.study import COLOURS, Study, StudyConfig, label, markdown, seeds_of
-from loader import open_dataset
-from plot import read_log
+from prepare_data import open_dataset
+from tools.bench import take_turns
+from tools.plot_loss import read_log
 
 
 def quality(config, name, seed):

@@ -9,10 +9,11 @@ for a fifth of their steps; beside them the base trained on for as long, and gro
 import sys
 from statistics import mean
 
-from configurator import configure, program
+from common.errors import program
+from configurator import configure
 from experiments.runs import PRESETS, run_of, trained, val_losses, variants
 from experiments.study import COLOURS, Study, StudyConfig, label, markdown, seeds_of
-from plot import read_log
+from tools.plot_loss import read_log
 
 NAMES = ("base", "GQA 1/2", "GQA 1/4")
 SHARE = 5  # trained on for steps / SHARE

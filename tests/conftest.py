@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-import download
 import train
-from configurator import UserError
-from tokenizer import get_tokenizer
+from common import download
+from common.errors import UserError
+from common.tokenizer import get_tokenizer
 
 # Tiny tensors gain nothing from a second thread, and lose much where processes share the cores.
 torch.set_num_threads(1)

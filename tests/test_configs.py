@@ -10,7 +10,7 @@ from conftest import arguments
 
 import sample
 import train
-from pretrained import load_model
+from common.pretrained import load_model
 
 CONFIGS = Path(__file__).parent.parent / "config"
 VARIANTS = {"rope": set(), "gqa": {"n_kv_head"}, "swa": {"window"}, "rope_gqa_swa": {"n_kv_head", "window"}}
@@ -35,10 +35,10 @@ def test_it_trains_stops_goes_on_to_the_same_bits_and_can_be_sampled(workdir, mo
     argv = [str(CONFIGS / f"{base}_{variant}.py"), *arguments(n_head=4, n_embd=32, max_steps=4, vocab_size=257)]
     original = train.train_step
 
-    def stop_in_step_3(run, step):
-        if step == 2 and not run.stop.asked:
+    def stop_in_step_3(run):
+        if run.step == 2 and not run.stop.received:
             signal.raise_signal(signal.SIGTERM)
-        return original(run, step)
+        return original(run)
 
     monkeypatch.setattr(train, "train_step", stop_in_step_3)
     train.main(argv)

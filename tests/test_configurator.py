@@ -1,10 +1,16 @@
 """Options: config files and the command line fill a dataclass, and what is wrong is one line."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 
 import pytest
 
-from configurator import UserError, at_least, configure, program
+import sample
+import train
+from common.errors import UserError, program
+from common.models import config_fields, model_names
+from configurator import OTHER_NAMES, check_range, configure, configure_with_model
+from tools import plot_loss
 
 
 @dataclass
@@ -32,10 +38,15 @@ def options_of(*argv, **how):
     return configure(Options, list(argv), "A program.", **how)
 
 
-def complaint(*argv, **how):
+def with_shape(*argv, hint=lambda name: ""):
+    """The filled Options, and a dict of the options of Shape that are given."""
+    return configure_with_model(Options, list(argv), "A program.", lambda options: Shape, hint)
+
+
+def complaint(*argv, parse=options_of, **how):
     """The message of the UserError that these arguments raise: one line."""
     with pytest.raises(UserError) as error:
-        options_of(*argv, **how)
+        parse(*argv, **how)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -145,9 +156,35 @@ def test_a_variable_of_a_config_file_that_is_no_option_is_refused_and_the_neares
     assert "unknown option learnin_rate: did you mean learning_rate?" in complaint(config_file("learnin_rate = 1e-3"))
 
 
-def test_elsewhere_says_where_an_unknown_option_is_known():
-    assert "window is of model_swa" in complaint("--window=5", elsewhere=lambda name: f"{name} is of model_swa")
-    assert "did you mean batch_size?" in complaint("--batch_sise=5", elsewhere=lambda name: "")
+def test_a_hint_says_which_model_has_an_unknown_option():
+    hint = {"window": "it is an option of model_swa"}.get
+    assert "it is an option of model_swa" in complaint("--window=5", parse=with_shape, hint=hint)
+    assert "did you mean batch_size?" in complaint("--batch_sise=5", parse=with_shape, hint=hint)
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_a_name_of_another_project_is_answered_with_ours(name):
+    message = complaint(f"--{name}=1", parse=with_shape)
+    assert message.startswith(f"unknown option {name}: ") and "did you mean" not in message
+
+
+def test_the_options_that_answer_other_names_exist():
+    programs = (train.TrainConfig, sample.SampleConfig, plot_loss.PlotConfig)
+    known = {field.name for program in programs for field in fields(program)}
+    known |= {name for model in model_names() for name in config_fields(model)}
+    named = {option for answer in OTHER_NAMES.values() for option in re.findall(r"--(\w+)", answer)}
+    assert named and named <= known
+    assert not OTHER_NAMES.keys() & known  # else the answer would never be given
+
+
+TYPED_BY_OTHERS = ["eval_iters", "save_interval", "n_kv_heads", "num_kv_heads", "sliding_window", "start", "lr"]
+TYPED_BY_OTHERS += ["max_iters", "gradient_accumulation_steps", "decay_lr", "lr_decay_iters", "warmup_iters"]
+TYPED_BY_OTHERS += ["always_save_checkpoint", "wandb_log", "shard_size", "timeout"]
+
+
+@pytest.mark.parametrize("name", TYPED_BY_OTHERS)
+def test_the_names_that_nanogpt_and_transformers_users_type_are_known(name):
+    assert name in OTHER_NAMES
 
 
 def test_a_missing_config_file_is_refused_and_the_folder_listed(config_file, tmp_path):
@@ -196,7 +233,7 @@ def test_a_stray_positional_is_refused():
 
 def test_a_positional_is_read_as_its_option_says_and_there_can_be_one_only():
     assert options_of("8", positional="batch_size").batch_size == 8
-    assert "second: model is first already" in complaint("first", "second", positional="model")
+    assert "second" in complaint("first", "second", positional="model")
 
 
 def test_a_list_positional_takes_all_and_replaces_that_of_a_config_file(config_file):
@@ -213,32 +250,43 @@ def test_a_list_is_not_read_from_an_option(argv):
 
 
 def test_an_option_at_its_lowest_value_or_none_is_accepted():
-    at_least(16, Options(batch_size=16, top_k=None), "batch_size", "top_k")
+    check_range(Options(batch_size=16, top_k=None), 16, "batch_size", "top_k")
 
 
-@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
-def test_an_option_below_its_lowest_value_or_not_finite_is_refused_with_both_numbers(value):
-    with pytest.raises(UserError, match=f"learning_rate={value} .*at least 0"):
-        at_least(0, Options(learning_rate=value), "batch_size", "learning_rate")
+@pytest.mark.parametrize(
+    ("value", "bound"),
+    [
+        (-0.5, "at least 0"),
+        (float("nan"), "finite"),
+        (float("inf"), "finite"),
+        (1e30, "below 2**63"),
+        (2**63, "below 2**63"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_the_bound_that_it_breaks(value, bound):
+    with pytest.raises(UserError) as error:
+        check_range(Options(learning_rate=value), 0, "batch_size", "learning_rate")
+    assert str(error.value) == f"learning_rate={value} must be {bound}"
 
 
-# A second dataclass ---------------------------------------------------------------------------------------------------
+# The options of a model -----------------------------------------------------------------------------------------------
 
 
-def test_more_gives_the_options_of_the_second_dataclass_that_were_given(config_file):
-    filled, rest = options_of(config_file("n_layer = 3"), "--batch_size=2", "--n_head=5", more=lambda options: Shape)
+def test_the_options_of_the_model_that_are_given_come_as_a_dict(config_file):
+    filled, rest = with_shape(config_file("n_layer = 3"), "--batch_size=2", "--n_head=5")
     assert (filled, rest) == (Options(batch_size=2), {"n_layer": 3, "n_head": 5})
 
 
-def test_more_sees_the_filled_options():
+def test_the_filled_options_choose_the_model():
     seen = []
-    options_of("--model=model_swa", more=lambda options: seen.append(options) or Shape)
+    choose = lambda options: seen.append(options) or Shape  # noqa: E731
+    configure_with_model(Options, ["--model=model_swa"], "", choose, lambda name: "")
     assert seen == [Options(model="model_swa")]
 
 
-@pytest.mark.parametrize(("argument", "message"), [("--n_layer=x", "expected int"), ("--n_layers=3", "mean n_layer?")])
-def test_what_is_wrong_with_an_option_of_the_second_dataclass_is_refused_too(argument, message):
-    assert message in complaint(argument, more=lambda options: Shape)
+@pytest.mark.parametrize(("argument", "message"), [("--n_layer=x", "expected int"), ("--n_laier=3", "mean n_layer?")])
+def test_what_is_wrong_with_an_option_of_the_model_is_refused_too(argument, message):
+    assert message in complaint(argument, parse=with_shape)
 
 
 # Help -----------------------------------------------------------------------------------------------------------------
@@ -262,13 +310,13 @@ Options, as --key=value or in a config file:
 """
 
 
-@pytest.mark.parametrize(("flag", "more"), [("--help", None), ("-h", lambda options: Shape)])
-def test_help_shows_group_type_default_and_comment_of_each_option_and_exits_0(capsys, flag, more):
+@pytest.mark.parametrize(("flag", "parse"), [("--help", options_of), ("-h", with_shape)])
+def test_help_shows_group_type_default_and_comment_of_each_option_and_exits_0(capsys, flag, parse):
     with pytest.raises(SystemExit) as end:
-        options_of(flag, more=more)
+        parse(flag)
     text = capsys.readouterr().out
     assert end.value.code == 0 and text.startswith(HELP.strip()) and "folders of runs" in text
-    assert ("--n_layer: int = 12" in text and "query heads" in text) == bool(more)
+    assert ("--n_layer: int = 12" in text and "query heads" in text) == (parse is with_shape)
 
 
 # The program ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """GPT-2 and runs into the variants, and trained variants out; transformers is the oracle."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import sample
 import train
-from configurator import UserError
-from pretrained import export, load_model
+from common.errors import UserError
+from common.pretrained import load_model
+from tools.export import export
 
 VARIANTS = ["model_rope", "model_gqa", "model_swa", "model_rope_gqa_swa"]
 WINDOW = 8
@@ -38,7 +40,7 @@ def loaded(name, capsys, **options):
 def test_sliding_windows_take_gpt2_as_it_is(gpt2, capsys):
     model, said = loaded("model_swa", capsys, window=WINDOW)
     plain = load_model("released")[0].state_dict()
-    assert said == "released in model_swa: a token sees 8 tokens, not all; the model must be trained on\n"
+    assert len(said.splitlines()) == 1 and "model_swa" in said and "8" in said
     assert model.config.window == WINDOW
     assert all(torch.equal(p, plain[name]) for name, p in model.state_dict().items())
 
@@ -70,7 +72,7 @@ def test_keys_and_values_of_a_group_become_their_mean(gpt2, capsys, n_kv_head):
         mean = sum(last[32 * i : 32 * i + 32] for i in range(group)) / group
         ours = model.transformer.h[1].attn.c_attn.weight[128 + 32 * (n_kv_head * part - 1) :][:32]
         torch.testing.assert_close(ours, mean)
-    assert f"{n_kv_head} heads of keys and values are the means of {group} each; the model must be trained on" in said
+    assert re.search(rf"\b{n_kv_head} KV heads\b.*\b{group}\b", said)
 
 
 def test_as_many_key_and_value_heads_leave_gpt2_as_it_is(gpt2, capsys):
@@ -84,11 +86,12 @@ def test_rotary_positions_drop_the_learned_ones_say_so_and_keep_the_rest(gpt2, c
     plain = load_model("released")[0].state_dict()
     assert plain.keys() - model.state_dict().keys() == {"transformer.wpe.weight"}
     assert all(torch.equal(p, plain[name]) for name, p in model.state_dict().items())
-    assert said == "released in model_rope: learned positions (wpe) are dropped; the model must be trained on\n"
+    assert len(said.splitlines()) == 1 and "wpe" in said
 
 
 def test_the_combination_says_both(gpt2, capsys):
-    assert " are dropped and 2 heads " in loaded("model_rope_gqa_swa", capsys, n_kv_head=2)[1]
+    said = loaded("model_rope_gqa_swa", capsys, n_kv_head=2)[1]
+    assert "wpe" in said and "2 KV heads" in said
 
 
 def test_rotary_positions_take_any_block_size_learned_ones_a_smaller(gpt2, capsys):
@@ -99,7 +102,7 @@ def test_rotary_positions_take_any_block_size_learned_ones_a_smaller(gpt2, capsy
 
 
 def test_groups_that_do_not_divide_the_heads_are_refused(gpt2):
-    with pytest.raises(UserError, match=r"n_head=4 is not divisible by n_kv_head=3; by \[1, 2, 4\] it is"):
+    with pytest.raises(UserError, match=r"n_head=4.*n_kv_head=3"):
         load_model("released", "model_gqa", {"n_kv_head": 3})
 
 
@@ -119,20 +122,20 @@ def test_a_grouped_run_can_go_on_with_fewer_groups(workdir, capsys, have, want):
     train.main(arguments(model="model_gqa", n_head=4, n_kv_head=have, max_steps=1))
     capsys.readouterr()
     model, _ = load_model("out/tiny", "model_gqa", {"n_kv_head": want})
-    assert model.config.n_kv_head == want and "the means of 2 each" in capsys.readouterr().err
+    assert model.config.n_kv_head == want and f"{want} KV heads" in capsys.readouterr().err
 
 
 def test_a_grouped_run_cannot_have_more_groups(workdir):
     train.main(arguments(model="model_gqa", n_head=4, n_kv_head=2, max_steps=1))
-    with pytest.raises(UserError, match="out/tiny has 2 heads of keys and values: 4 cannot be made of them"):
+    with pytest.raises(UserError, match=r"out/tiny.* 2 KV heads.*n_kv_head=4"):
         load_model("out/tiny", "model_gqa", {"n_kv_head": 4})
 
 
 @pytest.mark.parametrize(
     ("before", "now", "said"),
     [
-        (dict(model="model_swa", window=5), dict(name="model"), "a token sees all tokens, not 5;"),
-        (dict(model="model"), dict(name="model_swa", options={"window": 5}), "a token sees 5 tokens, not all;"),
+        (dict(model="model_swa", window=5), dict(name="model"), "all tokens instead of 5"),
+        (dict(model="model"), dict(name="model_swa", options={"window": 5}), "5 tokens instead of all"),
         (dict(model="model_swa", window=16), dict(name="model"), ""),  # block_size is 16
         (dict(model="model"), dict(name="model_swa"), ""),
         (dict(model="model_swa", window=5), dict(name="model_swa"), ""),
@@ -147,7 +150,7 @@ def test_another_window_is_told_where_it_matters(workdir, capsys, before, now, s
 
 def test_a_rotary_run_cannot_become_one_with_learned_positions(workdir):
     train.main(arguments(model="model_rope", max_steps=1))
-    with pytest.raises(UserError, match="out/tiny has rotary positions, the model to load it into learned ones"):
+    with pytest.raises(UserError, match=r"out/tiny.*wpe.*--model"):
         load_model("out/tiny", "model")
 
 
@@ -193,11 +196,9 @@ def test_transformers_writes_the_same_greedy_text_past_window_and_block_size(wor
     assert len(set(text)) > 5 and capsys.readouterr().out == text + "\n"
 
 
-@pytest.mark.parametrize(
-    ("name", "lack"), [("model_gqa", "grouped-query attention"), ("model_swa", "a sliding window")]
-)
-def test_what_transformers_does_not_have_is_refused_with_the_reason_and_writes_nothing(workdir, name, lack):
+@pytest.mark.parametrize("name", ["model_gqa", "model_swa"])
+def test_a_model_without_a_format_is_not_exported_and_writes_nothing(workdir, name):
     train.main(arguments(model=name, n_head=4, max_steps=1))
-    with pytest.raises(UserError, match=f"out/tiny is a {name}, and transformers has no GPT-2 with {lack}; model, "):
+    with pytest.raises(UserError, match=f"out/tiny.*{name}.*transformers.*model_rope"):
         export("out/tiny", "exported")
     assert not (workdir / "exported").exists()

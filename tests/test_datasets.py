@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import prepare_data
-from configurator import UserError
+from common.errors import UserError
 from prepare_data import DATASETS, PrepareConfig, prepare
 
 ROOT = Path(prepare_data.__file__).parent

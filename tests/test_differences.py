@@ -1,7 +1,6 @@
 """What the model files have in common, down to the text: a variant differs from model.py where its idea is, no more."""
 
 import ast
-import difflib
 import re
 from pathlib import Path
 
@@ -9,9 +8,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = ["model_rope", "model_gqa", "model_swa", "model_rope_gqa_swa"]
-MOST_CHANGES = {"model_rope": 59, "model_gqa": 49, "model_swa": 70, "model_rope_gqa_swa": 136}  # lines out and in
-MOST_LINES = {"model": 180, "model_rope": 200, "model_gqa": 200, "model_swa": 200, "model_rope_gqa_swa": 230}
-
 # The functions, methods and classes (those without their methods) whose text is not model.py's.
 ATTENTION = {"CausalSelfAttention", "CausalSelfAttention.__init__", "CausalSelfAttention.attend"}
 CONFIG = {"GPTConfig", "GPTConfig.__post_init__"}
@@ -24,14 +20,6 @@ CHANGED = {
     "model_rope_gqa_swa": CONFIG | CACHE | ATTENTION | ROPE | {"GPT.make_cache"},
 }
 ADDED = {"model_rope": ["rotate"], "model_rope_gqa_swa": ["rotate"]}
-
-# What model_rope_gqa_swa has of its own: where two ideas meet in a line, and a cache without end.
-MEETINGS = [
-    'for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "window"):',
-    "shape = (config.n_layer, batch_size, config.n_kv_head, slots, config.n_embd // config.n_head)",
-    "(B, H, T, D), (G, S), W = q.shape, k.shape[1:3], self.window",
-    'return KVCache(self.config, batch_size, max_len or float("inf"), weight.device, weight.dtype)',
-]
 
 
 def source(name):
@@ -69,25 +57,7 @@ def code(name):
     return [line for line in (re.sub(r"(^|  )#.*", "", line.strip()) for line in lines) if line]
 
 
-def docstrings(name):
-    nodes = ast.walk(ast.parse(source(name)))
-    return {ast.get_docstring(node) or "" for node in nodes if isinstance(node, ast.Module | ast.FunctionDef)}
-
-
-def changed_lines(name):
-    """The lines of model.py that a variant lacks, and those that it has instead, each with its - or +."""
-    lines = difflib.unified_diff(source("model").splitlines(), source(name).splitlines(), lineterm="", n=0)
-    return [line for line in list(lines)[2:] if line[0] in "+-"]
-
-
 # Against model.py -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_changes_few_lines(name):
-    changed = changed_lines(name)
-    allowed = MOST_CHANGES[name]
-    assert len(changed) <= allowed, f"{len(changed)} lines changed, {allowed} allowed:\n" + "\n".join(changed)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -107,11 +77,6 @@ def test_a_variant_imports_what_model_py_does(name):
     assert imports[0] == imports[1]
 
 
-@pytest.mark.parametrize("name", MOST_LINES)
-def test_a_model_file_is_short(name):
-    assert len(source(name).splitlines()) <= MOST_LINES[name]
-
-
 # model_rope_gqa_swa against the others --------------------------------------------------------------------------------
 
 
@@ -124,24 +89,3 @@ def test_the_three_together_have_the_ring_of_model_swa_with_fewer_heads():
     swa = pieces("model_swa")["KVCache.extend"]
     fewer_heads = swa.replace("(B, H, ", "(B, G, ")  # in shapes
     assert pieces("model_rope_gqa_swa")["KVCache.extend"] == fewer_heads
-
-
-def test_the_three_together_have_no_line_of_code_of_their_own_but_where_ideas_meet():
-    known = set().union(*(code(name) for name in ("model", "model_rope", "model_gqa", "model_swa")))
-    assert [line for line in code("model_rope_gqa_swa") if line not in known] == MEETINGS
-
-
-# Words ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_the_header_names_a_paper_and_what_marks_the_changes(name):
-    header = ast.get_docstring(ast.parse(source(name)))
-    assert re.search(r"\([A-Z]\w+ et al\. 20\d\d, section \d", header)
-    assert all(mark in header for mark in name.upper().replace("ROPE", "RoPE").split("_")[1:])
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_drawing_that_model_py_lacks_shows_the_idea(name):
-    three_lines_with_gaps = re.compile(r"(^.*\S {3,}\S.*\n?){3}", re.MULTILINE)
-    assert any(three_lines_with_gaps.search(text) for text in docstrings(name) - docstrings("model"))

@@ -1,4 +1,4 @@
-"""README.md and docs/: links lead somewhere, commands run, files, options and line counts are those of the code.
+"""README.md and docs/: links lead somewhere, commands run, files and options are those of the code.
 
 A command runs in this process: its own arguments, then those of a tiny run. One of a form that run() does not know
 fails. The edits of docs/BREAK_IT.md do break the tests that they name: pytest -m slow tests/test_docs.py
@@ -20,20 +20,20 @@ from test_pretrained import random_gpt2
 from test_variants import MODELS
 from torch.distributed.run import get_args_parser
 
-import bench
-import plot
 import prepare_data
-import pretrained
 import sample
 import train
-from configurator import configure
+from common import pretrained
+from common.models import models_with_option
+from configurator import configure, configure_with_model
 from experiments import look, report, study
+from tools import bench, estimate_memory, export, plot_loss
 
 ROOT = Path(__file__).parent.parent
 PATHS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
-FILE = re.compile(r"[\w./*-]+\.(py|md|txt|toml)(::\S+)?|(config|docs|tests|experiments)/[\w./*-]*")
+FILE = re.compile(r"[\w./*-]+\.(py|md|txt|toml)(::\S+)?|(config|docs|tests|experiments|common|tools)/[\w./*-]*")
 COMMAND = re.compile(r"(python|torchrun) .*\.py\b|python -m |pytest .|diff .|git diff .")
 USERS_FILES = {"model_mine.py", "corpus/*.txt"}  # examples of what readers make
 OTHER_OPTIONS = {"help", "key"}  # --key=value
@@ -75,19 +75,13 @@ def test_files_that_are_named_exist(name):
 @each_document
 def test_options_that_are_named_exist(name):
     programs = [train.TrainConfig, sample.SampleConfig, prepare_data.PrepareConfig, bench.BenchConfig]
-    programs += [study.StudyConfig, look.LookConfig, plot.PlotConfig, pretrained.ExportConfig]
+    programs += [study.StudyConfig, look.LookConfig, plot_loss.PlotConfig, export.ExportConfig]
+    programs.append(estimate_memory.EstimateConfig)
     programs += [*(train.model_module(model).GPTConfig for model in MODELS)]
     known = {field.name for program in programs for field in dataclasses.fields(program)} | OTHER_OPTIONS
     known |= {flag.lstrip("-") for flag in get_args_parser()._option_string_actions}
     code = " ".join(code for code in inline_code(TEXTS[name]) if not code.startswith(("git ", "pip ")))
     assert set(re.findall(r"(?:^|\s)--([\w-]+)", code)) <= known
-
-
-@each_document
-def test_line_counts_are_those_of_the_files(name):
-    counts = re.findall(r"^\| *\[[^\]]*\]\(([^)#]+)\)[^\n]*\| *(\d+) *\|", TEXTS[name], re.M)
-    counts += re.findall(r"`([\w./]+)`(?:\]\([^)]*\))? \((\d+) lines\)", TEXTS[name])
-    assert not [(file, n) for file, n in counts if len((ROOT / file.lstrip("./")).read_bytes().splitlines()) != int(n)]
 
 
 # Commands -------------------------------------------------------------------------------------------------------------
@@ -119,22 +113,32 @@ def run(argv):
             look.main([*(re.sub("model_mine", "model", arg) for arg in argv[3:]), "--n_head=2", "--n_embd=16"])
         elif module is not report:
             assert configure(study.StudyConfig, argv[3:], "").preset in module.PRESETS
+    elif argv[:2] == ["python", "-m"] and argv[2] in TOOLS:
+        prepare_runs(argv[3:])
+        TOOLS[argv[2]](argv[3:])
     elif argv[0] == "python" and argv[1] in PROGRAMS:
         args = [re.sub("|".join(STANDS_FOR), lambda match: STANDS_FOR[match[0]], arg) for arg in argv[2:]]
-        for arg in args:  # runs that it needs: the tiny one will do
-            needed = re.match(r"(?:--init_from=|--export=)?(out/\w+)", arg)
-            if needed and not Path(needed[1]).exists():
-                shutil.copytree("out/tiny", needed[1])
+        prepare_runs(args)
         PROGRAMS[argv[1]](args)
     else:
         pytest.fail(f"a command of a form that this test does not know, teach it: {shlex.join(argv)}")
 
 
+def prepare_runs(argv):
+    """Make the runs that a command needs: the tiny one will do."""
+    for arg in argv:
+        needed = re.match(r"(?:--init_from=)?(out/\w+)", arg)
+        if needed and not Path(needed[1]).exists():
+            shutil.copytree("out/tiny", needed[1])
+
+
 def run_train(argv):
-    config, _ = configure(train.TrainConfig, argv, "", more=lambda config: train.model_module(config.model).GPTConfig)
+    config, _ = configure_with_model(
+        train.TrainConfig, argv, "", lambda config: train.model_module(config.model).GPTConfig, models_with_option
+    )
     shapes = {"scratch": dict(n_head=4, n_embd=32, vocab_size=257), "out": {}}  # a run has the tiny one's shape
     tiny = shapes.get(config.init_from.partition("/")[0], dict(n_layer=None, n_head=None, n_embd=None))
-    tiny = tiny | dict(max_steps=1, out_dir=None, fsdp=False, shard_size=0, compile=False, deterministic=False)
+    tiny = tiny | dict(max_steps=1, out_dir=None, fsdp=False, shard_degree=0, compile=False, deterministic=False)
     train.main(argv + arguments(**tiny))
 
 
@@ -148,10 +152,11 @@ def run_prepare(argv):
         prepare_data.main([*argv, "--tokenizer=byte"])
 
 
-PROGRAMS = {"train.py": run_train, "plot.py": plot.main, "pretrained.py": pretrained.main}
-PROGRAMS["prepare_data.py"] = run_prepare
+PROGRAMS = {"train.py": run_train, "prepare_data.py": run_prepare}
 PROGRAMS["sample.py"] = lambda argv: sample.main([*argv, "--max_new_tokens=5", "--device=cpu"])
-PROGRAMS["bench.py"] = lambda argv: bench.main([*argv, "--n_layer=2", "--n_head=4", "--n_embd=32", "--device=cpu"])
+TOOLS = {"tools.plot_loss": plot_loss.main, "tools.export": export.main}
+TOOLS["tools.bench"] = lambda argv: bench.main([*argv, "--device=cpu"])
+TOOLS["tools.estimate_memory"] = lambda argv: estimate_memory.main([*argv, "--n_layer=2", "--n_head=4", "--n_embd=32"])
 
 
 @pytest.mark.parametrize("command", commands())

@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-import download
-from configurator import UserError
-from download import hub_url
+from common import download
+from common.download import hub_url
+from common.errors import UserError
 
 BODY = random.Random(0).randbytes(300_000)
 CHANGED = random.Random(1).randbytes(300_000)  # the file after somebody changed it

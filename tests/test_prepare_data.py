@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from conftest import decode
 
-import corpus
 import prepare_data
-import tokenizer
+from common import tokenizer
 from prepare_data import PrepareConfig, prepare
 
 EOT = 256  # the byte tokenizer's <|endoftext|>
@@ -183,7 +182,7 @@ def former():
 @pytest.mark.parametrize("before", ["former", None])
 def test_an_error_in_the_middle_leaves_what_was_there(request, refused, monkeypatch, before):
     before = request.getfixturevalue(before)[1] if before else {}
-    monkeypatch.setattr(corpus, "PIECE", 50)
+    monkeypatch.setattr(prepare_data, "PIECE_BYTES", 50)
     write("text.txt", b"other words " * 100 + b"\xff")
     assert "byte 1200 " in refused(*OWN)
     assert contents(Path("data/mine")) == before

@@ -10,10 +10,11 @@ import pytest
 import torch
 from conftest import arguments, read_log
 
-import checkpoint
 import train
-from loader import Loader
-from pretrained import load_model
+from common import checkpoint
+from common.dataloader import Loader
+from common.distributed import ProcessGroup
+from common.pretrained import load_model
 
 ROOT = Path(train.__file__).parent
 
@@ -43,18 +44,18 @@ def test_another_seed_gives_other_losses(tiny_run, workdir):
 
 
 @pytest.mark.parametrize("step", [1, 5, 8, 11])
-def test_stopping_after_any_step_and_going_on_gives_the_same_bits(tiny_run, workdir, monkeypatch, step):
+def test_resuming_after_any_step_gives_the_same_bits(tiny_run, workdir, monkeypatch, step):
     original = train.train_step
 
-    def stop_in_the_next_step(run, at):
-        if at == step:
+    def stop_in_the_next_step(run):
+        if run.step == step:
             signal.raise_signal(signal.SIGTERM)
-        return original(run, at)
+        return original(run)
 
     monkeypatch.setattr(train, "train_step", stop_in_the_next_step)
     train.main(arguments(out_dir="out/stopped"))
     stopped = workdir / "out/stopped"
-    assert [path.name for path in checkpoint.all_steps(stopped)][-1] == f"step_{step:08d}"
+    assert [path.name for path in checkpoint.list_checkpoints(stopped)][-1] == f"step_{step:08d}"
     assert [r["step"] for r in read_log(stopped)] == list(range(step + 1))
     monkeypatch.setattr(train, "train_step", original)
     train.main(arguments(out_dir="out/stopped"))
@@ -98,10 +99,10 @@ def test_a_signal_during_an_evaluation_loses_neither_steps_nor_the_evaluation(ti
 def test_a_killed_run_goes_on_from_its_last_checkpoint_and_drops_the_log_beyond(tiny_run, workdir, monkeypatch):
     original = train.train_step
 
-    def die_in_step_7(run, at):
-        if at == 7:
+    def die_in_step_7(run):
+        if run.step == 7:
             raise ZeroDivisionError("stands for a crash")
-        return original(run, at)
+        return original(run)
 
     monkeypatch.setattr(train, "train_step", die_in_step_7)
     with pytest.raises(ZeroDivisionError):
@@ -129,14 +130,14 @@ def test_sigterm_to_the_program_ends_it_with_status_0_and_the_same_command_finis
         process.kill()
     assert process.returncode == 0, out
     stopped = read_log(workdir / "out/program")[-1]["step"]
-    assert f"stopped after step {stopped}: the same command goes on from there" in out
-    assert checkpoint.find(workdir / "out/program").name == f"step_{stopped:08d}"
+    assert f"stopped after step {stopped}: the same command resumes the run" in out
+    assert checkpoint.find_checkpoint(workdir / "out/program").name == f"step_{stopped:08d}"
 
 
 def test_a_second_signal_ends_the_program_at_once(workdir):
     code = (
-        "import machine, signal\n"
-        "stop = machine.Stop(); signal.raise_signal(signal.SIGINT); assert stop.asked\n"
+        "import train, signal\n"
+        "stop = train.StopSignal(); stop.__enter__(); signal.raise_signal(signal.SIGINT); assert stop.received\n"
         "signal.raise_signal(signal.SIGINT); print('still here')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -146,7 +147,7 @@ def test_a_second_signal_ends_the_program_at_once(workdir):
 def test_a_finished_run_says_so_and_stays_as_it_is(tiny_run, capsys):
     before = (tiny_run / "log.jsonl").read_text()
     train.main(arguments())
-    assert "is finished, at step 12: a larger --max_steps goes on" in capsys.readouterr().out
+    assert "is finished, at step 12: a larger --max_steps continues it" in capsys.readouterr().out
     assert (tiny_run / "log.jsonl").read_text() == before
 
 
@@ -159,7 +160,7 @@ def test_a_signal_in_the_last_evaluation_leaves_it_to_the_next_start(tiny_run, w
     original = train.evaluate
 
     def signalled(run):
-        if run.record["step"] == 12:
+        if run.step == 12:
             signal.raise_signal(signal.SIGTERM)
         return original(run)
 
@@ -173,16 +174,18 @@ def test_a_signal_in_the_last_evaluation_leaves_it_to_the_next_start(tiny_run, w
 def test_output_that_nobody_reads_any_more_loses_no_step(workdir, monkeypatch):
     """As with Ctrl-C on `python train.py | tee log`, where tee is gone first."""
 
-    def gone(*args, **options):
-        if options.get("file") is None and str(args[0]).startswith("step 7"):
-            raise BrokenPipeError
-        return print(*args, **options)
+    original = ProcessGroup.print
 
-    monkeypatch.setattr(train, "print", gone, raising=False)
-    monkeypatch.setattr("configurator.os.dup2", lambda *args: None)
+    def gone(group, text):
+        if text.startswith("step 7"):
+            raise BrokenPipeError
+        original(group, text)
+
+    monkeypatch.setattr(ProcessGroup, "print", gone)
+    monkeypatch.setattr("common.errors.os.dup2", lambda *args: None)
     with pytest.raises(SystemExit):
         train.main(arguments(log_interval=7))
-    assert checkpoint.all_steps(workdir / "out/tiny")[-1].name == "step_00000007"
+    assert checkpoint.list_checkpoints(workdir / "out/tiny")[-1].name == "step_00000007"
 
 
 def test_a_larger_max_steps_goes_on(tiny_run):

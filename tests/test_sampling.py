@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from common.tokenizer import byte_tokenizer
 from model import GPT, GPTConfig
 from sample import Sample, choose, generate
-from tokenizer import byte_tokenizer
 
 EOT = 256  # <|endoftext|> of the byte tokenizer
 

@@ -7,16 +7,9 @@ import pytest
 import tiktoken
 from conftest import decode
 
-from configurator import UserError
-from tokenizer import (
-    CharTokenizer,
-    byte_tokenizer,
-    encode,
-    get_tokenizer,
-    read_meta,
-    token_bytes,
-    write_json,
-)
+from common.errors import UserError
+from common.files import write_json
+from common.tokenizer import CharTokenizer, byte_tokenizer, encode, get_tokenizer, read_meta, token_bytes
 
 TEXTS = {
     "ascii": "Hello, world! It's 2024.\n\n\tdef f(x):\r\n    return x\n",

@@ -9,13 +9,12 @@ id of <|endoftext|>, None where there is none), encode_to_numpy(text), decode_si
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from configurator import UserError
+from common.errors import UserError
 
 EOT = "<|endoftext|>"
 NAMES = ("gpt2", "byte", "char")
@@ -118,15 +117,3 @@ def read_meta(directory):
     if type(meta["vocab_size"]) is not int or meta["vocab_size"] < 1:
         raise UserError(f"{path} is damaged: vocab_size is {meta['vocab_size']!r}")
     return meta
-
-
-def write_json(path, value):
-    """Write a JSON file in one step: a reader sees the old one or the new one, whole."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

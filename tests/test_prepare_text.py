@@ -1,4 +1,4 @@
-"""corpus.py: files to documents, in pieces that change no token; pieces to ids in order; and every way to be wrong."""
+"""prepare_data.py: files to documents to pieces to ids, and every way in which a text can be wrong."""
 
 import gzip
 import os
@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import corpus
-from configurator import UserError
-from corpus import read_pieces, tokenize
-from tokenizer import byte_tokenizer
+import prepare_data
+from common.errors import UserError
+from common.tokenizer import byte_tokenizer
+from prepare_data import read_pieces, tokenize
 
-ROOT = Path(corpus.__file__).parent
+ROOT = Path(prepare_data.__file__).parent
 EOT = 256  # the byte tokenizer's <|endoftext|>
 
 
@@ -101,14 +101,14 @@ def test_empty_documents_get_no_separator():
 
 
 def test_a_document_read_in_many_pieces_stays_whole(monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 5)
+    monkeypatch.setattr(prepare_data, "PIECE_BYTES", 5)
     write("a.txt", "one two  three\n\nfour " * 20)
     write("b.txt", "日本語 👍" * 20)
     assert documents("a.txt", "b.txt") == ["one two  three\n\nfour " * 20, "日本語 👍" * 20]
 
 
 def test_a_piece_is_not_held_until_the_next_ones_are_read(monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 10)
+    monkeypatch.setattr(prepare_data, "PIECE_BYTES", 10)
     write("text.txt", "words and more words " * 100)
     assert max(map(len, read_pieces(["text.txt"], "text", ""))) <= 20
 
@@ -121,8 +121,8 @@ FRAGMENTS += ["7", "1234", "...", "!?", "_", "<|endoftext|>", "<|", "\ufeff", "\
 def test_pieces_give_the_gpt2_tokens_of_the_whole_text(gpt2_tokenizer, monkeypatch):
     for seed in range(200):
         rng = random.Random(seed)
-        monkeypatch.setattr(corpus, "PIECE", rng.randint(1, 30))
-        monkeypatch.setattr(corpus, "BATCH", rng.randint(1, 100))
+        monkeypatch.setattr(prepare_data, "PIECE_BYTES", rng.randint(1, 30))
+        monkeypatch.setattr(prepare_data, "BATCH_CHARS", rng.randint(1, 100))
         spaced = rng.choice([0, 0.5])
         text = "".join(rng.choice(SPACES if rng.random() < spaced else FRAGMENTS) for _ in range(120))
         write("text.txt", text)
@@ -135,8 +135,8 @@ def test_pieces_give_the_gpt2_tokens_of_the_whole_text(gpt2_tokenizer, monkeypat
 
 @pytest.mark.parametrize(("cores", "batch"), [(1, 1), (3, 1), (3, 10), (3, 1 << 20)])
 def test_pieces_are_tokenized_in_order(monkeypatch, cores, batch):
-    monkeypatch.setattr(corpus, "BATCH", batch)
-    monkeypatch.setattr(corpus.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(prepare_data, "BATCH_CHARS", batch)
+    monkeypatch.setattr(prepare_data.os, "cpu_count", lambda: cores)
     pieces = [f"{i} " for i in range(100)]
     assert bytes(ids_of(iter(pieces))).decode() == "".join(pieces)
 
@@ -158,9 +158,10 @@ def test_the_letters_of_endoftext_are_letters():
 
 PEAK = """
 import os, sys
-import corpus, prepare_data
+import prepare_data
 
-os.cpu_count, corpus.PIECE, corpus.BATCH = lambda: 2, 1 << 17, 1 << 17  # the least that is held is small
+os.cpu_count = lambda: 2
+prepare_data.PIECE_BYTES = prepare_data.BATCH_CHARS = 1 << 17  # so that the least that is held is small
 prepare_data.prepare(prepare_data.PrepareConfig("mine", sys.argv[1], tokenizer="byte", overwrite=True))
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
@@ -182,7 +183,7 @@ def test_the_memory_of_preparing_does_not_grow_with_the_corpus():
 @pytest.mark.parametrize("name", ["text.txt", "text.txt.gz"])
 @pytest.mark.parametrize("piece", [7, 1 << 20])
 def test_an_undecodable_byte_is_refused_with_file_and_offset(monkeypatch, name, piece):
-    monkeypatch.setattr(corpus, "PIECE", piece)
+    monkeypatch.setattr(prepare_data, "PIECE_BYTES", piece)
     write(name, "é and words ".encode() * 30 + b"\xff and more")
     message = complaint(name)
     assert name in message and "byte 390 " in message

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from configurator import UserError
-from loader import Loader
+from common.dataloader import Loader
+from common.errors import UserError
 
 BIG_VOCAB = 65536
 

@@ -1,18 +1,22 @@
-"""Speed and memory, measured side by side on the machine at hand; and memory on paper.
+"""Measure speed and memory of attention and of decoding, side by side on this machine.
 
-    python bench.py attention      sliding windows against full causal attention and against a dense mask
-    python bench.py decode         time per token and cache bytes: sliding windows far into a text, grouped queries
-    python bench.py memory         what a rank holds and sends under DDP, FSDP and replicated shards, on paper
+    python -m tools.bench attention   sliding windows, full causal attention and a dense mask
+    python -m tools.bench decode      time per token and cache bytes of windows and of KV heads
 
-Machines are noisy: what is compared takes turns, round after round, and medians are divided. --to=FILE: all as JSON.
+Machines are noisy: what is compared takes turns, round after round, and medians are divided.
+--out=FILE writes all rows as JSON.
 """
+
+import sys
+
+if __name__ == "__main__" and not __package__:
+    sys.exit("error: run it from the repository root as: python -m tools.bench")
 
 import functools
 import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 
@@ -21,27 +25,19 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 import torch
 import torch.nn.functional as F
 
-import machine
-from configurator import UserError, at_least, configure, program
-from memory import memory
-from pretrained import model_module, models_with
+from common.device import device_name, keep_freed_memory, peak_memory, pick_device
+from common.errors import UserError, program
+from common.models import model_module
+from configurator import check_range, configure
 
 
 @dataclass
 class BenchConfig:
-    what: str = "attention"  # attention, decode, memory
-    to: str | None = None  # JSON file to write
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; not of memory
-    rounds: int = 5  # of turns, after one to warm up
-    position: int = 100_000  # of decode, against position = window
-    # Of memory, as train.py has them
-    model: str = "model"  # the model file, without .py
-    batch_size: int = 16  # sequences in one forward
-    micro_steps: int = 1  # forwards of a rank in one optimizer step
-    dtype: str = "bfloat16"  # float32, bfloat16, float16
-    world_size: int = 8  # processes
-    fsdp: bool = False  # mark FSDP's column rather than DDP's
-    shard_size: int = 0  # processes that share one copy of the model, with fsdp; 0: all of them
+    what: str = "attention"  # attention or decode
+    out: str | None = None  # JSON file to write
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    rounds: int = 5  # rounds of turns, after one to warm up
+    position: int = 100_000  # of decode, compared with position = window
 
 
 def take_turns(rounds, device, contestants):
@@ -95,9 +91,9 @@ def extra_memory(T, device, dtype):
     """Peak GB of a forward and backward beyond its inputs; in a process of its own, as a peak knows no way back."""
     forward_backward(sliding(), *inputs(1, 2 * WINDOW, device, dtype))  # loads the kernels
     given = inputs(1, T, device, dtype)
-    before = machine.peak_memory(device)
+    before = peak_memory(device)
     forward_backward(sliding(), *given)
-    return machine.peak_memory(device) - before
+    return peak_memory(device) - before
 
 
 def attention(config, device):
@@ -123,7 +119,7 @@ def attention(config, device):
 # Decode -------------------------------------------------------------------------------------------------------------
 
 
-def read(model, cache, length):
+def fill_cache(model, cache, length):
     """Fill a cache with random tokens up to a length, in chunks."""
     while cache.pos < length:
         size = (1, min(1024, length - cache.pos))
@@ -140,7 +136,7 @@ def decode(config, device):
         model = module.GPT(module.GPTConfig()).to(device, dtype).eval()
         caches = {length: model.make_cache(1) for length in (model.config.window, config.position)}
         for length, cache in caches.items():
-            read(model, cache, length)
+            fill_cache(model, cache, length)
         token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         steps = {length: functools.partial(model, token, cache=cache) for length, cache in caches.items()}
         for length, s in take_turns(10 * config.rounds, device, steps).items():
@@ -153,7 +149,7 @@ def decode(config, device):
             module = model_module(variant)
             model = module.GPT(module.GPTConfig()).to(device, dtype).eval()
             cache = model.make_cache(samples)
-            read(model, cache, 512)
+            fill_cache(model, cache, 512)
             contestants[variant] = (functools.partial(model, token.expand(samples, 1), cache=cache), cache.nbytes)
         seconds = take_turns(10 * config.rounds, device, {key: run for key, (run, _) in contestants.items()})
         for variant, s in seconds.items():
@@ -164,11 +160,11 @@ def decode(config, device):
 
 # The program --------------------------------------------------------------------------------------------------------
 
-BENCHMARKS = {"attention": attention, "decode": decode, "memory": memory}
+BENCHMARKS = {"attention": attention, "decode": decode}
 
 
 def show(row):
-    """Print a row; returns it."""
+    """Print a row and return it."""
     cells = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
     print(" | ".join(cells), flush=True)
     return row
@@ -176,25 +172,25 @@ def show(row):
 
 @program
 def main(argv):
-    config, options = configure(
-        BenchConfig, argv, __doc__, "what", lambda config: model_module(config.model).GPTConfig, models_with
-    )
-    at_least(1, config, "rounds", "position", "batch_size", "micro_steps", "world_size")
-    at_least(0, config, "shard_size")
+    config = configure(BenchConfig, argv, __doc__, positional="what")
+    check_range(config, 1, "rounds", "position")
     if config.what not in BENCHMARKS:
-        raise UserError(f"no benchmark {config.what}: there are {', '.join(BENCHMARKS)}")
-    about = {"benchmark": config.what, "torch": torch.__version__, "python": sys.version.split()[0]}
-    if config.what == "memory":
-        rows = memory(config, options)
-    else:
-        device = machine.pick_device(config.device)
-        machine.keep_freed_memory()
-        torch.manual_seed(0)
-        about |= {"device": machine.device_name(device), "threads": torch.get_num_threads(), "rounds": config.rounds}
-        show(about)
-        rows = BENCHMARKS[config.what](config, device)
-    if config.to:
-        with open(config.to, "w", encoding="utf-8") as file:
+        raise UserError(f"no benchmark {config.what}: choose one of {', '.join(BENCHMARKS)}")
+    device = pick_device(config.device)
+    keep_freed_memory()
+    torch.manual_seed(0)
+    about = {
+        "benchmark": config.what,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "rounds": config.rounds,
+    }
+    show(about)
+    rows = BENCHMARKS[config.what](config, device)
+    if config.out:
+        with open(config.out, "w", encoding="utf-8") as file:
             json.dump(about | {"rows": rows}, file, indent=1)
 
 

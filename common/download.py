@@ -14,7 +14,7 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
-from configurator import UserError
+from common.errors import UserError
 
 BLOCK = 1 << 16  # bytes at a time: what a broken connection loses at most
 TIMEOUT = 30  # seconds without a byte after which a connection counts as broken

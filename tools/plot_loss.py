@@ -1,31 +1,36 @@
 """Draw the loss curves of runs into one picture.
 
-    python plot.py out/a out/b [--to=out/loss.png]
+    python -m tools.plot_loss out/a out/b [--out=out/loss.png]
 
 Training loss is a line, validation loss a line with dots; over steps, tokens and seconds.
 """
 
-import json
 import sys
+
+if __name__ == "__main__" and not __package__:
+    sys.exit("error: run it from the repository root as: python -m tools.plot_loss")
+
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configurator import UserError, configure, program
+from common.errors import UserError, program
+from configurator import configure
 
 
 @dataclass
 class PlotConfig:
     runs: list[str] = field(default_factory=list)  # directories of runs
-    to: str = "out/loss.png"  # the picture
+    out: str = "out/loss.png"  # the picture to write
 
 
 def read_log(directory):
-    """The objects of a run's log.jsonl; UserError where there is none, or none to draw."""
+    """Return the records of a run's log.jsonl. Raises UserError if there are fewer than two."""
     path = Path(directory, "log.jsonl")
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
-        raise UserError(f"no {path}: {directory} is no run of train.py") from error
+        raise UserError(f"no {path}: {directory} is not a run of train.py") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if len(records) < 2:
@@ -33,8 +38,8 @@ def read_log(directory):
     return records
 
 
-def draw(runs, to):
-    """Draw {label: records} into the PNG file `to`: three panels that share the loss axis."""
+def draw(runs, path):
+    """Draw {label: records} into the PNG file `path`: three panels that share the loss axis."""
     import matplotlib
 
     matplotlib.use("Agg")  # no screen needed
@@ -56,7 +61,7 @@ def draw(runs, to):
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss (nats per token)")
     panels[0].legend(fontsize="small")
-    figure.savefig(to, dpi=150)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
@@ -64,13 +69,13 @@ def draw(runs, to):
 def main(argv):
     config = configure(PlotConfig, argv, __doc__, positional="runs")
     if not config.runs:
-        raise UserError("name the runs: python plot.py out/quickstart")
-    if not config.to.endswith(".png"):
-        raise UserError(f"to={config.to} must end in .png")
+        raise UserError("name the runs: python -m tools.plot_loss out/quickstart")
+    if not config.out.endswith(".png"):
+        raise UserError(f"out={config.out} must end in .png")
     runs = {str(Path(directory)): read_log(directory) for directory in config.runs}
-    Path(config.to).parent.mkdir(parents=True, exist_ok=True)
-    draw(runs, config.to)
-    print(config.to)
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    draw(runs, config.out)
+    print(config.out)
 
 
 if __name__ == "__main__":

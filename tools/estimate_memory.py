@@ -1,25 +1,47 @@
-"""Memory on paper: what a rank holds and sends under DDP, FSDP and replicated shards (python bench.py memory).
+"""Compute (not measure) what a rank holds and sends under DDP, FSDP and HSDP. Needs no GPU.
+
+    python -m tools.estimate_memory --n_layer=48 --n_head=25 --n_embd=1600 --world_size=8
 
 Parameters and traffic follow from shapes; activations are counted in a forward pass on fake tensors, which have shapes
 and no memory. torch.compile may keep less.
 """
 
+import sys
+
+if __name__ == "__main__" and not __package__:
+    sys.exit("error: run it from the repository root as: python -m tools.estimate_memory")
+
 from collections import ChainMap
+from dataclasses import dataclass
 
 import torch
 from torch._subclasses import FakeTensorMode
 
-from configurator import UserError
-from machine import pick_dtype
-from pretrained import model_module
+from common.device import pick_dtype
+from common.errors import UserError, program
+from common.models import model_module, models_with_option
+from configurator import check_range, configure_with_model
 
 
-def share(params, ranks):
-    """Numbers in a rank's share: fully_shard cuts along dim 0 as torch.chunk does, and pads to the first piece."""
+@dataclass
+class EstimateConfig:
+    # As in train.py
+    model: str = "model"  # the model file, without .py
+    batch_size: int = 16  # sequences per forward pass and process
+    dtype: str = "bfloat16"  # float32, bfloat16, float16
+    fsdp: bool = False  # mark FSDP's column rather than DDP's
+    shard_degree: int = 0  # ranks that share one copy of the model, with fsdp; 0: all of them
+    # Instead of torchrun and total_batch_size
+    world_size: int = 8  # ranks
+    micro_steps: int = 1  # forward and backward passes of a rank per optimizer step
+
+
+def shard_numel(params, ranks):
+    """Elements of a rank's shards: fully_shard splits dim 0 as torch.chunk does, and pads to the largest."""
     return sum(-(-p.size(0) // ranks) * (p.numel() // p.size(0)) for p in params)
 
 
-def held(params, blocks, copies, size, S, config):
+def rank_bytes(params, blocks, copies, size, S, config):
     """Bytes that a rank holds, by kind, and those that it sends in an optimizer step.
 
     S = 0, DDP: all, and autocast's copies of weights. Sends 2 (N - 1) / N of the gradient, by a ring all-reduce (ZeRO,
@@ -28,15 +50,15 @@ def held(params, blocks, copies, size, S, config):
     weights outside blocks and of two blocks (one computes, one is fetched ahead), gradients outside and of one; whole,
     in float32 as fully_shard adds them up: gradients of earlier micro-steps. Sends (S - 1) / S of the weights for each
     forward, of the blocks' for each backward, of the gradient; then 2 (R - 1) / R of its share, to R = N / S copies."""
-    N, whole = config.world_size, 4 * share(params, 1)
+    N, whole = config.world_size, 4 * shard_numel(params, 1)
     part, weights, unshared, sent = whole, copies, 0, 2 * (N - 1) / N * whole
     if S:
-        part, shares, R = 4 * share(params, S), sorted(share(block, S) for block in blocks), N // S
+        part, shares, R = 4 * shard_numel(params, S), sorted(shard_numel(block, S) for block in blocks), N // S
         weights = size * S * (part // 4 - sum(shares[:-2]))
-        unshared = size * (share(params, 1) - sum(sorted(share(block, 1) for block in blocks)[:-1]))
+        unshared = size * (shard_numel(params, 1) - sum(sorted(shard_numel(block, 1) for block in blocks)[:-1]))
         unshared += whole if config.micro_steps > 1 else 0
         sent = (S - 1) * (config.micro_steps * size * (part // 4 + sum(shares)) + part) + 2 * (R - 1) / R * part
-    names = ("parameters", "gradients", "AdamW's moments", "weights to compute with", "gradients not shared out yet")
+    names = ("parameters", "gradients", "AdamW's moments", "weights in dtype", "unsharded gradients")
     return dict(zip(names, (part, part, 2 * part, weights, unshared), strict=True)), sent
 
 
@@ -76,12 +98,12 @@ def activations(model, tokens, dtype):
     return nbytes(*groups), max(nbytes(before, inputs, block, after) for block in blocks), nbytes(copies)
 
 
-def memory(config, options):
-    """Print a table of what a rank holds, by mode; returns the columns as dicts."""
-    N, S, module = config.world_size, config.shard_size, model_module(config.model)
+def estimate(config, options):
+    """Print a table of what a rank holds, by mode; return its columns as dicts."""
+    N, S, module = config.world_size, config.shard_degree, model_module(config.model)
     dtype = pick_dtype(config.dtype, torch.device("cpu"))
     if S and (not config.fsdp or N % S):
-        raise UserError(f"shard_size={S} is for --fsdp=True and a multiple of {S} ranks, not world_size={N}")
+        raise UserError(f"shard_degree={S} needs --fsdp=True and must divide world_size={N}")
     try:
         shape = module.GPTConfig(**options)
     except ValueError as error:
@@ -93,24 +115,43 @@ def memory(config, options):
         *ddp, copies = activations(model, tokens, dtype)
         *fsdp, _ = activations(cast, tokens, dtype)
     params, blocks = list(model.parameters()), [list(block.parameters()) for block in model.transformer.h]
-    step = f"{config.micro_steps} x {config.batch_size} x {shape.block_size} tokens"
+    tokens_per_step = f"{config.micro_steps} x {config.batch_size} x {shape.block_size} tokens"
     print(
-        f"{config.model}, {share(params, 1):,} parameters, {config.dtype}, {N} ranks, each {step} a step; * asked for"
+        f"{config.model}, {shard_numel(params, 1):,} parameters, {config.dtype}, {N} ranks with {tokens_per_step} each "
+        "per step; *: the mode of these options"
     )
-    modes = {"DDP": 0, "FSDP": N} | ({f"shards of {S}": S} if S else {})
+    modes = {"DDP": 0, "FSDP": N} | ({f"HSDP {N // S} x {S}": S} if S else {})
     columns = []
     for mode, ranks in modes.items():
         asked = ranks == (S or N if config.fsdp else 0)
-        column, sent = held(params, blocks, copies, dtype.itemsize, ranks, config)
+        column, sent = rank_bytes(params, blocks, copies, dtype.itemsize, ranks, config)
         always = sum(column.values())
         for how, kept in zip(("", ", checkpointed"), fsdp if ranks else ddp, strict=True):
             column[f"activations{how}"] = kept
             column[f"  per token{how}"] = kept / tokens.numel()
-            column[f"in all{how}"] = always + kept
-        columns.append({"mode": f"* {mode}" if asked else mode} | column | {"sent in a step": sent})
+            column[f"total{how}"] = always + kept
+        columns.append({"mode": f"* {mode}" if asked else mode} | column | {"sent per step": sent})
     for name in columns[0]:
         unit, size = ("MB", 1e6) if "token" in name else ("GB", 1e9)
         values = [column[name] for column in columns]
         cells = values if name == "mode" else [f"{value / size:#,.3g}".rstrip(".") + f" {unit}" for value in values]
         print(f"{name:30}" + "".join(f"{cell:>16}" for cell in cells))
     return columns
+
+
+@program
+def main(argv):
+    config, options = configure_with_model(
+        EstimateConfig,
+        argv,
+        __doc__,
+        model_config=lambda config: model_module(config.model).GPTConfig,
+        hint=models_with_option,
+    )
+    check_range(config, 1, "batch_size", "micro_steps", "world_size")
+    check_range(config, 0, "shard_degree")
+    return estimate(config, options)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

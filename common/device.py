@@ -1,0 +1,152 @@
+"""The device of a run: which one, which dtype is fast on it, its peak FLOP/s, and its memory."""
+
+import contextlib
+import ctypes
+import os
+import re
+import sys
+
+import torch
+
+from common.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+# Peak FLOP/s of dense bfloat16 and float16 matrix products, by the vendors' data sheets. The names
+# are regular expressions that must match the whole device name.
+PEAK_FLOPS = {
+    "NVIDIA A100.*": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
+
+
+def pick_device(name, local_rank=None):
+    """Return the torch.device for an option; "auto" is cuda, mps or cpu, the first that works.
+
+    With a local_rank (under torchrun) each rank gets a GPU of its own. Raises UserError if the
+    device does not exist or cannot serve several ranks.
+    """
+    if name == "auto":
+        name = _best_device_type(local_rank)
+    kind = name.partition(":")[0]
+    if kind not in ("cuda", "mps", "cpu"):
+        raise UserError(f"device={name} must be one of auto, cuda, cuda:N, mps, cpu")
+    if local_rank is not None:
+        name = _device_of_rank(name, local_rank)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            device = torch.device("cuda", index)
+            torch.cuda.set_device(device)  # compiled kernels run on the current device
+    except Exception as error:  # its type depends on how torch was built
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={name} is not available: {reason}") from error
+    return device
+
+
+def _best_device_type(local_rank):
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available() and local_rank is None:
+        return "mps"
+    return "cpu"
+
+
+def _device_of_rank(name, local_rank):
+    """Return the device name of a rank. Raises UserError if ranks would have to share a device."""
+    if name.startswith("mps"):
+        raise UserError("device=mps works with one process only: use --device=cpu or omit torchrun")
+    if name.startswith("cuda:") and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        raise UserError(f"device={name} is one GPU for several ranks: --device=cuda gives each rank its own")
+    if name != "cuda":
+        return name
+    count = torch.cuda.device_count()
+    if 0 < count <= local_rank:
+        raise UserError(
+            f"{count} GPUs are not enough for local rank {local_rank}: use --nproc_per_node={count} at most"
+        )
+    return f"cuda:{local_rank}"
+
+
+def pick_dtype(name, device):
+    """Return the torch.dtype for an option; "auto" is bfloat16 where the hardware computes it fast.
+
+    Fast means CUDA compute capability 8.0 and later, and CPUs with AMX or AVX512-BF16. Elsewhere
+    "auto" is float32.
+    """
+    if name in DTYPES:
+        return getattr(torch, name)
+    if name != "auto":
+        raise UserError(f"dtype={name} must be one of auto, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        fast = features.get("amx_bf16") or features.get("avx512_bf16")
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def set_float32_precision(device, deterministic):
+    """Let float32 matrix products use TF32 on CUDA (10 mantissa bits), unless deterministic."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if deterministic else "high")
+
+
+def device_name(device):
+    """Return the GPU's own name, or "cpu" or "mps"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_memory(device):
+    """Return the peak memory so far in GB: tensors on CUDA, the whole process on a CPU.
+
+    On MPS it is the memory allocated now. None on Windows CPUs.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e9
+    with contextlib.suppress(OSError, TypeError), open("/proc/self/status") as status:
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read())[1]) * 1024 / 1e9
+    try:
+        import resource  # not on Windows; on Linux ru_maxrss includes the parent process's peak
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def keep_freed_memory():
+    """Make glibc keep freed memory in the process; on other systems do nothing.
+
+    By default glibc returns large freed tensors to the kernel, which zeroes the pages again at the
+    next allocation: a quarter of a training step's time on a CPU.
+    """
+    with contextlib.suppress(AttributeError, TypeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX = 0: take large blocks from the heap too
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+def peak_flops(device, dtype):
+    """Return the device's peak FLOP/s in this dtype, or None if it is not known."""
+    if dtype == torch.float32:
+        return None
+    name = device_name(device)
+    for pattern, flops in PEAK_FLOPS.items():
+        if re.fullmatch(pattern, name):
+            return flops
+    return None
+
+
+def is_out_of_memory(error):
+    """Return whether an exception means that memory ran out; each device words it differently."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in words)

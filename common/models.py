@@ -1,0 +1,32 @@
+"""Find the model files (model*.py in the repository root) and import one by its name."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+from common.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def model_names():
+    """Return the names of all model files, sorted, without .py."""
+    return sorted(path.stem for path in ROOT.glob("model*.py"))
+
+
+def model_module(name):
+    """Import the model file `name`.py. Raises UserError if there is none."""
+    if name not in model_names():
+        raise UserError(f"model={name} has no {name}.py; the models are {', '.join(model_names())}")
+    return importlib.import_module(name)
+
+
+def config_fields(name):
+    """Return the names of the options (the fields of GPTConfig) of a model file."""
+    return [field.name for field in dataclasses.fields(model_module(name).GPTConfig)]
+
+
+def models_with_option(option):
+    """Return a sentence that names the models which have this option, or "" if none has it."""
+    names = [name for name in model_names() if option in config_fields(name)]
+    return f"it is an option of {', '.join(names)} (--model)" if names else ""

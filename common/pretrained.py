@@ -1,0 +1,280 @@
+"""Load weights into any model: GPT-2's by name, a model in transformers' format, or a run.
+
+GPT-2 (gpt2, gpt2-medium, gpt2-large, gpt2-xl) is downloaded once from the Hugging Face hub as
+safetensors. Its parameter names are ours without the prefix "transformer."; its Linear weights are
+stored as Conv1D, (in, out), and are transposed here. A variant can start from the same weights:
+sliding windows take them as they are, grouped-query attention averages the KV heads of each group,
+and rotary positions replace wpe, which is dropped.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from common import checkpoint
+from common.download import download, file_sha256, hub_url
+from common.errors import UserError
+from common.models import model_module
+from common.tokenizer import VOCAB_SIZES, read_meta
+
+HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+FOLDER = Path("data/pretrained")
+HEAD_SIZE = 64  # of all released GPT-2s; used if there is no config.json to give n_head
+CONV1D = re.compile(r".*\.(c_attn|c_proj|c_fc)\.weight")
+# Attention masks, and the head, which is wte.
+NOT_WEIGHTS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|lm_head\.weight")
+# Settings of a GPT-2 config.json that model.py has fixed to these values.
+FIXED = {
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
+WPE = "transformer.wpe.weight"
+
+
+@dataclasses.dataclass
+class Source:
+    """Weights to load, with what is needed to build their model."""
+
+    model: str  # the model file that they were made for, without .py
+    shape: dict  # fields of its GPTConfig
+    weights: dict  # by our parameter names, float32
+    meta: dict  # names the tokenizer, as in a dataset's meta.json
+
+
+def load_model(source, name=None, options=None):
+    """Return (model, meta): a model with the weights of `source`, and its tokenizer's meta.json.
+
+    source    a GPT-2 name, a run, one of its checkpoints, or a directory in transformers' format
+    name      the model file to load into; None: the run's own, or `model` for GPT-2
+    options   fields of its GPTConfig that the user asked for. dropout and what the source does not
+              know are free; n_kv_head and block_size may shrink; a model without learned positions
+              takes any block_size; all others must agree
+
+    The model is float32, on the CPU. Prints to stderr how the weights had to change. Raises
+    UserError if they do not fit.
+    """
+    options = options or {}
+    loaded = _read_source(source)
+    name = name or loaded.model
+    module = model_module(name)
+    config = {field.name: field.default for field in dataclasses.fields(module.GPTConfig)}
+    config |= {field: value for field, value in loaded.shape.items() if field in config}
+    config |= options
+    with torch.device("meta"):  # skip an initialization that would be overwritten
+        try:
+            model = module.GPT(module.GPTConfig(**config))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{source} has a configuration that {name}.py refuses: {error}") from error
+    expected = model.state_dict()
+    _check_options(source, options, loaded.shape, has_wpe=WPE in expected)
+    changes = _convert(source, loaded, expected, model.config)
+    if changes:
+        print(
+            f"{source} in {name}: {' and '.join(changes)}; the model needs further training",
+            file=sys.stderr,
+        )
+    _check_shapes(source, name, loaded.weights, expected)
+    model.load_state_dict(loaded.weights, assign=True)
+    return model.requires_grad_(True), loaded.meta
+
+
+def _read_source(source):
+    if source in HUB:
+        return _read_transformers(_fetch(source))
+    directory = Path(source)
+    if not directory.is_dir():
+        raise UserError(f"{source} is neither one of {', '.join(HUB)} nor a directory with a run or a model")
+    if _is_transformers(directory):
+        return _read_transformers(directory)
+    return _read_run(directory)
+
+
+def _is_transformers(directory):
+    """Return whether config.json is transformers'; a checkpoint of ours has one too."""
+    path = directory / "config.json"
+    return path.exists() and '"model_type"' in path.read_text(encoding="utf-8", errors="replace")
+
+
+# Fit weights to a model -----------------------------------------------------------------------
+
+
+def _check_options(source, options, shape, has_wpe):
+    """Raise UserError for an option that contradicts the weights."""
+    free = {"dropout", "n_kv_head"}  # n_kv_head is checked by _convert
+    if not has_wpe or options.get("block_size", 0) < shape["block_size"]:
+        free.add("block_size")
+    for option, value in options.items():
+        if option not in free and value != shape.get(option, value):
+            raise UserError(f"{source} has {option}={shape[option]}, not {value}")
+
+
+def _convert(source, loaded, expected, config):
+    """Change the loaded weights in place so that they fit; return a clause for each change."""
+    weights, shape = loaded.weights, loaded.shape
+    changes = []
+    window, source_window = getattr(config, "window", None), shape.get("window")
+    if _attended(window, config) != _attended(source_window, config):
+        changes.append(f"a token attends to {window or 'all'} tokens instead of {source_window or 'all'}")
+    if WPE in expected and WPE not in weights:
+        raise UserError(f"{source} has no learned positions (wpe), which this model needs: choose another --model")
+    if WPE in expected:
+        weights[WPE] = weights[WPE][: config.block_size].clone()
+    elif WPE in weights:
+        del weights[WPE]
+        changes.append("learned positions (wpe) are dropped")
+    source_kv_heads = shape.get("n_kv_head", shape["n_head"])
+    n_kv_head = getattr(config, "n_kv_head", config.n_head)
+    if source_kv_heads % n_kv_head:
+        raise UserError(f"{source} has {source_kv_heads} KV heads: n_kv_head={n_kv_head} must divide that")
+    group_size = source_kv_heads // n_kv_head
+    if group_size > 1:
+        for key in list(weights):
+            if ".c_attn." in key:
+                weights[key] = _average_kv_heads(weights[key], n_kv_head, group_size, config)
+        changes.append(f"{n_kv_head} KV heads are the means of {group_size} each")
+    return changes
+
+
+def _attended(window, config):
+    """Return how many tokens a query attends to at most."""
+    return min(window or config.block_size, config.block_size)
+
+
+def _average_kv_heads(c_attn, n_kv_head, group_size, config):
+    """Average keys and values over groups of heads (Ainslie et al. 2023, section 2.1).
+
+    c_attn   weight or bias of the projection to queries, keys and values, along dim 0
+    """
+    head_dim = config.n_embd // config.n_head
+    q, kv = c_attn.tensor_split([config.n_embd])
+    kv = kv.unflatten(0, (2 * n_kv_head, group_size, head_dim)).mean(dim=1).flatten(0, 1)
+    return torch.cat([q, kv])
+
+
+def _check_shapes(source, name, weights, expected):
+    """Raise UserError unless names and shapes are those that the model expects."""
+    for key in sorted(expected.keys() | weights.keys()):
+        ours = tuple(expected[key].shape) if key in expected else "nothing"
+        theirs = tuple(weights[key].shape) if key in weights else "nothing"
+        if ours != theirs:
+            raise UserError(f"{source}: {key} is {theirs} there, {ours} in {name}.py")
+
+
+# Read weights ---------------------------------------------------------------------------------
+
+
+def _fetch(name):
+    """Return the folder of a released GPT-2, downloaded once and verified by its hash."""
+    folder = FOLDER / name
+    weights, sums = folder / "model.safetensors", folder / "model.safetensors.sha256"
+    if not (weights.exists() and sums.exists()):
+        print(f"downloading {name} to {folder}", file=sys.stderr)
+        download(hub_url(f"{HUB[name]}/resolve/main/model.safetensors"), weights)
+        with contextlib.suppress(UserError):  # a mirror may have the weights only: see HEAD_SIZE
+            download(hub_url(f"{HUB[name]}/resolve/main/config.json"), folder / "config.json")
+        _read_transformers(folder)  # only a file that can be read gets a hash that vouches for it
+        sums.write_text(f"{file_sha256(weights)}  model.safetensors\n")
+    elif file_sha256(weights) != sums.read_text().split()[0]:
+        raise UserError(f"{weights} has changed since its download: remove {folder} to download it again")
+    return folder
+
+
+def _read_transformers(folder):
+    """Return the Source of a GPT-2 in transformers' format."""
+    config = _read_gpt2_config(folder)
+    raw = _read_safetensors(folder)
+    if "wte.weight" not in raw or "wpe.weight" not in raw:
+        raise UserError(f"{folder} has no model*.safetensors with wte.weight and wpe.weight")
+    if not torch.equal(raw.get("lm_head.weight", raw["wte.weight"]), raw["wte.weight"]):
+        raise UserError(f"{folder} has an lm_head.weight other than wte.weight, but model.py ties them")
+    weights = {}
+    for key, value in raw.items():
+        if NOT_WEIGHTS.fullmatch(key):
+            continue
+        if not value.is_floating_point():
+            raise UserError(f"{folder} has quantized weights: use the model in float32, bfloat16 or float16")
+        if CONV1D.fullmatch(key):
+            value = value.t()
+        weights[f"transformer.{key}"] = value.contiguous().float()
+    shape = _gpt2_shape(folder, config, raw)
+    if (folder / "meta.json").exists():
+        meta = read_meta(folder)
+    else:
+        vocab_size = min(shape["vocab_size"], VOCAB_SIZES["gpt2"])
+        meta = {"tokenizer": "gpt2", "vocab_size": vocab_size}
+    return Source("model", shape, weights, meta)
+
+
+def _read_gpt2_config(folder):
+    """Return a GPT-2's config.json. Raises UserError for a model that model.py cannot compute."""
+    path = folder / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    kind = config.get("model_type") if isinstance(config, dict) else config
+    if kind != "gpt2":
+        raise UserError(f"{path} describes a model of type {kind}, not gpt2")
+    for key, value in FIXED.items():
+        if config.get(key, value) != value:
+            raise UserError(f"{path} has {key}={config[key]}, but model.py computes {value}")
+    return config
+
+
+def _read_safetensors(folder):
+    """Return all tensors of model.safetensors or its shards, without the prefix "transformer."."""
+    path = folder / "model.safetensors"
+    paths = [path] if path.exists() else sorted(folder.glob("model-*-of-*.safetensors"))
+    tensors = {}
+    try:
+        for path in paths:
+            tensors |= load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or altered ({error}): remove it and get it again") from error
+    return {key.removeprefix("transformer."): value for key, value in tensors.items()}
+
+
+def _gpt2_shape(folder, config, raw):
+    """Return the GPTConfig fields of GPT-2 weights; they must agree with config.json."""
+    vocab_size, n_embd = raw["wte.weight"].shape
+    block_size = len(raw["wpe.weight"])
+    layers = [int(key.split(".")[1]) for key in raw if key.startswith("h.")]
+    shape = {
+        "block_size": block_size,
+        "vocab_size": vocab_size,
+        "n_layer": 1 + max(layers),
+        "n_head": config.get("n_head") or n_embd // HEAD_SIZE,
+        "n_embd": n_embd,
+        "bias": True,
+        "dropout": 0.0,
+    }
+    actual = shape | {"n_positions": block_size, "n_inner": 4 * n_embd}
+    for key in ("n_layer", "n_embd", "vocab_size", "n_positions", "n_inner"):
+        if config.get(key) not in (None, actual[key]):
+            raise UserError(f"{folder}/config.json has {key}={config[key]}, the weights have {actual[key]}")
+    return shape
+
+
+def _read_run(directory):
+    """Return the Source of a run's checkpoint."""
+    path = checkpoint.find_checkpoint(directory)
+    config = checkpoint.read_config(path)
+    name, shape = config["options"]["model"], config["model_config"]
+    module = model_module(name)
+    with torch.device("meta"):
+        model = module.GPT(module.GPTConfig(**shape))
+    model.to_empty(device="cpu")
+    checkpoint.load_checkpoint(path, model)
+    return Source(name, shape, model.state_dict(), config["meta"])

@@ -1,0 +1,196 @@
+"""Export a model to transformers' format.
+
+    python -m tools.export --init_from=out/quickstart --out_dir=exported
+
+`model` becomes a GPT2LMHeadModel, `model_rope` and `model_rope_gqa_swa` a Starcoder2ForCausalLM.
+The directory also gets meta.json, which names the tokenizer, and GPT-2's own tokenizer files if the
+model uses its tokens.
+"""
+
+import sys
+
+if __name__ == "__main__" and not __package__:
+    sys.exit("error: run it from the repository root as: python -m tools.export")
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tiktoken.load import read_file_cached
+
+from common.errors import UserError, program
+from common.files import write_json
+from common.pretrained import CONV1D, FIXED, load_model
+from common.tokenizer import EOT, get_tokenizer
+from configurator import configure
+
+# Parts of our parameter names, and StarCoder2's. Its q_proj, k_proj and v_proj are rows of c_attn.
+STARCODER2_NAMES = {
+    "transformer.": "model.",
+    ".wte.": ".embed_tokens.",
+    ".ln_f.": ".norm.",
+    ".h.": ".layers.",
+    ".ln_1.": ".input_layernorm.",
+    ".ln_2.": ".post_attention_layernorm.",
+    ".attn.": ".self_attn.",
+    "attn.c_proj": "attn.o_proj",
+}
+# The files of GPT-2's tokenizer, as OpenAI published them and as tiktoken caches them.
+GPT2_BPE = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_FILES = {  # name in transformers: (name there, SHA-256)
+    "merges.txt": (
+        "vocab.bpe",
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    ),
+    "vocab.json": (
+        "encoder.json",
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    ),
+}
+
+
+@dataclass
+class ExportConfig:
+    init_from: str | None = None  # a run, one of its checkpoints, or what train.py's init_from takes
+    out_dir: str | None = None  # the directory to make
+
+
+def gpt2_format(weights, config):
+    """Return the weights and the config.json of transformers' GPT2LMHeadModel."""
+    theirs = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_positions": config.block_size,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+    }
+    weights = {key: w.t().contiguous() if CONV1D.fullmatch(key) else w for key, w in weights.items()}
+    return weights, FIXED | theirs
+
+
+def starcoder2_format(weights, config):
+    """Return the weights and the config.json of transformers' Starcoder2ForCausalLM."""
+    n_kv_head = getattr(config, "n_kv_head", config.n_head)
+    head_dim = config.n_embd // config.n_head
+    theirs = {
+        "model_type": "starcoder2",
+        "architectures": ["Starcoder2ForCausalLM"],
+        "hidden_act": "gelu_pytorch_tanh",
+        "norm_epsilon": 1e-5,
+        "use_bias": True,
+        "tie_word_embeddings": True,
+        "hidden_size": config.n_embd,
+        "intermediate_size": 4 * config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": n_kv_head,
+        "sliding_window": getattr(config, "window", None),
+        "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.block_size,
+        "residual_dropout": config.dropout,
+        "embedding_dropout": config.dropout,
+        "attention_dropout": config.dropout,
+    }
+    renamed = {}
+    for key, w in weights.items():
+        for our_part, their_part in STARCODER2_NAMES.items():
+            key = key.replace(our_part, their_part)
+        if ".c_attn." not in key:
+            renamed[key] = w
+            continue
+        q, k, v = w.split([config.n_embd, n_kv_head * head_dim, n_kv_head * head_dim])
+        renamed[key.replace("c_attn", "q_proj")] = q.contiguous()
+        renamed[key.replace("c_attn", "k_proj")] = k.contiguous()
+        renamed[key.replace("c_attn", "v_proj")] = v.contiguous()
+    return renamed, theirs
+
+
+FORMATS = {
+    "model": gpt2_format,
+    "model_rope": starcoder2_format,
+    "model_rope_gqa_swa": starcoder2_format,
+}
+# The class of transformers that comes closest, and why it is not written here.
+NO_FORMAT = {
+    "model_gqa": "GPT-2 with several KV heads is not among its models (GPTBigCode has one or all)",
+    "model_swa": "GPT-2 with a window in every layer is not among its models (GPT-Neo is close)",
+}
+
+
+def export(source, out_dir):
+    """Write the model of `source`, anything that load_model takes, to a new directory.
+
+    The directory appears only when it is complete. Raises UserError if it exists already or if
+    transformers has no such model.
+    """
+    out_dir = Path(out_dir)
+    model, meta = load_model(source)
+    name = type(model).__module__
+    if name not in FORMATS:
+        reason = NO_FORMAT.get(name, "it is not among its models")
+        raise UserError(
+            f"{source} is a {name}, which cannot be exported to transformers: {reason}; {', '.join(FORMATS)} can"
+        )
+    if out_dir.exists():
+        raise UserError(f"{out_dir} exists already: choose a new directory")
+    weights, theirs = FORMATS[name](exported_weights(model, meta), model.config)
+    eot = get_tokenizer(meta).eot_token
+    theirs |= {"vocab_size": meta["vocab_size"], "dtype": "float32"}
+    theirs |= {"bos_token_id": eot, "eos_token_id": eot}
+
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=out_dir.name + ".part", dir=out_dir.parent))
+    save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+    write_json(part / "config.json", theirs)
+    write_json(part / "meta.json", meta)
+    if meta["tokenizer"] == "gpt2":
+        write_gpt2_tokenizer(part, model.config.block_size)
+    part.chmod(0o755)  # mkdtemp makes a directory that only its owner can read
+    part.replace(out_dir)
+
+
+def exported_weights(model, meta):
+    """Return the state dict without padding tokens, and with zero biases for bias=False."""
+    weights = model.state_dict()
+    wte = weights["transformer.wte.weight"]
+    weights["transformer.wte.weight"] = wte[: meta["vocab_size"]]
+    for key in list(weights):
+        is_embedding = key.startswith("transformer.w")
+        if key.endswith("weight") and not is_embedding:
+            bias = key.removesuffix("weight") + "bias"
+            weights.setdefault(bias, torch.zeros(len(weights[key])))
+    return weights
+
+
+def write_gpt2_tokenizer(folder, block_size):
+    """Write the files from which transformers' AutoTokenizer makes GPT-2's tokenizer."""
+    tokenizer_config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": block_size,
+        "bos_token": EOT,
+        "eos_token": EOT,
+        "unk_token": EOT,
+    }
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
+    for name, (original, sha256) in GPT2_FILES.items():
+        (folder / name).write_bytes(read_file_cached(GPT2_BPE + original, sha256))
+
+
+@program
+def main(argv):
+    config = configure(ExportConfig, argv, __doc__)
+    if not config.init_from or not config.out_dir:
+        raise UserError("name a model and a new directory: python -m tools.export --init_from=RUN --out_dir=DIR")
+    export(config.init_from, config.out_dir)
+    load = f'transformers.AutoModelForCausalLM.from_pretrained("{config.out_dir}")'
+    print(f"{config.out_dir}: {load}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
