@@ -402,7 +402,8 @@ def compile_forward(run):
     except Exception as error:  # backends and compilers raise types of their own
         if is_out_of_memory(error):
             raise
-        failure = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        reason = " ".join(str(error).split())[:300]
+        failure = f"{type(error).__name__}: {reason}"
     run.optimizer.zero_grad()
     failures = [text for text in run.group.all_gather(failure) if text is not None]
     if not failures:

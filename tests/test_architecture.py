@@ -28,7 +28,7 @@ def test_the_untrained_loss_is_close_to_that_of_guessing(module):
     assert loss.item() == pytest.approx(math.log(509), abs=0.05)
 
 
-def test_the_loss_is_the_mean_negative_log_probability_of_the_targets_that_are_not_minus_1(module):
+def test_the_loss_is_the_mean_over_the_targets_that_are_not_minus_1(module):
     model, x, y = make_vivid(module), tokens(3, 7), tokens(3, 7, seed=2)
     y[0, 2:5] = y[2] = -1
     p = model(x).detach().double().softmax(dim=2)

@@ -152,7 +152,7 @@ def test_an_unknown_option_names_the_nearest_or_points_to_help(argument, hint):
     assert f"unknown option {hint}" in complaint(argument)
 
 
-def test_a_variable_of_a_config_file_that_is_no_option_is_refused_and_the_nearest_named(config_file):
+def test_a_variable_of_a_config_file_that_is_no_option_is_refused(config_file):
     assert "unknown option learnin_rate: did you mean learning_rate?" in complaint(config_file("learnin_rate = 1e-3"))
 
 
@@ -335,7 +335,7 @@ def test_a_program_returns_what_its_main_returns():
 
 
 @pytest.mark.parametrize(("error", "status"), [(UserError("no data: make it"), 2), (KeyboardInterrupt(), 130)])
-def test_a_user_error_or_an_interrupt_ends_a_program_with_one_line_on_stderr_and_its_status(capsys, error, status):
+def test_a_user_error_or_an_interrupt_is_one_line_on_stderr_and_a_status(capsys, error, status):
     with pytest.raises(SystemExit) as end:
         failing(error)()
     out, err = capsys.readouterr()

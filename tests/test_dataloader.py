@@ -86,7 +86,7 @@ def test_micro_batches_split_a_global_batch_into_the_same_sequences(dataset, mic
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_with_loaders_of_their_own_split_a_global_batch_into_the_same_sequences(dataset, ranks):
+def test_the_loaders_of_all_ranks_together_take_the_same_global_batch(dataset, ranks):
     folder, share = dataset(range(100)), 12 // ranks
     loaders = [Loader(folder, 10, BIG_VOCAB, 1) for _ in range(ranks)]
     whole = Loader(folder, 10, BIG_VOCAB, 1)
@@ -100,7 +100,7 @@ SIZES = [(2, 1), (9, 8), (16, 8), (17, 8), (24, 8), (25, 8), (71, 8), (101, 1), 
 
 
 @pytest.mark.parametrize(("n", "block_size"), SIZES)
-def test_an_epoch_is_windows_edge_to_edge_that_leave_out_fewer_than_two_windows_of_tokens(dataset, n, block_size):
+def test_an_epoch_is_windows_edge_to_edge_but_for_less_than_two_windows(dataset, n, block_size):
     loader = Loader(dataset(range(n)), block_size, BIG_VOCAB, 1)
     for epoch in range(5):
         x, _ = loader.train_batch(epoch * loader.n_windows, loader.n_windows)
@@ -151,7 +151,7 @@ LENGTHS = [2, 3, 8, 9, 10, 24, 25, 26, 100]
 
 
 @pytest.mark.parametrize("n", LENGTHS)
-def test_every_validation_token_but_the_first_is_a_target_once_and_its_input_the_token_before(dataset, n):
+def test_every_validation_token_but_the_first_is_a_target_once(dataset, n):
     x, y = validation(Loader(dataset(val=range(n)), 8, BIG_VOCAB, 1))
     assert sorted(y[y != -1].tolist()) == list(range(1, n))
     assert torch.equal(x[y != -1], y[y != -1] - 1)

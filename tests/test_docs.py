@@ -180,7 +180,7 @@ each_edit = pytest.mark.parametrize("number", EDITS)
 
 
 @each_edit
-def test_the_text_that_an_edit_replaces_is_there_once_and_the_test_that_it_breaks_too(number):
+def test_an_edit_replaces_a_text_that_exists_once_and_names_an_existing_test(number):
     file, old, new, node = EDITS[number]
     assert (ROOT / file).read_text(encoding="utf-8").count(old) == 1 and new != old and is_there(node)
 

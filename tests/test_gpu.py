@@ -1,8 +1,9 @@
-"""What only a CUDA GPU can show; skipped elsewhere. Alone: pytest -m gpu"""
+"""What only a CUDA GPU can show, for every model; skipped elsewhere. Alone: pytest -m gpu"""
 
 import pytest
 import torch
 from conftest import arguments, read_log
+from test_variants import MODELS
 
 import sample
 import train
@@ -11,41 +12,69 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
 ]
-CUDA = dict(device="cuda", n_embd=64, dropout=0.0)
+each_model = pytest.mark.parametrize("model", MODELS)
+
+
+@pytest.fixture(autouse=True)
+def restore_determinism():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def command(model, **options):
+    """The command line of a tiny run of a model on the GPU."""
+    own = train.model_module(model).GPTConfig.__dataclass_fields__
+    sizes = {name: value for name, value in {"n_kv_head": 1, "window": 5}.items() if name in own}
+    return arguments(model=model, **{"device": "cuda", "n_embd": 64, "dropout": 0.0} | sizes | options)
 
 
 def losses(run):
     return [r["train_loss"] for r in read_log(run)[1:]]
 
 
-def test_float32_on_the_gpu_follows_the_cpu(workdir):
-    train.main(arguments(**CUDA, out_dir="out/gpu", compile=False))
-    train.main(arguments(**CUDA | {"device": "cpu"}, out_dir="out/cpu"))
+@each_model
+def test_float32_on_the_gpu_follows_the_cpu(workdir, model):
+    # deterministic: float32 products then do not use TF32
+    train.main(command(model, out_dir="out/gpu", compile=False, deterministic=True))
+    train.main(command(model, device="cpu", out_dir="out/cpu"))
     assert losses(workdir / "out/gpu") == pytest.approx(losses(workdir / "out/cpu"), rel=1e-4)
 
 
+@each_model
+def test_tf32_follows_float32(workdir, model):
+    train.main(command(model, out_dir="out/tf32", compile=False))
+    assert torch.get_float32_matmul_precision() == "high"
+    train.main(command(model, out_dir="out/float32", compile=False, deterministic=True))
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert losses(workdir / "out/tf32") == pytest.approx(losses(workdir / "out/float32"), rel=0.01)
+
+
+@each_model
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_follows_float32(workdir, dtype):
-    train.main(arguments(**CUDA, out_dir="out/float32", compile=False))
-    train.main(arguments(**CUDA, out_dir="out/half", compile=False, dtype=dtype))
+def test_half_precision_follows_float32(workdir, model, dtype):
+    train.main(command(model, out_dir="out/float32", compile=False, deterministic=True))
+    train.main(command(model, out_dir="out/half", compile=False, dtype=dtype))
     assert losses(workdir / "out/half") == pytest.approx(losses(workdir / "out/float32"), rel=0.01)
 
 
-def test_the_compiled_model_follows_the_eager_one(workdir):
-    train.main(arguments(**CUDA, out_dir="out/eager", compile=False))
-    train.main(arguments(**CUDA, out_dir="out/compiled", compile=True))
+@each_model
+def test_the_compiled_model_follows_the_eager_one(workdir, model):
+    train.main(command(model, out_dir="out/eager", compile=False))
+    train.main(command(model, out_dir="out/compiled", compile=True))
     assert losses(workdir / "out/compiled") == pytest.approx(losses(workdir / "out/eager"), rel=1e-3)
 
 
-def test_deterministic_runs_have_the_same_bits(workdir):
+@each_model
+@pytest.mark.parametrize("compile", [False, "auto"])
+def test_deterministic_runs_have_the_same_bits(workdir, model, compile):
     for name in ("a", "b"):
-        train.main(arguments(**CUDA, out_dir=f"out/{name}", dtype="bfloat16", deterministic=True, compile=False))
-    torch.use_deterministic_algorithms(False)
+        train.main(command(model, out_dir=f"out/{name}", dtype="bfloat16", deterministic=True, compile=compile))
     assert losses(workdir / "out/a") == losses(workdir / "out/b")
 
 
-def test_a_run_of_the_gpu_is_sampled_on_the_gpu_as_on_the_cpu(workdir, capsys):
-    train.main(arguments(**CUDA))
+@each_model
+def test_a_run_of_the_gpu_is_sampled_on_the_gpu_as_on_the_cpu(workdir, capsys, model):
+    train.main(command(model, compile=False, deterministic=True))
     texts = []
     for device in ("cuda", "cpu"):
         capsys.readouterr()
@@ -56,6 +85,7 @@ def test_a_run_of_the_gpu_is_sampled_on_the_gpu_as_on_the_cpu(workdir, capsys):
     assert texts[0] == texts[1]
 
 
-def test_the_log_tells_the_memory_of_the_gpu(workdir):
-    train.main(arguments(**CUDA))
+@each_model
+def test_the_log_tells_the_memory_of_the_gpu(workdir, model):
+    train.main(command(model, compile=False))
     assert 0 < read_log(workdir / "out/tiny")[-1]["memory_gb"] < 2

@@ -8,6 +8,7 @@ from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 import model
 import model_gqa
+import model_rope_gqa_swa
 
 # transformers ---------------------------------------------------------------------------------------------------------
 
@@ -111,7 +112,7 @@ def test_logits_equal_those_of_model_py_with_heads_of_keys_and_values_repeated(n
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 3, 6])
-def test_cached_logits_equal_those_of_model_py_with_heads_of_keys_and_values_repeated(n_kv_head):
+def test_cached_logits_equal_those_of_model_py_with_repeated_kv_heads(n_kv_head):
     ours, x = make_vivid(model_gqa, n_head=6, n_embd=48, n_kv_head=n_kv_head), tokens(3, 16)
     base, chunks = with_repeated_heads(ours), x.split([4, 1, 1, 6, 1, 3], dim=1)
     close(feed(ours, ours.make_cache(3), *chunks), feed(base, base.make_cache(3), *chunks))
@@ -177,6 +178,22 @@ def test_the_first_token_has_the_logits_that_it_has_in_a_longer_sequence(n_kv_he
     close(ours(x[:, :1]), ours(x)[:, :1])
 
 
+@pytest.mark.parametrize("module", [model_gqa, model_rope_gqa_swa], ids=lambda module: module.__name__)
+def test_a_single_query_is_not_masked(module, monkeypatch):
+    """Its rows are the queries of a group, to which is_causal must not apply."""
+    ours, x = make_vivid(module, n_kv_head=2), tokens(2, 3)
+    calls, attention = [], F.scaled_dot_product_attention
+
+    def noting(q, k, v, **how):
+        calls.append((q.size(2), k.size(2), how.get("is_causal", False), how.get("attn_mask")))
+        return attention(q, k, v, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
+    feed(ours, ours.make_cache(2), *x.split(1, dim=1))
+    group = ours.config.n_head // 2
+    assert calls == [(group, keys, False, None) for keys in (1, 2, 3) for _ in range(ours.config.n_layer)]
+
+
 # The cache ------------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +216,7 @@ def test_the_bytes_of_the_cache_are_proportional_to_n_kv_head(n_kv_head):
 
 
 @pytest.mark.parametrize(("n_head", "divisors"), [(12, [1, 2, 3, 4, 6, 12]), (7, [1, 7])])
-def test_an_n_kv_head_that_does_not_divide_n_head_is_refused_with_the_numbers_that_do(n_head, divisors):
+def test_an_n_kv_head_that_does_not_divide_n_head_is_refused(n_head, divisors):
     for n_kv_head in {5, n_head + 1, 2 * n_head}:
         with pytest.raises(ValueError) as error:
             model_gqa.GPTConfig(n_head=n_head, n_embd=84, n_kv_head=n_kv_head)

@@ -67,7 +67,7 @@ def test_cached_logits_in_chunks_equal_those_of_transformers():
 
 
 @pytest.mark.parametrize("prompt", [1, 5, 12, 40])
-def test_greedy_generation_far_past_window_and_block_size_equals_that_of_transformers(prompt):
+def test_greedy_text_far_past_window_and_block_size_equals_that_of_transformers(prompt):
     theirs, ours = pair(2, 4, 2, 32, 61, 5, block_size=8)
     x = tokens(1, prompt)
     expected = theirs.generate(x, max_new_tokens=60, do_sample=False, pad_token_id=0)
@@ -88,13 +88,13 @@ def without_groups_and_window(window):
 
 
 @pytest.mark.parametrize(("window", "T"), [(16, 16), (17, 16), (340, 340), (1000, 340)])
-def test_with_all_heads_and_a_window_of_the_whole_sequence_logits_equal_those_of_model_rope(window, T):
+def test_with_all_heads_and_a_full_window_logits_equal_model_rope_s(window, T):
     ours, base = without_groups_and_window(window)
     close(ours(tokens(2, T)), base(tokens(2, T)))
 
 
 @pytest.mark.parametrize("window", [16, 100])
-def test_with_all_heads_and_a_window_of_the_whole_sequence_cached_logits_equal_those_of_model_rope(window):
+def test_with_all_heads_and_a_full_window_cached_logits_equal_model_rope_s(window):
     ours, base = without_groups_and_window(window)
     chunks = tokens(2, 16).split([4, 1, 1, 6, 1, 3], dim=1)
     close(feed(ours, ours.make_cache(2), *chunks), feed(base, base.make_cache(2), *chunks))

@@ -188,7 +188,7 @@ def test_an_error_in_the_middle_leaves_what_was_there(request, refused, monkeypa
     assert contents(Path("data/mine")) == before
 
 
-def test_a_kill_while_the_bins_change_places_leaves_no_train_bin_that_meta_does_not_describe(former, monkeypatch):
+def test_a_kill_during_the_renames_leaves_no_train_bin_that_meta_does_not_describe(former, monkeypatch):
     def killed(folder, meta):
         raise KeyboardInterrupt
 

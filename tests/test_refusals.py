@@ -70,7 +70,7 @@ def test_data_that_changed_under_a_run_is_refused(tiny_run, workdir, capsys):
     assert "[9080, 600]" in line and "[9081, 600]" in line
 
 
-def test_an_id_beyond_vocab_size_in_bins_of_other_making_is_found_before_anything_is_overwritten(tiny_run, capsys):
+def test_an_id_beyond_vocab_size_is_found_before_anything_is_overwritten(tiny_run, capsys):
     ids = np.fromfile("data/tiny/train.bin", dtype="<u2")
     ids[len(ids) // 2 :] = 999
     ids.tofile("data/tiny/train.bin")

@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_drops_the_log_beyond(
     assert_same_weights(killed, tiny_run)
 
 
-def test_sigterm_to_the_program_ends_it_with_status_0_and_the_same_command_finishes_it(tiny_run, workdir):
+def test_sigterm_ends_the_program_with_status_0_after_a_whole_step(tiny_run, workdir):
     command = [sys.executable, ROOT / "train.py", *arguments(out_dir="out/program", max_steps=3000, eval_interval=1000)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:

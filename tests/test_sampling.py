@@ -47,7 +47,7 @@ def test_a_token_is_chosen_for_each_row_from_its_own_logits(how):
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.5, 8), (1.0, 8), (2.0, 8), (1.0, 3)])
-def test_many_draws_are_distributed_as_softmax_of_logits_over_temperature_among_the_top_k(temperature, top_k):
+def test_draws_follow_the_softmax_over_temperature_among_the_top_k(temperature, top_k):
     logits = torch.randn(8, generator=seeded(1))
     shares = draws(logits, temperature=temperature, top_k=top_k).bincount(minlength=8) / 20_000
     p = softmax(logits, temperature)

@@ -3,10 +3,7 @@
 import itertools
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +133,23 @@ def test_the_model_learns_the_repetitive_text(workdir):
     assert records[-1]["val_loss"] < 1.8
 
 
+def test_mfu_counts_flops_as_palm_nanogpt_and_llm_c_do():
+    with torch.device("meta"):
+        gpt2 = train.model_module("model").GPT(train.model_module("model").GPTConfig())
+        windows = train.model_module("model_swa").GPT(train.model_module("model_swa").GPTConfig(window=256))
+    weights = 124_439_808 - 1024 * 768  # without positions
+    assert train.mfu_flops_per_token(gpt2, 1024) == 6 * weights + 12 * 12 * 768 * 1024 == 855_166_464
+    assert train.mfu_flops_per_token(windows, 1024) == 6 * weights + 12 * 12 * 768 * 256
+
+
+def test_the_log_has_the_mfu_where_the_peak_is_known(workdir, monkeypatch):
+    monkeypatch.setattr(train, "peak_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(train, "mfu_flops_per_token", lambda model, T: 1e6)
+    train.main(arguments(max_steps=1))
+    record = read_log(Path("out/tiny"))[-1]
+    assert record["mfu"] == pytest.approx(record["tokens_per_second"] / 1000)
+
+
 # dtypes and compilation
 
 
@@ -187,9 +201,7 @@ def test_float16_overflows_without_end_stop_the_run(workdir, monkeypatch, capsys
     assert "step 20: " in refused(capsys, arguments(dtype="float16", max_steps=30))
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_names_the_step_and_keeps_what_was_good(
-    workdir, monkeypatch, capsys
-):
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_good_weights(workdir, monkeypatch, capsys):
     original = train.train_step
 
     def spoil_step_6(run):
@@ -198,19 +210,34 @@ def test_a_gradient_that_is_not_finite_stops_the_run_names_the_step_and_keeps_wh
         return original(run)
 
     monkeypatch.setattr(train, "train_step", spoil_step_6)
-    assert "step 7: loss" in refused(capsys, arguments())
+    line = refused(capsys, arguments())
+    assert "step 7:" in line and "--init_from=out/tiny/step_00000005" in line
     assert checkpoint.list_checkpoints(workdir / "out/tiny")[-1].name == "step_00000005"
     kept = load_model("out/tiny")[0]
     assert all(p.isfinite().all() for p in kept.parameters())
 
 
-def test_a_failed_compilation_warns_and_goes_on_uncompiled(workdir):
-    command = [sys.executable, ROOT / "train.py", *arguments(compile=True, max_steps=1)]
-    environment = os.environ | {"CXX": "/no/compiler", "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(workdir / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert re.fullmatch("warning: .*\n", done.stderr)
-    assert read_log(workdir / "out/tiny")[-1]["step"] == 1
+def test_a_loss_that_is_not_finite_in_the_first_step_names_no_checkpoint(workdir, monkeypatch, capsys):
+    original = train.train_step
+
+    def spoil(run):
+        run.model.transformer.wte.weight.register_hook(lambda g: g * torch.nan)
+        return original(run)
+
+    monkeypatch.setattr(train, "train_step", spoil)
+    line = refused(capsys, arguments())
+    assert "step 1:" in line and "--init_from" not in line
+
+
+def test_a_failed_compilation_warns_and_trains_uncompiled(tiny_run, workdir, monkeypatch, capsys):
+    def broken_backend(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    compile_for_real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile_for_real(model, backend=broken_backend))
+    train.main(arguments(out_dir="out/uncompiled", compile=True))
+    assert re.fullmatch("warning: .*no compiler.*\n", capsys.readouterr().err)
+    assert losses(workdir / "out/uncompiled") == losses(tiny_run)
 
 
 def test_out_of_memory_is_one_line_with_a_batch_size_that_keeps_the_total(workdir, monkeypatch, capsys):
@@ -241,6 +268,27 @@ def test_eval_only_of_a_new_run_makes_no_directory(workdir, capsys):
     train.main(arguments(eval_only=True))
     assert "val loss 5.5" in capsys.readouterr().out
     assert not (workdir / "out").exists()
+
+
+def test_eval_only_of_another_run_evaluates_that_run_and_not_the_one_in_out_dir(tiny_run, workdir, capsys):
+    train.main(arguments(out_dir="out/other", seed=7, max_steps=1, eval_interval=1))
+    capsys.readouterr()
+    expected = read_log(workdir / "out/other")[-1]["val_loss"]
+    train.main(arguments(init_from="out/other", eval_only=True))
+    assert f"val loss {expected:.4f}" in capsys.readouterr().out
+
+
+def test_eval_only_needs_no_total_batch_size_that_divides(tiny_run, capsys):
+    train.main(arguments(init_from="out/tiny/step_00000012", eval_only=True, block_size=10, batch_size=3))
+    assert "val loss" in capsys.readouterr().out
+
+
+def test_eval_only_of_a_run_that_began_with_other_weights_evaluates_the_run(tiny_run, workdir, capsys):
+    options = dict(out_dir="out/next", init_from="out/tiny", max_steps=2)
+    train.main(arguments(**options))
+    capsys.readouterr()
+    train.main(arguments(**options, eval_only=True))
+    assert f"val loss {read_log(workdir / 'out/next')[-1]['val_loss']:.4f}" in capsys.readouterr().out
 
 
 def test_the_default_out_dir_names_the_configs_and_the_model_of_the_command_line():

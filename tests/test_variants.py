@@ -71,7 +71,7 @@ def close(a, b):
 # Shapes and dtypes ----------------------------------------------------------------------------------------------------
 
 
-def test_a_forward_returns_float32_logits_a_scalar_for_targets_the_last_position_s_for_a_cache(module):
+def test_a_forward_returns_float32_logits_or_a_loss_or_the_last_logits(module):
     model, x, V = make(module), tokens(2, 7), SMALL["vocab_size"]
     outputs = model(x), model(x, x), model(x, cache=model.make_cache(2))
     assert [output.shape for output in outputs] == [(2, 7, V), (), (2, 1, V)]
@@ -221,7 +221,7 @@ def test_the_bytes_of_a_cache_are_those_of_its_keys_and_values(module, max_len):
     assert make(module).make_cache(3, max_len).nbytes == by_hand
 
 
-def test_tokens_that_do_not_fit_raise_value_error_with_both_numbers_and_leave_the_cache_as_it_was(module):
+def test_tokens_that_do_not_fit_the_cache_raise_value_error_and_leave_it_unchanged(module):
     model = make_vivid(module)
     cache = model.make_cache(2, max_len=4)
     feed(model, cache, tokens(2, 3))
