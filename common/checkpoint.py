@@ -1,8 +1,8 @@
 """Checkpoints: save, find, verify, load. One process, DDP and FSDP write and read the same format.
 
     out/run/step_00000120/
-        shard-*.safetensors    model and optimizer state; one file per rank that has something to
-                               write, by torch.distributed.checkpoint
+        shard-*.safetensors    model and optimizer state: each rank writes its shards to files of its
+                               own, by torch.distributed.checkpoint
         config.json            step, metrics, options, model, tokenizer, data; size and CRC-32 of
                                each shard and CRC-32 of itself
     out/run/best.json          names the checkpoint with the lowest validation loss
@@ -32,11 +32,13 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from common.errors import UserError
 from common.files import fsync_directory, write_json
 
 STEP = "step_" + 8 * "[0-9]"  # glob pattern of complete checkpoints
+FILE_BYTES = 64e6  # of one file of a checkpoint
 LAST_PICKLE_COMMIT = "5e9f7b2"  # the last commit that reads checkpoints with a .metadata pickle
 # One flat name per tensor, such as state.transformer.wte.weight.exp_avg.
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -103,7 +105,9 @@ def _remove_unfinished(out_dir):
 def _write_shards(part, model, optimizer, group):
     """Collective. Write each rank's tensors to a file of its own, flushed to disk."""
     tensors, _, _ = _training_tensors(model, optimizer)
-    writer = HuggingFaceStorageWriter(path=str(part), save_distributed=True)
+    writer = HuggingFaceStorageWriter(
+        path=str(part), fqn_to_index_mapping=_file_indices(tensors), save_distributed=True
+    )
     with group.exit_together(), _without_process_group_warning():
         try:
             dcp.save(tensors, storage_writer=writer)
@@ -111,6 +115,21 @@ def _write_shards(part, model, optimizer, group):
             free = shutil.disk_usage(part).free / 1e9
             reason = str(error).splitlines()[-1]
             raise UserError(f"{part} could not be written, {free:.1f} GB are free on that disk: {reason}") from error
+
+
+def _file_indices(tensors):
+    """Return {tensor name: file number, from 1}: files of FILE_BYTES per rank, or of one tensor.
+
+    The writer holds two copies of a file in memory while it writes it, so files must be small.
+    """
+    indices, index, size = {}, 1, 0
+    for name, tensor in tensors.items():
+        shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if size > 0 and size + shard.nbytes > FILE_BYTES:
+            index, size = index + 1, 0
+        indices[name] = index
+        size += shard.nbytes
+    return indices
 
 
 def _describe_files(part, group):

@@ -150,6 +150,47 @@ def test_files_and_directory_are_on_disk_before_the_checkpoint_gets_its_name(wor
     assert events[len(before) + 1] == "out/tiny"
 
 
+PEAK = """
+import re, sys
+from pathlib import Path
+import train
+from common import checkpoint
+from common.distributed import ProcessGroup
+from common.optimizer import make_optimizer
+
+module = train.model_module("model")
+n_layer, n_embd, checkpoint.FILE_BYTES = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+model = module.GPT(module.GPTConfig(n_layer=n_layer, n_embd=n_embd))
+optimizer = make_optimizer(model, train.TrainConfig())
+checkpoint.get_state_dict(model, optimizer)  # makes the optimizer's state
+
+
+def memory(name):
+    return 1024 * int(re.search(name + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+before = memory("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+checkpoint.save_checkpoint("saved", model, optimizer, {"step": 1, "metrics": {}}, 1, ProcessGroup(60))
+print(sum(3 * p.nbytes for p in model.parameters()), memory("VmHWM") - before)
+"""
+
+
+def save_memory(n_layer, n_embd, file_bytes):
+    """Bytes of a GPT-2's state, and those by which the memory of a process grows while it saves it."""
+    command = [sys.executable, "-c", PEAK, str(n_layer), str(n_embd), str(file_bytes)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return [int(number) for number in subprocess.check_output(command, env=environment, text=True).split()]
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
+def test_saving_takes_the_memory_of_two_files_not_of_the_state(workdir):
+    state, extra = save_memory(n_layer=4, n_embd=384, file_bytes=8e6)
+    largest = 50257 * 384 * 4  # the embedding, which is a file of its own
+    assert state > 3.9 * largest
+    assert extra < 2.3 * largest
+
+
 def test_after_removing_a_damaged_checkpoint_the_run_goes_on_from_the_one_before(tiny_run, workdir):
     reference = [(r["step"], r.get("train_loss"), r.get("val_loss")) for r in read_log(tiny_run)]
     shutil.rmtree(tiny_run / "step_00000012")
