@@ -248,27 +248,22 @@ def scratch_options(options, meta):
     return {"vocab_size": meta["vocab_size"]} | options
 
 
-def find_start(config, module, options, meta, info, out_dir):
-    """Decide where a run starts; only rank 0 calls this.
+def find_checkpoint_to_resume(config, out_dir):
+    """Return the path and the config.json of the checkpoint to resume from, or (None, None)."""
+    checkpoints = checkpoint.list_checkpoints(out_dir)
+    if config.overwrite or not checkpoints:
+        return None, None
+    stored = checkpoint.read_config(checkpoints[-1])
+    if config.eval_only and config.init_from != stored["options"]["init_from"]:
+        return None, None  # evaluate the weights that init_from names, not the run in out_dir
+    return checkpoints[-1], stored
 
-    Returns (checkpoint path, its config.json, model config, None) to resume the run in out_dir,
-    or (None, None, model config, weights) to start a new one.
-    """
-    checkpoints = [] if config.overwrite else checkpoint.list_checkpoints(out_dir)
-    if checkpoints:
-        stored = checkpoint.read_config(checkpoints[-1])
-        # eval_only with other weights than the run in out_dir started from: evaluate those weights.
-        is_other = config.eval_only and stored["options"]["init_from"] != config.init_from
-        if not is_other:
-            if config.init_from == "scratch":
-                model_config = asdict(module.GPTConfig(**scratch_options(options, meta)))
-            else:
-                model_config = stored["model_config"] | options
-            now = info | {"model_config": model_config}
-            checkpoint.check_same_options(now, stored, out_dir)
-            return checkpoints[-1], stored, model_config, None
-    model = initial_model(config, module, options, meta)
-    return None, None, asdict(model.config), model.state_dict()
+
+def resumed_model_config(config, module, options, meta, stored):
+    """Return the model config that the options ask for, to be compared with the stored one."""
+    if config.init_from == "scratch":
+        return asdict(module.GPTConfig(**scratch_options(options, meta)))
+    return stored["model_config"] | options  # what the options leave open comes from init_from
 
 
 def setup(config, options, argv, group):
@@ -282,7 +277,8 @@ def setup(config, options, argv, group):
     """
     module = model_module(config.model)
     out_dir = Path(config.out_dir or default_out_dir(argv))
-    path = stored = model_config = weights = None
+    path, stored = None, None  # the checkpoint to resume from, and its config.json
+    model_config, weights = None, None  # the weights of a new run, on rank 0 only
     with group.exit_together():
         check_config(config, group)
         device = pick_device(config.device, group.local_rank)
@@ -297,7 +293,14 @@ def setup(config, options, argv, group):
         resolved = {"out_dir": str(out_dir), "dtype": str(dtype).removeprefix("torch.")}
         info = {"options": asdict(config) | resolved, "meta": meta}
         if group.rank == 0:
-            path, stored, model_config, weights = find_start(config, module, options, meta, info, out_dir)
+            path, stored = find_checkpoint_to_resume(config, out_dir)
+            if stored is None:
+                new_model = initial_model(config, module, options, meta)
+                model_config, weights = asdict(new_model.config), new_model.state_dict()
+            else:
+                model_config = resumed_model_config(config, module, options, meta, stored)
+                now = info | {"model_config": model_config}
+                checkpoint.check_same_options(now, stored, out_dir)
     path, stored, model_config = group.broadcast((path, stored, model_config))
 
     with group.exit_together():
@@ -308,7 +311,7 @@ def setup(config, options, argv, group):
         data = {"tokens": tokens, "sha256": meta.get("train", {}).get("sha256")}
         if not config.eval_only:
             check_batch(config, loader.block_size, group.world_size)
-        if stored:
+        if stored is not None:
             checkpoint.check_same_data(data, stored, out_dir)
     group.check_equal(info["options"] | options | {"data": data})
 
@@ -316,11 +319,16 @@ def setup(config, options, argv, group):
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
-    wrapped = place_model(model, weights, config, group, device, dtype)
+    prepare_blocks(model, config, group, device, dtype)
+    if stored is None:
+        load_initial_weights(model, weights, group, device)
+    else:
+        model.to_empty(device=device)  # load_checkpoint fills it below
+    wrapped = wrap_ddp(model, device) if group.launched and not config.fsdp else model
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, metrics, best_loss = 0, {"tokens": 0, "seconds": 0.0}, math.inf
-    if stored:
+    if stored is not None:
         checkpoint.load_checkpoint(path, model, optimizer)
         scaler.load_state_dict(stored["scaler"])
         step, metrics = stored["step"], stored["metrics"]
@@ -344,12 +352,8 @@ def setup(config, options, argv, group):
     )
 
 
-def place_model(model, weights, config, group, device, dtype):
-    """Bring a model from the meta device to where it trains; return the module to call.
-
-    weights   the state dict of a new run, on rank 0; None elsewhere and if the run is resumed
-    """
-    is_resumed = group.broadcast(weights is None)
+def prepare_blocks(model, config, group, device, dtype):
+    """Prepare the blocks of a model on the meta device: checkpoint activations, compile, shard."""
     if config.activation_checkpointing:
         for block in model.transformer.h:
             checkpoint_activations(block)
@@ -360,13 +364,6 @@ def place_model(model, weights, config, group, device, dtype):
             block.compile()
     if config.fsdp:
         shard_model(model, group, device, dtype, config.shard_degree)
-    if is_resumed:
-        model.to_empty(device=device)  # load_checkpoint fills it
-    else:
-        load_initial_weights(model, weights, group, device)
-    if group.launched and not config.fsdp:
-        return wrap_ddp(model, device)
-    return model
 
 
 def checkpoint_activations(block):
@@ -405,7 +402,8 @@ def compile_forward(run):
         reason = " ".join(str(error).split())[:300]
         failure = f"{type(error).__name__}: {reason}"
     run.optimizer.zero_grad()
-    failures = [text for text in run.group.all_gather(failure) if text is not None]
+    failures = run.group.all_gather(failure)
+    failures = [text for text in failures if text is not None]
     if not failures:
         run.forward = compiled
     elif run.group.rank == 0:

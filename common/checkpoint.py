@@ -224,8 +224,8 @@ def read_config(path):
     path = Path(path)
     if (path / ".metadata").exists():
         raise UserError(
-            f"{path} has a .metadata pickle, which this version does not read: "
-            f"git checkout {LAST_PICKLE_COMMIT} is the last commit that does"
+            f"{path} has a .metadata pickle, which this version does not read: the last commit "
+            f"that does is {LAST_PICKLE_COMMIT} (git checkout {LAST_PICKLE_COMMIT})"
         )
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
