@@ -160,7 +160,7 @@ from common.optimizer import make_optimizer
 
 module = train.model_module("model")
 n_layer, n_embd, checkpoint.FILE_BYTES = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-model = module.GPT(module.GPTConfig(n_layer=n_layer, n_embd=n_embd))
+model = module.GPT(module.GPTConfig(n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd))
 optimizer = make_optimizer(model, train.TrainConfig())
 checkpoint.get_state_dict(model, optimizer)  # makes the optimizer's state
 
