@@ -140,7 +140,11 @@ def configure_with_model(options, argv, doc, model_config, hint, positional=None
         _print_help(doc, _describe_options(options) + _describe_options(model_options, title))
     model_types = _types(model_options)
     _check_known(given, _types(options) | model_types, hint)
-    chosen = {name: _convert(name, model_types[name], given[name]) for name in model_types if name in given}
+    chosen = {
+        name: _convert(name, model_types[name], given[name])
+        for name in model_types
+        if name in given
+    }
     return config, chosen
 
 
@@ -167,7 +171,11 @@ def _types(options):
 
 
 def _fill(options, given):
-    values = {name: _convert(name, kind, given[name]) for name, kind in _types(options).items() if name in given}
+    values = {
+        name: _convert(name, kind, given[name])
+        for name, kind in _types(options).items()
+        if name in given
+    }
     return options(**values)
 
 
@@ -204,7 +212,9 @@ def _read_config_file(path):
     try:
         names = runpy.run_path(path)
     except Exception as error:
-        raise UserError(f"{_place(path, error)}: {type(error).__name__}: {_one_line(error)}") from error
+        raise UserError(
+            f"{_place(path, error)}: {type(error).__name__}: {_one_line(error)}"
+        ) from error
     return {name: value for name, value in names.items() if _is_option(name, value)}
 
 

@@ -1,10 +1,29 @@
-"""GPT-2 with sliding-window attention (SWA): model.py, but each token sees the last `window` tokens, itself included.
+"""GPT-2 with sliding-window attention (SWA): a token attends to the last `window` tokens only.
 
-"Longformer" (Beltagy et al. 2020, section 3.1), without its dilation, global tokens and two-sided windows; "Mistral 7B"
-(Jiang et al. 2023, section 2), whose rolling cache this has too. Through L layers a token reaches L (window - 1) back.
-What differs from model.py says SWA: the config, the cache, who attends to whom, the count of operations.
+"Longformer" (Beltagy et al. 2020, section 3.1) without dilation and global tokens; "Mistral 7B"
+(Jiang et al. 2023, section 2), which also has the ring buffer. The window includes the token
+itself: query i attends to key j if 0 <= i - j < window. Stacked windows reach further: the
+receptive field of L layers is L (window - 1) tokens into the past.
 
-Shapes: B batch, T new tokens, S keys in sight (S - T cached), C channels, H heads, D = C / H, V vocabulary, W window.
+    the mask, window = 3         blocks of 2 queries          the ring buffer, 3 slots
+           keys                    queries   keys               after token 4: slot  0 1 2
+           0 1 2 3 4 5              0 1      0 1                               token 3 4 2
+    q 0    x                        2 3      0 1 2 3            after token 5: slot  0 1 2
+      1    x x                      4 5      2 3 4 5                           token 3 4 5
+      2    x x x
+      3      x x x               A block attends to its       Position p is in slot p % 3. The
+      4        x x x             own keys and to those of     order of the keys does not matter
+      5          x x x           the blocks before it.        to softmax(QK^T) V.
+
+A mask alone would save nothing, as all T^2 scores are computed before it applies. Blocks compute
+twice the scores that are needed for windows of 64 to 256, and 25 times for a window of 5. (With
+T = 1024, window = 256: 229,504 are needed, 458,752 computed; full causal attention has 524,800.)
+
+Differences from model.py, marked SWA: the cache is a ring buffer of `window` slots, however long
+the sequence; queries attend to their windows, in blocks if they are many; the count of FLOPs.
+
+Shapes: B batch, T new tokens, S keys (S - T from the cache, then T new), C channels, H heads,
+D = C / H channels of a head, V vocabulary, W window.
 """
 
 from dataclasses import dataclass
@@ -13,10 +32,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+# SWA: measured by python -m tools.bench attention
+MIN_BLOCK, MAX_BLOCK = 64, 256  # queries in a block: as many as the window, within these bounds
+MAX_DENSE_QUERIES = 320  # with more queries, blocks are faster than a mask over all pairs
+
 
 @dataclass
 class GPTConfig:
-    """The shape of a model; the defaults are GPT-2 small, 124M parameters. ValueError for numbers that do not fit."""
+    """The shape of a model. The defaults are GPT-2 small, 124M parameters."""
 
     block_size: int = 1024  # longest sequence, in tokens
     vocab_size: int = 50257  # token ids are 0 .. vocab_size - 1
@@ -24,8 +47,8 @@ class GPTConfig:
     n_head: int = 12  # attention heads
     n_embd: int = 768  # channels of the residual stream
     dropout: float = 0.0  # probability, while training
-    bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has them
-    window: int = 256  # SWA: keys that a query sees, its own included
+    bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2
+    window: int = 256  # SWA: tokens that a token attends to, itself included
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "window"):
@@ -34,89 +57,141 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.n_embd % self.n_head:
-            near = self.n_embd + -self.n_embd % self.n_head
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; n_embd={near} is")
+            raise ValueError(f"n_head={self.n_head} must divide n_embd={self.n_embd}")
 
 
 class KVCache:
-    """The keys and values of the tokens seen so far, preallocated: (n_layer, B, H, W, D) each.
-    SWA: a ring of W = min(window, max_len) slots. Position p is in slot p % W; softmax does not mind the order."""
+    """The keys and values of all layers for the last `window` tokens: a preallocated ring buffer.
+
+    k and v are (n_layer, B, H, slots, D), with slots = min(window, max_len).  SWA
+    """
 
     def __init__(self, config, batch_size, max_len, device, dtype):
-        slots = min(config.window, max_len)  # SWA: however long the text
-        shape = (config.n_layer, batch_size, config.n_head, slots, config.n_embd // config.n_head)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        head_dim = config.n_embd // config.n_head
+        slots = min(config.window, max_len)  # SWA
+        shape = (config.n_layer, batch_size, config.n_head, slots, head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.nbytes = self.k.nbytes + self.v.nbytes
         self.max_len = max_len
-        self.pos = 0  # tokens seen: the position of the next one; GPT.forward advances it
+        self.pos = 0  # tokens processed: the position of the next one; GPT.forward advances it
 
     def extend(self, layer, k, v):
-        """Store a layer's new keys and values (B, H, T, D); return all that the new queries may need (B, H, S, D).
-        A batch of one fills every row: samples of one prompt need one prefill. ValueError where the cache is full."""
-        B, end = k.size(0), self.pos + k.size(2)
+        """Store a layer's new keys and values (B, H, T, D); return those needed (B, H, S, D).
+
+        A batch of one fills every row of the cache, so that several samples of one prompt need
+        only one prefill. Raises ValueError if the tokens do not fit.
+        """
+        B, T = k.size(0), k.size(2)
+        end = self.pos + T
         if end > self.max_len:
-            raise ValueError(f"the cache holds {self.max_len} tokens, not {end}: make_cache(batch_size, max_len={end})")
-        W = self.k.size(3)
-        if k.size(2) > 1:  # SWA: the last W - 1 keys in order of time, then the new ones, of which the last W stay
-            old = torch.arange(max(0, self.pos - W + 1), self.pos, device=k.device) % W
-            new = torch.arange(max(0, end - W), end, device=k.device) % W
-            k, v = (torch.cat([c[layer][:B, :, old], t], dim=2) for c, t in ((self.k, k), (self.v, v)))  # (B, H, S, D)
-            self.k[layer][:, :, new], self.v[layer][:, :, new] = k[:, :, -W:], v[:, :, -W:]
-            return k, v
-        self.k[layer, :, :, self.pos % W], self.v[layer, :, :, self.pos % W] = k[:, :, 0], v[:, :, 0]
-        return self.k[layer, :B, :, :end], self.v[layer, :B, :, :end]
+            raise ValueError(
+                f"the cache has room for {self.max_len} tokens, not for {end}: "
+                f"make_cache(batch_size, max_len={end})"
+            )
+        layer_k, layer_v = self.k[layer], self.v[layer]
+        slots = layer_k.size(2)  # SWA: position p is in slot p % slots
+        if T == 1:  # decode
+            layer_k[:, :, self.pos % slots] = k[:, :, 0]
+            layer_v[:, :, self.pos % slots] = v[:, :, 0]
+            return layer_k[:B, :, :end], layer_v[:B, :, :end]  # end may exceed the slots
+        # SWA: the first new query needs the window - 1 keys before it, in order of their positions
+        past = torch.arange(max(0, self.pos - slots + 1), self.pos, device=k.device) % slots
+        k = torch.cat([layer_k[:B, :, past], k], dim=2)
+        v = torch.cat([layer_v[:B, :, past], v], dim=2)
+        kept = torch.arange(max(0, end - slots), end, device=k.device) % slots
+        layer_k[:, :, kept] = k[:, :, -slots:]
+        layer_v[:, :, kept] = v[:, :, -slots:]
+        return k, v
+
+
+def with_earlier_blocks(x, n, m, size):
+    """SWA: join each of the last n blocks of x (B, H, S, D) with the m blocks before it.
+
+    Returns (BH, n, (m + 1) size, D).
+    """
+    x = x[:, :, -(n + m) * size :].unflatten(2, (n + m, size)).flatten(0, 1)
+    shifted = [x[:, i : i + n] for i in range(m + 1)]  # the m-th block before, .., the block itself
+    return torch.cat(shifted, dim=2)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention over the window (Vaswani et al. 2017, section 3.2): softmax(QK^T / sqrt(D)) V."""
+    """Causal multi-head attention (Vaswani et al. 2017, section 3.2): softmax(QK^T / sqrt(D)) V."""
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.n_head, self.dropout, self.window = layer, config.n_head, config.dropout, config.window  # SWA
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.layer = layer
+        self.n_head = config.n_head
+        self.window = config.window  # SWA
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3 * self.n_head, -1).transpose(1, 2)  # (B, 3H, T, D)
-        q, k, v = qkv.split(self.n_head, dim=1)
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, H, S, D)
-        y = self.attend(q, k, v).transpose(1, 2).reshape(B, T, C)
+        y = self.attend(q, k, v)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
     def attend(self, q, k, v):
-        """The queries are the last T of S keys: training, prefill, a later chunk, decoding are one path.
+        """Let each query attend to its own position and the W - 1 before it.
+
+        The queries are at the last T of S positions:
 
                keys 0 1 2 3 4
-        query 2     x x x . .      T = 3 new tokens, S = 5 keys: two from the cache; W = 3
+        query 2     x x x . .      a chunk of T = 3 tokens after two cached ones, S = 5, W = 3
         query 3     . x x x .
-        query 4     . . x x x      x attends, . the future, and what has left the window
-
-        SWA: O(T W) time and memory. The last n b queries go in n blocks of b, each with its own keys and the m blocks
-        before, which hold all that it sees; the queries before them go in one piece.
+        query 4     . . x x x      x: attends to
         """
-        (B, H, T, D), S, W = q.shape, k.size(2), self.window
-        b = min(max(W, 64), 256)  # measured, as the 320
-        m = -(-(W - 1) // b)
-        n = min(T, S - m * b) // b if T > 320 else 0
-        if n > 0:
-            rest = self.attend(*(t[:, :, : -n * b] for t in (q, k, v)))
-            q = q[:, :, -n * b :].unflatten(2, (n, b)).flatten(0, 1)  # (BH, n, b, D): a block is what a head was
-            k, v = (t[:, :, -(n + m) * b :].unflatten(2, (n + m, b)).flatten(0, 1) for t in (k, v))  # (BH, n + m, b, D)
-            k, v = (torch.cat([t[:, i : i + n] for i in range(m + 1)], dim=2) for t in (k, v))  # (BH, n, (m + 1) b, D)
-            return torch.cat([rest, self.attend(q, k, v).view(B, H, n * b, D)], dim=2)
-        # is_causal counts from the upper left corner, right for T = S alone; a single query sees all, without a mask.
-        mask = None
-        if 1 < T < S or T == S > W:  # SWA
-            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).triu(S - T - W + 1)
-        causal = True if T == S <= W else False  # a plain bool, also where torch.compile has T as a symbol
+        T, S, W = q.size(2), k.size(2), self.window
         dropout = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        if T == 1:  # decode: one query, which attends to all keys
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        if T == S <= W:  # SWA: no window is full yet
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        if T > MAX_DENSE_QUERIES:  # SWA
+            return self.attend_blocks(q, k, v)
+        return self.attend_dense(q, k, v)  # SWA
+
+    def attend_dense(self, q, k, v):
+        """SWA: compute all T x S scores, and mask those outside of the windows."""
+        T, S, W = q.size(2), k.size(2), self.window
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).triu(S - T - W + 1)
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+    def attend_blocks(self, q, k, v):
+        """SWA: do the same in O(T W) time, for many queries.
+
+        The last n * size queries form n blocks. A block attends to its own keys and to those of the
+        m blocks before it, into which its windows reach. The queries before the blocks are few.
+        """
+        B, H, T, D = q.shape
+        S, W = k.size(2), self.window
+        size = min(max(W, MIN_BLOCK), MAX_BLOCK)
+        m = (W - 1 + size - 1) // size  # (W - 1) / size, rounded up
+        n = min(T, S - m * size) // size
+        if n < 1:
+            return self.attend_dense(q, k, v)
+        S_before, T_before = S - n * size, T - n * size
+        k_before, v_before = k[:, :, :S_before], v[:, :, :S_before]
+        y_before = self.attend_dense(q[:, :, :T_before], k_before, v_before)
+        q = q[:, :, T_before:].unflatten(2, (n, size)).flatten(0, 1)  # (BH, n, size, D)
+        k = with_earlier_blocks(k, n, m, size)  # (BH, n, (m + 1) size, D)
+        v = with_earlier_blocks(v, n, m, size)
+        y = self.attend_dense(q, k, v)  # (BH, n, size, D): a block is to it what a head is
+        y = y.view(B, H, n * size, D)
+        return torch.cat([y_before, y], dim=2)
 
 
 class MLP(nn.Module):
-    """Two linear maps, four times as wide in between, with GELU (Hendrycks & Gimpel 2016, section 2, tanh form)."""
+    """Two linear layers with GELU (Hendrycks & Gimpel 2016, section 2, tanh form) in between."""
 
     def __init__(self, config):
         super().__init__()
@@ -130,7 +205,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each on the normed stream and added to it (pre-norm)."""
+    """A pre-norm block: attention, then MLP, each added to the residual stream."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -141,11 +216,12 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None):
         x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class GPT(nn.Module):
-    """The model: token and position embeddings, n_layer blocks, a last LayerNorm, and the head on the embedding."""
+    """Token and position embeddings, n_layer blocks, a final LayerNorm, a head tied to wte."""
 
     def __init__(self, config):
         super().__init__()
@@ -153,48 +229,70 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict()
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.transformer.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.transformer.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's: normal with std 0.02, 0.02 / sqrt(2 n_layer) where a block adds to the stream (twice); biases 0."""
+        """Initialize as GPT-2: weights normal with std 0.02, biases 0, LayerNorm 1.
+
+        Each block adds to the residual stream twice, by its two c_proj. Their std is smaller by
+        sqrt(2 n_layer), so that the stream's variance does not grow with the depth.
+        """
+        residual_std = 0.02 / (2 * self.config.n_layer) ** 0.5
         for name, p in self.named_parameters():
-            if p.dim() == 2:
-                p.normal_(std=0.02 / (2 * self.config.n_layer) ** 0.5 if name.endswith("c_proj.weight") else 0.02)
+            if name.endswith("c_proj.weight"):
+                p.normal_(std=residual_std)
+            elif p.dim() == 2:
+                p.normal_(std=0.02)
             elif name.endswith("bias"):
                 p.zero_()
 
     def forward(self, idx, targets=None, cache=None):
-        """Token ids (B, T) to float32 logits: (B, T, V), or with a cache, which then holds idx too, the last (B, 1, V).
-        With targets (B, T) to the loss, float32: the mean over those that are not -1, 0 without any.
-        ValueError past block_size, where learned positions end."""
+        """Return logits or, with targets, the loss; both in float32, whatever the model's dtype.
+
+        idx (B, T)         -> logits (B, T, V)
+        and targets (B, T) -> loss, a scalar: the mean over the targets that are not -1, or 0
+        and a cache        -> logits of the last position (B, 1, V); idx is appended to the cache
+
+        Raises ValueError beyond block_size, where the learned positions end.
+        """
         start = 0 if cache is None else cache.pos
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(start, end, device=idx.device))  # (B, T, C)
+        positions = torch.arange(start, end, device=idx.device)  # (T,)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
             x = block(x, cache)
         if cache is not None:
             cache.pos = end
-            x = x[:, -1:]
-        logits = F.linear(self.transformer.ln_f(x), self.transformer.wte.weight).float()  # (B, T, V)
+            x = x[:, -1:]  # sampling needs the last position only
+        x = self.transformer.ln_f(x)
+        logits = F.linear(x, self.transformer.wte.weight).float()  # (B, T, V)
         if targets is None:
             return logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+        logits, targets = logits.flatten(0, 1), targets.flatten()
+        loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
         return loss / (targets != -1).sum().clamp(min=1)
 
     def make_cache(self, batch_size, max_len=None):
-        """An empty cache for max_len tokens (block_size by default), on the model's device and in its dtype."""
+        """Return an empty KVCache for max_len tokens (block_size if None), in the model's dtype."""
+        max_len = max_len or self.config.block_size
         weight = self.transformer.wte.weight
-        return KVCache(self.config, batch_size, max_len or self.config.block_size, weight.device, weight.dtype)
+        return KVCache(self.config, batch_size, max_len, weight.device, weight.dtype)
 
     def flops_per_token(self, T):
-        """Operations per token of a training step on sequences of T: 6 for a weight of matrix products, 12 D for a key
-        in a head's sight (PaLM, Chowdhery et al. 2022, appendix B, which counts future keys too)."""
-        weights = sum(p.numel() for p in self.parameters() if p.dim() == 2) - self.transformer.wpe.weight.numel()
-        w = min(self.config.window, T)  # SWA: w - w (w - 1) / 2T keys on average
-        return 6 * weights + 6 * self.config.n_layer * self.config.n_embd * w * (2 * T - w + 1) // T
+        """Return the FLOPs per token of a forward and backward pass over sequences of T tokens.
+
+        6 per weight of a matrix product, and 12 * head_dim per head and attended key.
+        SWA: token i attends to min(i + 1, W) keys; their sum over T tokens is W T - W (W - 1) / 2.
+        """
+        config = self.config
+        matrices = [p for name, p in self.named_parameters() if p.dim() == 2 and "wpe" not in name]
+        weights = sum(p.numel() for p in matrices)
+        W = min(config.window, T)
+        keys = W * T - W * (W - 1) // 2  # SWA: of all T tokens
+        return 6 * weights + 12 * config.n_layer * config.n_embd * keys // T

@@ -48,7 +48,9 @@ from common.tokenizer import (
 )
 from configurator import configure
 
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 FINEWEB = "datasets/kjj0/fineweb10B-gpt2/resolve/main"
 FINEWEB_SHARDS = 103
@@ -145,7 +147,9 @@ def _text_pieces(path, stream):
             text += decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             offset = read - len(error.object) + error.start
-            raise UserError(f"{path}: byte {offset} is not UTF-8 ({error.reason}): convert the file first") from error
+            raise UserError(
+                f"{path}: byte {offset} is not UTF-8 ({error.reason}): convert the file first"
+            ) from error
         end = _safe_cut(text)
         yield text[:end]
         text = text[end:]
@@ -171,7 +175,9 @@ def _jsonl_documents(path, stream, field):
         try:
             text = json.loads(line.decode("utf-8-sig"))[field]
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}, line {number}: byte {error.start} of it is not UTF-8 ({error.reason})") from error
+            raise UserError(
+                f"{path}, line {number}: byte {error.start} of it is not UTF-8 ({error.reason})"
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f'{path}, line {number}: no JSON object with the field "{field}" '
@@ -254,7 +260,9 @@ def prepare_text(folder, tokenizer_name, paths, field, val_fraction, source):
         meta["chars"] = find_chars(paths, field)
     tokenizer = get_tokenizer(meta)
     if tokenizer.n_vocab > 1 << 16:
-        raise UserError(f"{tokenizer.n_vocab} different characters do not fit in uint16: use --tokenizer=byte")
+        raise UserError(
+            f"{tokenizer.n_vocab} different characters do not fit in uint16: use --tokenizer=byte"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     parts = {split: folder / f"{split}.bin.part" for split in ("train", "val")}
     try:
@@ -312,7 +320,9 @@ def prepare_fineweb(folder, shards, overwrite):
             "val": {"tokens": val_tokens},
         }
     if meta["shards"] > shards:
-        raise UserError(f"{folder} has {meta['shards']} shards already, more than --shards={shards}")
+        raise UserError(
+            f"{folder} has {meta['shards']} shards already, more than --shards={shards}"
+        )
     if meta["shards"] == shards and "sha256" in meta["train"]:
         return meta  # unchanged: new hashes would vouch for bins that were damaged since
     for shard in range(meta["shards"] + 1, shards + 1):
@@ -369,7 +379,11 @@ def stdlib_files():
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
+    files = [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if not skipped & set(path.relative_to(root).parts)
+    ]
     random.Random(0).shuffle(files)
     return [str(path) for path in files if path.is_file()]
 
@@ -390,9 +404,13 @@ def input_files(pattern):
 def prepare(config, root="data"):
     """Make the dataset that a PrepareConfig describes in root/NAME; return its meta.json."""
     if not re.fullmatch(r"\w[\w.-]*", config.name):
-        raise UserError(f"name a dataset: {', '.join(DATASETS)}, or one of your own with --input (--help explains)")
+        raise UserError(
+            f"name a dataset: {', '.join(DATASETS)}, or one of your own with --input (--help explains)"
+        )
     if not config.input and config.name not in DATASETS:
-        raise UserError(f"{config.name} is not one of {', '.join(DATASETS)}: --input='FILES' names its text")
+        raise UserError(
+            f"{config.name} is not one of {', '.join(DATASETS)}: --input='FILES' names its text"
+        )
     folder, source = Path(root, config.name), config.input or config.name
     if (folder / "meta.json").exists() and not config.overwrite:
         before = read_meta(folder).get("source")
@@ -451,9 +469,13 @@ def open_dataset(name, prepare_missing=True):
             "2 GB (python train.py config/quickstart.py needs no download)"
         )
     if name not in SMALL_DATASETS:
-        raise UserError(f"no {folder}: python prepare_data.py {name} --input='FILES' makes it from your text")
+        raise UserError(
+            f"no {folder}: python prepare_data.py {name} --input='FILES' makes it from your text"
+        )
     if not prepare_missing:
-        raise UserError(f"no {folder}: python prepare_data.py {name} makes it; run it before torchrun")
+        raise UserError(
+            f"no {folder}: python prepare_data.py {name} makes it; run it before torchrun"
+        )
     print(f"preparing {folder}", flush=True)
     prepare(PrepareConfig(name=name))
     return folder, read_meta(folder)
@@ -468,7 +490,9 @@ def verify(folder):
             raise UserError(f"{folder}/meta.json has no SHA-256 of {path.name}")
         actual = file_sha256(path) if path.exists() else "of no file"
         if actual != expected:
-            raise UserError(f"{path} has SHA-256 {actual}, meta.json says {expected}: --overwrite=True makes it again")
+            raise UserError(
+                f"{path} has SHA-256 {actual}, meta.json says {expected}: --overwrite=True makes it again"
+            )
         print(f"{path}: SHA-256 as in meta.json")
 
 

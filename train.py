@@ -175,7 +175,9 @@ def check_config(config, group):
     check_range(config, 0, "seed", "learning_rate", "min_lr", "warmup_steps")
     check_range(config, 0, "weight_decay", "grad_clip", "shard_degree")
     if config.min_lr > config.learning_rate:
-        raise UserError(f"min_lr={config.min_lr} must not exceed learning_rate={config.learning_rate}")
+        raise UserError(
+            f"min_lr={config.min_lr} must not exceed learning_rate={config.learning_rate}"
+        )
     for name in ("beta1", "beta2"):
         value = getattr(config, name)
         if not 0 <= value < 1:
@@ -185,11 +187,15 @@ def check_config(config, group):
     if config.compile not in (True, False, "auto"):
         raise UserError(f"compile={config.compile} must be auto, True or False")
     if config.fsdp and not group.launched:
-        raise UserError("fsdp=True needs torchrun: torchrun --standalone --nproc_per_node=2 train.py ...")
+        raise UserError(
+            "fsdp=True needs torchrun: torchrun --standalone --nproc_per_node=2 train.py ..."
+        )
     if config.shard_degree and not config.fsdp:
         raise UserError(f"shard_degree={config.shard_degree} needs --fsdp=True; DDP does not shard")
     if config.shard_degree and group.world_size % config.shard_degree:
-        raise UserError(f"shard_degree={config.shard_degree} must divide the number of processes, {group.world_size}")
+        raise UserError(
+            f"shard_degree={config.shard_degree} must divide the number of processes, {group.world_size}"
+        )
 
 
 def default_out_dir(argv):
@@ -225,7 +231,9 @@ def initial_model(config, module, options, meta):
     """Return the model of a new run, on the CPU: initialized by the seed, or with loaded weights."""
     data_vocab_size = meta["vocab_size"]
     if options.get("vocab_size", data_vocab_size) < data_vocab_size:
-        raise UserError(f"vocab_size={options['vocab_size']} is below the {data_vocab_size} of data/{config.dataset}")
+        raise UserError(
+            f"vocab_size={options['vocab_size']} is below the {data_vocab_size} of data/{config.dataset}"
+        )
     if config.init_from == "scratch":
         torch.manual_seed(config.seed)
         return module.GPT(module.GPTConfig(**scratch_options(options, meta)))
@@ -304,7 +312,9 @@ def setup(config, options, argv, group):
     path, stored, model_config = group.broadcast((path, stored, model_config))
 
     with group.exit_together():
-        with torch.device("meta"):  # no memory yet: under FSDP a rank may have room for its shard only
+        with torch.device(
+            "meta"
+        ):  # no memory yet: under FSDP a rank may have room for its shard only
             model = module.GPT(module.GPTConfig(**model_config))
         loader = Loader(folder, model.config.block_size, model.config.vocab_size, config.seed)
         tokens = [loader.n_train, loader.n_val]
@@ -431,7 +441,9 @@ def train_step(run):
             return None
         # Each rank takes its own sequences; all ranks together take the same global batch,
         # whatever the world size.
-        first = run.step * sequences + (micro_step * group.world_size + group.rank) * config.batch_size
+        first = (
+            run.step * sequences + (micro_step * group.world_size + group.rank) * config.batch_size
+        )
         x, y = run.loader.train_batch(first, config.batch_size)
         x, y = to_device(x, run.device), to_device(y, run.device)
         with gradient_sync(run.wrapped, enabled=micro_step == micro_steps - 1):
@@ -482,7 +494,9 @@ def check_finite(run, loss, grad_norm):
     run.overflows += 1
     if run.dtype == torch.float16 and run.overflows < MAX_OVERFLOWS:
         return
-    run.group.exit(f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}, not finite" + advice(run))
+    run.group.exit(
+        f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}, not finite" + advice(run)
+    )
 
 
 def advice(run):
@@ -491,7 +505,9 @@ def advice(run):
     checkpoints = checkpoint.list_checkpoints(run.out_dir)
     if not checkpoints:
         return text
-    return f"{text}, and its own --out_dir, from the last good weights: --init_from={checkpoints[-1]}"
+    return (
+        f"{text}, and its own --out_dir, from the last good weights: --init_from={checkpoints[-1]}"
+    )
 
 
 # The loop -------------------------------------------------------------------------------------
@@ -506,7 +522,9 @@ def evaluate(run):
     run.model.eval()
     # Each rank has its own windows, and all have the same number of batches, because under FSDP
     # every forward pass is a collective.
-    batches = run.loader.val_batches(config.eval_tokens, config.batch_size, group.rank, group.world_size)
+    batches = run.loader.val_batches(
+        config.eval_tokens, config.batch_size, group.rank, group.world_size
+    )
     for x, y in batches:
         stopping = group.any_rank(run.stop.received)
         if stopping:
@@ -574,7 +592,9 @@ def train_loop(run):
             "tokens": (run.step + 1) * config.total_batch_size,
             "seconds": now - start,
             "tokens_per_second": tokens_per_second,
-            "mfu": flops_per_token * tokens_per_second / (peak * group.world_size) if peak else None,
+            "mfu": flops_per_token * tokens_per_second / (peak * group.world_size)
+            if peak
+            else None,
             "memory_gb": memory,
         }
         run.step += 1
@@ -645,7 +665,9 @@ def train(run):
         run.group.print("stopped" if val_loss is None else describe_loss(val_loss, run.loader.meta))
         return
     if run.step >= run.config.max_steps and "val_loss" in run.metrics:
-        run.group.print(f"{run.out_dir} is finished, at step {run.step}: a larger --max_steps continues it")
+        run.group.print(
+            f"{run.out_dir} is finished, at step {run.step}: a larger --max_steps continues it"
+        )
         return
     with contextlib.ExitStack() as stack:
         with run.group.exit_together():
@@ -741,7 +763,9 @@ def out_of_memory_advice(config, block_size, world_size=1):
     smaller = [n for n in range(1, config.batch_size) if sequences % n == 0]
     remedies = []
     if smaller:
-        remedies.append(f"--batch_size={smaller[-1]} keeps total_batch_size={config.total_batch_size}")
+        remedies.append(
+            f"--batch_size={smaller[-1]} keeps total_batch_size={config.total_batch_size}"
+        )
     if not config.activation_checkpointing:
         remedies.append("--activation_checkpointing=True")
     if not remedies:

@@ -114,7 +114,9 @@ def _write_shards(part, model, optimizer, group):
         except (CheckpointException, RuntimeError) as error:  # DCP wraps the OSError
             free = shutil.disk_usage(part).free / 1e9
             reason = str(error).splitlines()[-1]
-            raise UserError(f"{part} could not be written, {free:.1f} GB are free on that disk: {reason}") from error
+            raise UserError(
+                f"{part} could not be written, {free:.1f} GB are free on that disk: {reason}"
+            ) from error
 
 
 def _file_indices(tensors):
@@ -233,9 +235,13 @@ def read_config(path):
         actual = _config_crc32(config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = type(error).__name__
-        raise UserError(f"{path}/config.json is missing or damaged ({reason}): {_advice(path)}") from error
+        raise UserError(
+            f"{path}/config.json is missing or damaged ({reason}): {_advice(path)}"
+        ) from error
     if actual != expected:
-        raise UserError(f"{path}/config.json is damaged (CRC-32 {actual}, expected {expected}): {_advice(path)}")
+        raise UserError(
+            f"{path}/config.json is damaged (CRC-32 {actual}, expected {expected}): {_advice(path)}"
+        )
     _verify_files(path, config["files"])
     return config
 
@@ -254,7 +260,9 @@ def _verify_files(path, files):
             raise UserError(f"{file} is missing: {_advice(path)}")
         size = file.stat().st_size
         if size != expected["size"]:
-            raise UserError(f"{file} has {size} bytes, expected {expected['size']}: {_advice(path)}")
+            raise UserError(
+                f"{file} has {size} bytes, expected {expected['size']}: {_advice(path)}"
+            )
         if _file_crc32(file) != expected["crc32"]:
             raise UserError(f"{file} is damaged (CRC-32 mismatch): {_advice(path)}")
 
@@ -391,7 +399,9 @@ def lock_run(out_dir):
         try:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is training in {out_dir}: choose another --out_dir") from None
+            raise UserError(
+                f"another process is training in {out_dir}: choose another --out_dir"
+            ) from None
         yield
     finally:
         os.close(directory)

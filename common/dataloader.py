@@ -45,14 +45,18 @@ class Loader:
             raise UserError(f"no {path}: prepare_data.py makes it")
         size = path.stat().st_size
         if size % 2:
-            raise UserError(f"{path} has {size} bytes, an odd number: not uint16 tokens, or cut off")
+            raise UserError(
+                f"{path} has {size} bytes, an odd number: not uint16 tokens, or cut off"
+            )
         tokens = size // 2
         if expected.get("tokens", tokens) != tokens:
             raise UserError(
                 f"{path} has {tokens} tokens, its meta.json says {expected['tokens']}: prepare the dataset again"
             )
         if tokens < min_tokens:
-            raise UserError(f"{path} has {tokens} tokens: block_size={self.block_size} needs {min_tokens}")
+            raise UserError(
+                f"{path} has {tokens} tokens: block_size={self.block_size} needs {min_tokens}"
+            )
         largest_id = expected["largest_id"] if "largest_id" in expected else find_largest_id(path)
         if largest_id >= self.vocab_size:
             self._refuse_id(path, largest_id)

@@ -62,7 +62,9 @@ def _device_of_rank(name, local_rank):
     if name.startswith("mps"):
         raise UserError("device=mps works with one process only: use --device=cpu or omit torchrun")
     if name.startswith("cuda:") and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
-        raise UserError(f"device={name} is one GPU for several ranks: --device=cuda gives each rank its own")
+        raise UserError(
+            f"device={name} is one GPU for several ranks: --device=cuda gives each rank its own"
+        )
     if name != "cuda":
         return name
     count = torch.cuda.device_count()

@@ -51,7 +51,9 @@ class ProcessGroup:
             store = dist.PrefixStore(f"restart {_restart_count()}", store)
         # Gradients on GPUs go through nccl; the small values below are on the CPU and use gloo.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
+        dist.init_process_group(
+            backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout
+        )
         atexit.register(_destroy_process_group)
 
     # Collectives ------------------------------------------------------------------------------
@@ -156,7 +158,9 @@ def shard_model(model, group, device, dtype, shard_degree):
         mesh = mesh["shard"]
     # Forward and backward use parameters in `dtype`, gradients are reduced in float32. Inputs of a
     # block are not cast, because RoPE's cos and sin are among them and must stay float32.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # The root group holds the embeddings and the final norm. wte is used first (embedding) and

@@ -18,7 +18,10 @@ from common.errors import UserError
 
 BLOCK = 1 << 16  # bytes at a time: what a broken connection loses at most
 TIMEOUT = 30  # seconds without a byte after which a connection counts as broken
-RETRIES, RETRY_WAIT = 4, 1.0  # tries in a row without progress; seconds before the second, doubled from then on
+RETRIES, RETRY_WAIT = (
+    4,
+    1.0,
+)  # tries in a row without progress; seconds before the second, doubled from then on
 
 
 def hub_url(path):
@@ -53,8 +56,16 @@ def download(url, path, sha256=None):
             grown = part.exists() and part.stat().st_size > had
             failures = 1 if grown else failures + 1
             if failures == RETRIES:
-                kept = f"; {part} keeps what came, and the same command goes on from there" if part.exists() else ""
-                why = type(error).__name__ if error.response is None else f"status {error.response.status_code}"
+                kept = (
+                    f"; {part} keeps what came, and the same command goes on from there"
+                    if part.exists()
+                    else ""
+                )
+                why = (
+                    type(error).__name__
+                    if error.response is None
+                    else f"status {error.response.status_code}"
+                )
                 raise UserError(f"no answer from {url} in {RETRIES} tries ({why}){kept}") from error
             time.sleep(RETRY_WAIT * 2 ** (failures - 1))
     sha256 = sha256 or told
@@ -70,7 +81,9 @@ def download(url, path, sha256=None):
 
 def _fetch(url, part, had):
     """Add what is missing to the `had` bytes of a part; returns the size of the whole and the hub's SHA-256 or None."""
-    etag_file = part.with_name(part.name + ".etag")  # so that parts of two versions of a file are never joined
+    etag_file = part.with_name(
+        part.name + ".etag"
+    )  # so that parts of two versions of a file are never joined
     etag = etag_file.read_text() if had and etag_file.exists() else None
     headers = {"Accept-Encoding": "identity"}
     if had:
@@ -78,10 +91,16 @@ def _fetch(url, part, had):
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == 429 or response.status_code >= 500:
             raise requests.HTTPError(response=response)
-        tags = [r.headers.get("X-Linked-ETag", "").strip('"') for r in (*response.history, response)]
+        tags = [
+            r.headers.get("X-Linked-ETag", "").strip('"') for r in (*response.history, response)
+        ]
         sha256 = next((tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)), None)
         fits = etag in (None, response.headers.get("ETag", etag))
-        if response.status_code == 416 and fits and response.headers.get("Content-Range") == f"bytes */{had}":
+        if (
+            response.status_code == 416
+            and fits
+            and response.headers.get("Content-Range") == f"bytes */{had}"
+        ):
             etag_file.unlink(missing_ok=True)
             return had, sha256  # the part has all bytes already
         if response.status_code == 416 or (response.status_code == 206 and not fits):

@@ -24,7 +24,9 @@ from common.errors import UserError
 from common.models import model_module
 from common.tokenizer import VOCAB_SIZES, read_meta
 
-HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+HUB = {
+    name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+}
 FOLDER = Path("data/pretrained")
 HEAD_SIZE = 64  # of all released GPT-2s; used if there is no config.json to give n_head
 CONV1D = re.compile(r".*\.(c_attn|c_proj|c_fc)\.weight")
@@ -74,7 +76,9 @@ def load_model(source, name=None, options=None):
         try:
             model = module.GPT(module.GPTConfig(**config))
         except (TypeError, ValueError) as error:
-            raise UserError(f"{source} has a configuration that {name}.py refuses: {error}") from error
+            raise UserError(
+                f"{source} has a configuration that {name}.py refuses: {error}"
+            ) from error
     expected = model.state_dict()
     _check_options(source, options, loaded.shape, has_wpe=WPE in expected)
     changes = _convert(source, loaded, expected, model.config)
@@ -93,7 +97,9 @@ def _read_source(source):
         return _read_transformers(_fetch(source))
     directory = Path(source)
     if not directory.is_dir():
-        raise UserError(f"{source} is neither one of {', '.join(HUB)} nor a directory with a run or a model")
+        raise UserError(
+            f"{source} is neither one of {', '.join(HUB)} nor a directory with a run or a model"
+        )
     if _is_transformers(directory):
         return _read_transformers(directory)
     return _read_run(directory)
@@ -124,9 +130,13 @@ def _convert(source, loaded, expected, config):
     changes = []
     window, source_window = getattr(config, "window", None), shape.get("window")
     if _attended(window, config) != _attended(source_window, config):
-        changes.append(f"a token attends to {window or 'all'} tokens instead of {source_window or 'all'}")
+        changes.append(
+            f"a token attends to {window or 'all'} tokens instead of {source_window or 'all'}"
+        )
     if WPE in expected and WPE not in weights:
-        raise UserError(f"{source} has no learned positions (wpe), which this model needs: choose another --model")
+        raise UserError(
+            f"{source} has no learned positions (wpe), which this model needs: choose another --model"
+        )
     if WPE in expected:
         weights[WPE] = weights[WPE][: config.block_size].clone()
     elif WPE in weights:
@@ -135,7 +145,9 @@ def _convert(source, loaded, expected, config):
     source_kv_heads = shape.get("n_kv_head", shape["n_head"])
     n_kv_head = getattr(config, "n_kv_head", config.n_head)
     if source_kv_heads % n_kv_head:
-        raise UserError(f"{source} has {source_kv_heads} KV heads: n_kv_head={n_kv_head} must divide that")
+        raise UserError(
+            f"{source} has {source_kv_heads} KV heads: n_kv_head={n_kv_head} must divide that"
+        )
     group_size = source_kv_heads // n_kv_head
     if group_size > 1:
         for key in list(weights):
@@ -185,7 +197,9 @@ def _fetch(name):
         _read_transformers(folder)  # only a file that can be read gets a hash that vouches for it
         sums.write_text(f"{file_sha256(weights)}  model.safetensors\n")
     elif file_sha256(weights) != sums.read_text().split()[0]:
-        raise UserError(f"{weights} has changed since its download: remove {folder} to download it again")
+        raise UserError(
+            f"{weights} has changed since its download: remove {folder} to download it again"
+        )
     return folder
 
 
@@ -196,13 +210,17 @@ def _read_transformers(folder):
     if "wte.weight" not in raw or "wpe.weight" not in raw:
         raise UserError(f"{folder} has no model*.safetensors with wte.weight and wpe.weight")
     if not torch.equal(raw.get("lm_head.weight", raw["wte.weight"]), raw["wte.weight"]):
-        raise UserError(f"{folder} has an lm_head.weight other than wte.weight, but model.py ties them")
+        raise UserError(
+            f"{folder} has an lm_head.weight other than wte.weight, but model.py ties them"
+        )
     weights = {}
     for key, value in raw.items():
         if NOT_WEIGHTS.fullmatch(key):
             continue
         if not value.is_floating_point():
-            raise UserError(f"{folder} has quantized weights: use the model in float32, bfloat16 or float16")
+            raise UserError(
+                f"{folder} has quantized weights: use the model in float32, bfloat16 or float16"
+            )
         if CONV1D.fullmatch(key):
             value = value.t()
         weights[f"transformer.{key}"] = value.contiguous().float()
@@ -242,7 +260,9 @@ def _read_safetensors(folder):
         for path in paths:
             tensors |= load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} is truncated or altered ({error}): remove it and get it again") from error
+        raise UserError(
+            f"{path} is truncated or altered ({error}): remove it and get it again"
+        ) from error
     return {key.removeprefix("transformer."): value for key, value in tensors.items()}
 
 
@@ -263,7 +283,9 @@ def _gpt2_shape(folder, config, raw):
     actual = shape | {"n_positions": block_size, "n_inner": 4 * n_embd}
     for key in ("n_layer", "n_embd", "vocab_size", "n_positions", "n_inner"):
         if config.get(key) not in (None, actual[key]):
-            raise UserError(f"{folder}/config.json has {key}={config[key]}, the weights have {actual[key]}")
+            raise UserError(
+                f"{folder}/config.json has {key}={config[key]}, the weights have {actual[key]}"
+            )
     return shape
 
 

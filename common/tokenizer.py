@@ -40,7 +40,9 @@ class CharTokenizer:
         unknown = self.codes[ids] != codes
         if unknown.any():
             char = chr(codes[unknown.argmax()])
-            raise UserError(f"character {char!r} is not among the {len(self.codes)} of the char vocabulary")
+            raise UserError(
+                f"character {char!r} is not among the {len(self.codes)} of the char vocabulary"
+            )
         return ids.astype(np.uint32)
 
     def decode_single_token_bytes(self, id):
@@ -51,7 +53,9 @@ def byte_tokenizer():
     # Pieces of at most 64 bytes: with nothing to merge, longer ones only cost time.
     pieces = r"(?s:.{1,64})"
     ranks = {bytes([i]): i for i in range(256)}
-    return tiktoken.Encoding("byte", pat_str=pieces, mergeable_ranks=ranks, special_tokens={EOT: 256})
+    return tiktoken.Encoding(
+        "byte", pat_str=pieces, mergeable_ranks=ranks, special_tokens={EOT: 256}
+    )
 
 
 def get_tokenizer(meta):
@@ -62,13 +66,17 @@ def get_tokenizer(meta):
         return byte_tokenizer()
     if name == "char":
         if not meta.get("chars"):
-            raise UserError('meta.json says {"tokenizer": "char"} without "chars", the list of its characters')
+            raise UserError(
+                'meta.json says {"tokenizer": "char"} without "chars", the list of its characters'
+            )
         return CharTokenizer(meta["chars"])
     if name != "gpt2":
         raise UserError(f"tokenizer {name!r} is unknown; there are {', '.join(NAMES)}")
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # tiktoken lets through whatever the network, the disk or its hash check raise
+    except (
+        Exception
+    ) as error:  # tiktoken lets through whatever the network, the disk or its hash check raise
         raise UserError(
             f"the GPT-2 tokenizer could not be had ({type(error).__name__}): tiktoken downloads it once; without a "
             "network, copy the cache of a machine that has it and set TIKTOKEN_CACHE_DIR, or use --tokenizer=byte"
@@ -103,13 +111,19 @@ def read_meta(directory):
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f'no {path}: for bins of GPT-2 tokens, a file with {{"tokenizer": "gpt2"}} is enough') from None
+        raise UserError(
+            f'no {path}: for bins of GPT-2 tokens, a file with {{"tokenizer": "gpt2"}} is enough'
+        ) from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(meta, dict) or meta.get("tokenizer") not in NAMES:
-        raise UserError(f'{path} names no tokenizer: {{"tokenizer": NAME}} with one of {", ".join(NAMES)} is enough')
+        raise UserError(
+            f'{path} names no tokenizer: {{"tokenizer": NAME}} with one of {", ".join(NAMES)} is enough'
+        )
     if meta["tokenizer"] == "char" and not meta.get("chars"):
-        raise UserError(f'{path} says {{"tokenizer": "char"}} without "chars", the list of its characters')
+        raise UserError(
+            f'{path} says {{"tokenizer": "char"}} without "chars", the list of its characters'
+        )
     for split in ("train", "val"):
         if not isinstance(meta.get(split, {}), dict):
             raise UserError(f"{path} is damaged: {split} is {meta[split]!r}")

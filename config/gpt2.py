@@ -4,7 +4,9 @@ batch_size fits 24 GB; small_gpu.py is a layer for less.
 """
 
 dataset = "fineweb"
-vocab_size = 50304  # 50257 and padding: a multiple of 128 is faster on GPUs, sampling and export cut it off
+vocab_size = (
+    50304  # 50257 and padding: a multiple of 128 is faster on GPUs, sampling and export cut it off
+)
 
 batch_size = 16
 total_batch_size = 16 * 1024 * 32  # sequences x tokens x micro-steps = 524,288 tokens

@@ -28,7 +28,9 @@ def step_seconds(config, device, dtype):
     shapes = {name: shape_of(config.run) | variants(**config.run)[name] for name in NAMES}
     steps = {name: training_step(shape, B, T, device, dtype) for name, shape in shapes.items()}
     micro_steps = config.run["total_batch_size"] // (B * T)
-    return {name: s * micro_steps for name, s in take_turns(10 * config.rounds, device, steps).items()}
+    return {
+        name: s * micro_steps for name, s in take_turns(10 * config.rounds, device, steps).items()
+    }
 
 
 def steps_to(curve, loss):
@@ -52,17 +54,29 @@ def losses(state):
             time = there * seconds["RoPE"] / (last * seconds["base"])
             rows.append([*row, f"{there:.0f}", f"{there / last:.2f}", f"{time:.2f}"])
     rows.append(["a step takes", *(f"{1000 * seconds[name]:.1f} ms" for name in NAMES), "", "", ""])
-    header = ["", "learned positions", "RoPE", "RoPE is there at step", "of the steps", "of the time"]
+    header = [
+        "",
+        "learned positions",
+        "RoPE",
+        "RoPE is there at step",
+        "of the steps",
+        "of the time",
+    ]
     return markdown(header, rows)
 
 
 def draw(state, over_steps, over_time):
     seconds = state["points"]["step_seconds"]
-    for name, colour, text in (("base", COLOURS[0], "learned positions"), ("RoPE", COLOURS[3], "RoPE")):
+    for name, colour, text in (
+        ("base", COLOURS[0], "learned positions"),
+        ("RoPE", COLOURS[3], "RoPE"),
+    ):
         for curve in seeds_of(state, name):
             steps, losses = zip(*curve[1:], strict=True)
             for panel, unit in ((over_steps, 1), (over_time, seconds[name])):
-                panel.plot([step * unit for step in steps], losses, color=colour, marker="o", markersize=3)
+                panel.plot(
+                    [step * unit for step in steps], losses, color=colour, marker="o", markersize=3
+                )
         for panel, unit in ((over_steps, 1), (over_time, seconds[name])):
             label(panel, (text, steps[-3] * unit, losses[-3], colour), offset=(-10, 12))
     over_steps.set_xlabel("steps")

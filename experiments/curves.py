@@ -13,7 +13,9 @@ from experiments.runs import trained, val_losses
 from experiments.study import COLOURS, Study, StudyConfig, label, markdown
 from train import TrainConfig
 
-CHARACTERS = [f"shakespeare_char{variant}" for variant in ("", "_rope", "_gqa", "_swa", "_rope_gqa_swa")]
+CHARACTERS = [
+    f"shakespeare_char{variant}" for variant in ("", "_rope", "_gqa", "_swa", "_rope_gqa_swa")
+]
 
 
 @dataclass
@@ -31,7 +33,11 @@ def curve(name):
     """[step, validation loss] of a run of config/NAME.py."""
     path = f"config/{name}.py"
     config, _ = configure_with_model(
-        TrainConfig, [path], "", lambda config: model_module(config.model).GPTConfig, models_with_option
+        TrainConfig,
+        [path],
+        "",
+        lambda config: model_module(config.model).GPTConfig,
+        models_with_option,
     )
     return val_losses(trained(name, {"max_steps": config.max_steps}, path))
 
@@ -39,7 +45,10 @@ def curve(name):
 def losses(state):
     """Markdown: the validation loss of each config at the steps where it is evaluated."""
     rows = [
-        [f"[{name}](../config/{name}.py)", ", ".join(f"{loss:.3f} at {step}" for step, loss in curve)]
+        [
+            f"[{name}](../config/{name}.py)",
+            ", ".join(f"{loss:.3f} at {step}" for step, loss in curve),
+        ]
         for name, curve in state["points"].items()
     ]
     return markdown(["config", "validation loss at step"], rows)
@@ -48,7 +57,9 @@ def losses(state):
 def draw(state, panel):
     ends = []
     for (name, curve), colour in zip(state["points"].items(), COLOURS, strict=False):
-        steps, values = zip(*curve[1:], strict=True)  # the untrained model's would press the others together
+        steps, values = zip(
+            *curve[1:], strict=True
+        )  # the untrained model's would press the others together
         panel.plot(steps, values, color=colour, marker="o", markersize=4)
         ends.append((name, steps[-1], values[-1], colour))
     for last in {x for _, x, *_ in ends}:

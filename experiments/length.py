@@ -33,8 +33,13 @@ def loss_by_position(config, name, seed, device):
     loader = Loader(open_dataset(config.run["dataset"])[0], 4 * T, model.config.vocab_size, 0)
     total, count = torch.zeros(length, dtype=torch.float64), torch.zeros(length)
     for x, y in loader.val_batches(config.run["eval_tokens"], 4):
-        x, y = x[:, :length].to(device), y[:, :length].to(device)  # all models see the beginnings of the same windows
-        losses = F.cross_entropy(model(x).transpose(1, 2), y, ignore_index=-1, reduction="none")  # (B, length)
+        x, y = (
+            x[:, :length].to(device),
+            y[:, :length].to(device),
+        )  # all models see the beginnings of the same windows
+        losses = F.cross_entropy(
+            model(x).transpose(1, 2), y, ignore_index=-1, reduction="none"
+        )  # (B, length)
         total += losses.sum(0).cpu()
         count += (y != -1).sum(0).cpu()
     return (total / count).unflatten(0, (-1, T // PARTS)).mean(1).tolist()
@@ -52,7 +57,12 @@ def losses(state):
     for name in NAMES:
         means = [spans(losses) for losses in seeds_of(state, name)]
         cells = [[m[i] for m in means if m[i] is not None] for i in range(3)]
-        rows.append([name, *(f"{mean(c):.3f} ({min(c):.3f} to {max(c):.3f})" if c else "ends" for c in cells)])
+        rows.append(
+            [
+                name,
+                *(f"{mean(c):.3f} ({min(c):.3f} to {max(c):.3f})" if c else "ends" for c in cells),
+            ]
+        )
     return markdown(["", "up to T", "T to 2T", "2T to 4T"], rows)
 
 
@@ -76,7 +86,9 @@ def main(argv):
     study = Study("length", configure(StudyConfig, argv, __doc__), PRESETS)
     for name in NAMES:
         for seed in study.config.seeds:
-            study.point(f"{name}, seed {seed}", loss_by_position, study.config, name, seed, study.device)
+            study.point(
+                f"{name}, seed {seed}", loss_by_position, study.config, name, seed, study.device
+            )
     study.finish(draw)
 
 

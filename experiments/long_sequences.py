@@ -24,11 +24,16 @@ class Config:
     rounds: int = 3  # of training steps taking turns; ten times as many of decoding
 
 
-PRESETS = {"cpu": Config(), "gpu": Config(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, rounds=5)}
+PRESETS = {
+    "cpu": Config(),
+    "gpu": Config(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, rounds=5),
+}
 
 
 def contestants(config, T):
-    shape = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")} | {"block_size": T}
+    shape = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")} | {
+        "block_size": T
+    }
     quarter, window = {"n_kv_head": config.n_head // 4}, {"window": config.window}
     return {
         "base": shape | {"model": "model"},
@@ -39,19 +44,33 @@ def contestants(config, T):
 
 
 def training(config, T, device, dtype):
-    steps = {name: training_step(shape, 1, T, device, dtype) for name, shape in contestants(config, T).items()}
+    steps = {
+        name: training_step(shape, 1, T, device, dtype)
+        for name, shape in contestants(config, T).items()
+    }
     return take_turns(config.rounds, device, steps)
 
 
 def decoding(config, T, device, dtype):
-    made = {name: decoding_step(shape, T - 1, device, dtype) for name, shape in contestants(config, T).items()}
-    seconds = take_turns(10 * config.rounds, device, {name: step for name, (step, _) in made.items()})
-    return {name: {"seconds": seconds[name], "cache_bytes": nbytes} for name, (_, nbytes) in made.items()}
+    made = {
+        name: decoding_step(shape, T - 1, device, dtype)
+        for name, shape in contestants(config, T).items()
+    }
+    seconds = take_turns(
+        10 * config.rounds, device, {name: step for name, (step, _) in made.items()}
+    )
+    return {
+        name: {"seconds": seconds[name], "cache_bytes": nbytes}
+        for name, (_, nbytes) in made.items()
+    }
 
 
 def memory(config, T, device, dtype):
     shapes = contestants(config, T)
-    return {name: in_new_process(step_memory, shape, 1, T, device, dtype) for name, shape in shapes.items()}
+    return {
+        name: in_new_process(step_memory, shape, 1, T, device, dtype)
+        for name, shape in shapes.items()
+    }
 
 
 def costs(state):
@@ -59,14 +78,20 @@ def costs(state):
     points, rows = state["points"], []
     for T in state["config"]["lengths"]:
         train, gb, decode = (points[f"{T}, {key}"] for key in ("training", "memory", "decoding"))
-        cells = [f"{train[n]:.2f} s, {gb[n]:.2f} GB; {1e3 * d['seconds']:.2f} ms" for n, d in decode.items()]
+        cells = [
+            f"{train[n]:.2f} s, {gb[n]:.2f} GB; {1e3 * d['seconds']:.2f} ms"
+            for n, d in decode.items()
+        ]
         rows.append([f"{T // 1024}k", *cells, f"{train['base'] / train['SWA']:.1f}x"])
     return markdown(["T", *contestants(Config(), 1), "base / SWA, training"], rows)
 
 
 def draw(state, training, memory, decoding):
     points, lengths = state["points"], state["config"]["lengths"]
-    panels = {"training": (training, "training step (s)"), "memory": (memory, "memory of training (GB)")}
+    panels = {
+        "training": (training, "training step (s)"),
+        "memory": (memory, "memory of training (GB)"),
+    }
     for key, (panel, text) in (panels | {"decoding": (decoding, "decoding a token (ms)")}).items():
         ends = []
         for name, colour in zip(contestants(Config(), 1), (0, 1, 2, 5), strict=True):
@@ -88,7 +113,9 @@ def main(argv):
     study = Study("long_sequences", configure(StudyConfig, argv, __doc__), PRESETS)
     for T in study.config.lengths:
         for measure in (training, memory, decoding):
-            study.point(f"{T}, {measure.__name__}", measure, study.config, T, study.device, study.dtype)
+            study.point(
+                f"{T}, {measure.__name__}", measure, study.config, T, study.device, study.dtype
+            )
     study.finish(draw)
 
 

@@ -16,7 +16,12 @@ from common.models import model_module, models_with_option
 from configurator import check_range, configure_with_model
 from experiments.study import Study
 
-VARIANTS = {"model": {}, "model_rope": {}, "model_gqa": {"n_kv_head": 2}, "model_swa": {"window": 4}}
+VARIANTS = {
+    "model": {},
+    "model_rope": {},
+    "model_gqa": {"n_kv_head": 2},
+    "model_swa": {"window": 4},
+}
 VARIANTS |= {"model_rope_gqa_swa": {"n_kv_head": 2, "window": 4}}
 
 
@@ -43,11 +48,19 @@ class LookConfig:
 
 def sight(model, tokens):
     """(tokens, tokens) bool: row i has the inputs that move the logits at position i."""
-    seen, idx = [], torch.zeros(1, tokens, dtype=torch.int64, device=model.transformer.wte.weight.device)
+    seen, idx = (
+        [],
+        torch.zeros(1, tokens, dtype=torch.int64, device=model.transformer.wte.weight.device),
+    )
     model.transformer.wte.register_forward_hook(lambda module, inputs, output: seen.append(output))
     logits = model.double()(idx)[0]  # in float64 nothing rounds to zero
-    weights = torch.randn(logits.size(1), dtype=logits.dtype, device=logits.device)  # their plain sum may not move
-    rows = [torch.autograd.grad(row @ weights, seen[0], retain_graph=True)[0][0].abs().sum(1) > 0 for row in logits]
+    weights = torch.randn(
+        logits.size(1), dtype=logits.dtype, device=logits.device
+    )  # their plain sum may not move
+    rows = [
+        torch.autograd.grad(row @ weights, seen[0], retain_graph=True)[0][0].abs().sum(1) > 0
+        for row in logits
+    ]
     return torch.stack(rows)
 
 
@@ -86,7 +99,12 @@ def main(argv):
         return
     study = Study("look", config, PRESETS)
     for name, own in VARIANTS.items():
-        print(study.point(name, describe, name, asdict(study.config) | own, config.tokens, study.device), end="\n\n")
+        print(
+            study.point(
+                name, describe, name, asdict(study.config) | own, config.tokens, study.device
+            ),
+            end="\n\n",
+        )
     study.finish()
 
 

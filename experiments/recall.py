@@ -21,7 +21,9 @@ from experiments.study import COLOURS, Study, StudyConfig, label, markdown, seed
 
 @dataclass
 class Config:
-    shape: dict = field(default_factory=lambda: {"n_layer": 4, "n_head": 4, "n_embd": 32, "block_size": 64})
+    shape: dict = field(
+        default_factory=lambda: {"n_layer": 4, "n_head": 4, "n_embd": 32, "block_size": 64}
+    )
     vocab_size: int = 64  # half of it noise, half of it tokens to copy
     batch_size: int = 16
     tested: int = 2048  # sequences
@@ -39,7 +41,10 @@ class Config:
 
 
 WIDE = {"n_layer": 4, "n_head": 8, "n_embd": 512, "block_size": 1024}
-PRESETS = {"cpu": Config(), "gpu": Config(shape=WIDE, windows=(32, 64, 128), max_steps=5000, learning_rate=3e-4)}
+PRESETS = {
+    "cpu": Config(),
+    "gpu": Config(shape=WIDE, windows=(32, 64, 128), max_steps=5000, learning_rate=3e-4),
+}
 
 
 def contestants(config):
@@ -86,7 +91,9 @@ def reach(shape, window):
 def shares(state):
     """Markdown: the share that is right at some distances, among them the last in reach of a window, and the next."""
     shape, rows = state["config"]["shape"], []
-    edges = [reach(shape, window) + more for window in state["config"]["windows"] for more in (0, 1)]
+    edges = [
+        reach(shape, window) + more for window in state["config"]["windows"] for more in (0, 1)
+    ]
     distances = sorted({1, shape["block_size"] // 4, shape["block_size"] // 2, *edges})
     for name in contestants(Config(**state["config"])):
         means = [mean(at) for at in zip(*seeds_of(state, name), strict=True)]
@@ -112,7 +119,15 @@ def main(argv):
     study = Study("recall", configure(StudyConfig, argv, __doc__), PRESETS)
     for seed in study.config.seeds:
         for name, shape in contestants(study.config).items():
-            study.point(f"{name}, seed {seed}", accuracies, study.config, shape, seed, study.device, study.dtype)
+            study.point(
+                f"{name}, seed {seed}",
+                accuracies,
+                study.config,
+                shape,
+                seed,
+                study.device,
+                study.dtype,
+            )
     study.finish(draw)
 
 

@@ -48,15 +48,22 @@ def made(name, preset):
 
 def texts(name, preset):
     """The points of a study that are texts, as they are."""
-    return "\n\n".join(f"{key}:\n\n```\n{text.rstrip()}\n```" for key, text in results(name, preset)["points"].items())
+    return "\n\n".join(
+        f"{key}:\n\n```\n{text.rstrip()}\n```"
+        for key, text in results(name, preset)["points"].items()
+    )
 
 
 def bench(name):
     """The rows of docs/bench/NAME.json: a table for each kind of row."""
     about, kinds = json.loads(Path(f"docs/bench/{name}.json").read_text(encoding="utf-8")), {}
     for row in about["rows"]:
-        kinds.setdefault(tuple(row), []).append([f"{v:.4g}" if isinstance(v, float) else v for v in row.values()])
-    tables = [markdown([key.replace("_", " ") for key in header], rows) for header, rows in kinds.items()]
+        kinds.setdefault(tuple(row), []).append(
+            [f"{v:.4g}" if isinstance(v, float) else v for v in row.values()]
+        )
+    tables = [
+        markdown([key.replace("_", " ") for key in header], rows) for header, rows in kinds.items()
+    ]
     where = f"{about['device']}, {about['threads']} threads, torch {about['torch']}"
     note = f"Made by `python -m tools.bench {name}`, {where}."
     return "\n\n".join([*tables, note])
@@ -64,9 +71,19 @@ def bench(name):
 
 def changes(name):
     """The changed lines of a model file against model.py."""
-    old, new = (Path(f).read_text(encoding="utf-8").splitlines() for f in ("model.py", f"{name}.py"))
-    lines = [line for line in difflib.unified_diff(old, new, n=0, lineterm="") if not line.startswith(("---", "+++"))]
-    return "<details><summary>The diff</summary>\n\n```diff\n" + "\n".join(lines) + "\n```\n\n</details>"
+    old, new = (
+        Path(f).read_text(encoding="utf-8").splitlines() for f in ("model.py", f"{name}.py")
+    )
+    lines = [
+        line
+        for line in difflib.unified_diff(old, new, n=0, lineterm="")
+        if not line.startswith(("---", "+++"))
+    ]
+    return (
+        "<details><summary>The diff</summary>\n\n```diff\n"
+        + "\n".join(lines)
+        + "\n```\n\n</details>"
+    )
 
 
 def fill(text):
@@ -76,9 +93,13 @@ def fill(text):
         what, *arguments = match[1].split()
         if "." in what:
             module, function = what.split(".")
-            new = getattr(importlib.import_module(f"experiments.{module}"), function)(results(module, *arguments))
+            new = getattr(importlib.import_module(f"experiments.{module}"), function)(
+                results(module, *arguments)
+            )
         else:
-            new = {"made": made, "texts": texts, "bench": bench, "changes": changes}[what](*arguments)
+            new = {"made": made, "texts": texts, "bench": bench, "changes": changes}[what](
+                *arguments
+            )
         return f"<!-- begin {match[1]} -->\n{new}\n<!-- end -->"
 
     return re.sub(r"<!-- begin ([^\n]*?) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)

@@ -15,7 +15,7 @@ from common.tokenizer import encode, get_tokenizer
 from configurator import configure
 from experiments.runs import PRESETS, run_of, variants
 from experiments.study import Study, StudyConfig
-from sample import Sample, generate
+from sample import TextStream, generate
 
 PROMPTS = {"stdlib": "def read(self, size=-1):\n", "fineweb": "The best way to learn a language is"}
 
@@ -24,8 +24,10 @@ def sample(config, name, device):
     """The text of 200 tokens behind the prompt."""
     model, meta = load_model(run_of(config, name, config.seeds[0]))
     tokenizer = get_tokenizer(meta)
-    prompt = torch.tensor([encode(tokenizer, PROMPTS[config.run["dataset"]]).tolist()], device=device)
-    one, how = Sample(tokenizer, None), {"temperature": 0.7, "top_k": 200}
+    prompt = torch.tensor(
+        [encode(tokenizer, PROMPTS[config.run["dataset"]]).tolist()], device=device
+    )
+    one, how = TextStream(tokenizer), {"temperature": 0.7, "top_k": 200}
     how["generator"] = torch.Generator(device).manual_seed(1)
     tokens = generate(model.to(device).eval(), prompt, 200, vocab_size=meta["vocab_size"], **how)
     return "".join(one.add(int(token)) for token in tokens) + one.finish()

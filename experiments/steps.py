@@ -12,7 +12,9 @@ from tools.bench import fill_cache
 def build(shape):
     """A new model of a shape: `model`, the file's name, and options of its GPTConfig."""
     module = model_module(shape["model"])
-    return module.GPT(module.GPTConfig(**{key: value for key, value in shape.items() if key != "model"}))
+    return module.GPT(
+        module.GPTConfig(**{key: value for key, value in shape.items() if key != "model"})
+    )
 
 
 def training_step(shape, B, T, device, dtype):

@@ -42,14 +42,20 @@ class Study:
         self.device = pick_device("cuda" if options.preset == "gpu" else "cpu")
         self.dtype = pick_dtype("auto", self.device)
         about = {"experiment": name, "preset": options.preset, "config": asdict(self.config)}
-        self.state = json.loads(json.dumps(about | where_and_when(self.device, self.dtype))) | {"points": {}}
+        self.state = json.loads(json.dumps(about | where_and_when(self.device, self.dtype))) | {
+            "points": {}
+        }
         self.path = OUT / f"{self.name}.json"
         if self.path.exists() and not options.overwrite:
             stored = json.loads(self.path.read_text())
-            changed = [key for key in self.state if key != "points" and stored.get(key) != self.state[key]]
+            changed = [
+                key for key in self.state if key != "points" and stored.get(key) != self.state[key]
+            ]
             self.state["points"] = {} if changed else stored["points"]
             if changed:
-                print(f"{self.path} was measured with another {' and '.join(changed)}: all points are measured anew")
+                print(
+                    f"{self.path} was measured with another {' and '.join(changed)}: all points are measured anew"
+                )
 
     def point(self, key, measure, *arguments):
         """The point of a key: what measure(*arguments) returns, in plain values, now or in an earlier call."""
@@ -77,7 +83,9 @@ def plot(state, draw):
     import matplotlib.pyplot as plt
 
     panels = len(inspect.signature(draw).parameters) - 1
-    figure, axes = plt.subplots(1, panels, figsize=(8 if panels < 3 else 11, 4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, panels, figsize=(8 if panels < 3 else 11, 4), layout="constrained", squeeze=False
+    )
     draw(state, *axes[0])
     for panel in axes[0]:
         panel.margins(y=0.12)
@@ -91,7 +99,9 @@ def label(panel, *points, offset=(6, -3)):
     """Name points, each (text, x, y, colour), beside them; several at once are kept apart, in the order of y."""
     for rank, (text, x, y, colour) in enumerate(sorted(points, key=lambda point: point[2])):
         place = (offset[0], offset[1] + 11 * (rank - (len(points) - 1) / 2))
-        panel.annotate(text, (x, y), place, textcoords="offset points", color=colour, fontsize="small")
+        panel.annotate(
+            text, (x, y), place, textcoords="offset points", color=colour, fontsize="small"
+        )
 
 
 def where_and_when(device, dtype):
@@ -99,14 +109,32 @@ def where_and_when(device, dtype):
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = next(iter(re.findall(r"model name\s*: (.*)", cpu)), platform.processor())
     name = cpu if device.type == "cpu" else device_name(device)
-    what = {"device": name, "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    git = ["git", "log", "-1", "--format=%H", "--", "*.py", ":!tests"], ["git", "status", "--porcelain", "--", "*.py"]
+    what = {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+    git = (
+        ["git", "log", "-1", "--format=%H", "--", "*.py", ":!tests"],
+        ["git", "status", "--porcelain", "--", "*.py"],
+    )
     try:
-        commit, changes = (subprocess.run(g, capture_output=True, text=True, check=True).stdout.strip() for g in git)
+        commit, changes = (
+            subprocess.run(g, capture_output=True, text=True, check=True).stdout.strip()
+            for g in git
+        )
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository
         commit, changes = "unknown", ""
-    return {"machine": what, "versions": versions, "commit": commit + (" and changes" if changes else "")}
+    return {
+        "machine": what,
+        "versions": versions,
+        "commit": commit + (" and changes" if changes else ""),
+    }
 
 
 def seeds_of(state, key):
@@ -116,5 +144,7 @@ def seeds_of(state, key):
 
 def markdown(header, rows):
     """A table for the report."""
-    lines = [" | ".join(map(str, row)) for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)]
+    lines = [
+        " | ".join(map(str, row)) for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)
+    ]
     return "\n".join(f"| {line} |" for line in lines)

@@ -25,7 +25,9 @@ from tools.plot_loss import read_log
 def quality(config, name, seed):
     record = read_log(run_of(config, name, seed))[-1]
     val = open_dataset(config.run["dataset"])[1].get("val", {})
-    bits = record["val_loss"] / math.log(2) * val["tokens"] / val["bytes"] if "bytes" in val else None
+    bits = (
+        record["val_loss"] / math.log(2) * val["tokens"] / val["bytes"] if "bytes" in val else None
+    )
     return {"val_loss": record["val_loss"], "bits_per_byte": bits, "tokens": record["tokens"]}
 
 
@@ -44,12 +46,16 @@ def speed(config, device, dtype):
     """Tokens per second of training and of decoding at position T - 1, by name: the models take turns."""
     T = config.shape["block_size"]
     shapes = {name: config.shape | variant for name, variant in variants(**config.shape).items()}
-    steps = {name: training_step(shape, config.batch_size, T, device, dtype) for name, shape in shapes.items()}
+    steps = {
+        name: training_step(shape, config.batch_size, T, device, dtype)
+        for name, shape in shapes.items()
+    }
     training = take_turns(config.rounds, device, steps)
     steps = {name: decoding_step(shape, T - 1, device, dtype)[0] for name, shape in shapes.items()}
     decoding = take_turns(10 * config.rounds, device, steps)
     return {
-        name: {"training": config.batch_size * T / training[name], "decoding": 1 / decoding[name]} for name in shapes
+        name: {"training": config.batch_size * T / training[name], "decoding": 1 / decoding[name]}
+        for name in shapes
     }
 
 
@@ -60,7 +66,10 @@ def sizes(state):
     for name, speed in points["speed"].items():
         size, faster = points[f"{name}, size"], {key: speed[key] / base[key] for key in speed}
         row = [name, f"{size['parameters']:,}", f"{size['flops_per_token'] / 1e6:.0f}"]
-        row += [f"{speed[key]:.{digits}f} ({faster[key]:.2f}x)" for key, digits in (("training", 0), ("decoding", 1))]
+        row += [
+            f"{speed[key]:.{digits}f} ({faster[key]:.2f}x)"
+            for key, digits in (("training", 0), ("decoding", 1))
+        ]
         row += [f"{points[f'{name}, memory']:.2f}", f"{size['cache_bytes_per_token']:,}"]
         rows.append([*row, f"{size['cache_bytes_32k'] / 1e6:.1f}"])
     header = ["", "parameters", "MFLOPs / token", "training tok/s", "decoding tok/s", "training GB"]
@@ -82,8 +91,16 @@ def losses(state):
         own = [point["val_loss"] for point in points]
         bits = [p["bits_per_byte"] for p in points if p["bits_per_byte"] is not None]
         row = [name, f"{mean(own):.4f}", f"{min(own):.4f} to {max(own):.4f}"]
-        rows.append([*row, f"{mean(bits):.3f}" if bits else "", "" if name == "base" else verdict(own, base)])
-    return markdown(["", "validation loss", "of the seeds", "bits per byte", "against the base"], rows)
+        rows.append(
+            [
+                *row,
+                f"{mean(bits):.3f}" if bits else "",
+                "" if name == "base" else verdict(own, base),
+            ]
+        )
+    return markdown(
+        ["", "validation loss", "of the seeds", "bits per byte", "against the base"], rows
+    )
 
 
 def draw(state, panel):
@@ -91,7 +108,9 @@ def draw(state, panel):
     for name, colour in zip(variants(**state["config"]["run"]), COLOURS, strict=True):
         own = [point["val_loss"] for point in seeds_of(state, name)]
         x, middle = state["points"][f"{name}, size"]["cache_bytes_32k"] / 1e6, mean(own)
-        panel.errorbar(x, middle, [[middle - min(own)], [max(own) - middle]], fmt="o", capsize=4, color=colour)
+        panel.errorbar(
+            x, middle, [[middle - min(own)], [max(own) - middle]], fmt="o", capsize=4, color=colour
+        )
         label(panel, (name, x, middle, colour), offset=(6, 4))
     panel.set_xscale("log")
     panel.set_xlim(right=4000)
@@ -102,14 +121,28 @@ def draw(state, panel):
 @program
 def main(argv):
     study = Study("table", configure(StudyConfig, argv, __doc__), PRESETS)
-    config, device, dtype, T = study.config, study.device, study.dtype, study.config.shape["block_size"]
+    config, device, dtype, T = (
+        study.config,
+        study.device,
+        study.dtype,
+        study.config.shape["block_size"],
+    )
     for seed in config.seeds:
         for name in variants(**config.run):
             study.point(f"{name}, seed {seed}", quality, config, name, seed)
     for name, variant in variants(**config.shape).items():
         shape = config.shape | variant
         study.point(f"{name}, size", size, shape, T)
-        study.point(f"{name}, memory", in_new_process, step_memory, shape, config.batch_size, T, device, dtype)
+        study.point(
+            f"{name}, memory",
+            in_new_process,
+            step_memory,
+            shape,
+            config.batch_size,
+            T,
+            device,
+            dtype,
+        )
     study.point("speed", speed, config, device, dtype)
     study.finish(draw)
 

@@ -49,7 +49,9 @@ def losses(state):
         at = {curve[0]: mean(c[i][1] for c in curves) for i, curve in enumerate(curves[0])}
         scratch = seeds_of(state, f"{name}, from scratch")
         rows.append([name, f"{mean(scratch):.4f}", *(f"{loss:.4f}" for loss in at.values())])
-    return markdown(["", "from scratch", "converted", *(f"+{step} steps" for step in list(at)[1:])], rows)
+    return markdown(
+        ["", "from scratch", "converted", *(f"+{step} steps" for step in list(at)[1:])], rows
+    )
 
 
 def draw(state, panel):
@@ -73,7 +75,9 @@ def main(argv):
     study = Study("uptraining", configure(StudyConfig, argv, __doc__), PRESETS)
     for seed in study.config.seeds:
         for name in NAMES:
-            study.point(f"{name}, from scratch, seed {seed}", from_scratch, study.config, name, seed)
+            study.point(
+                f"{name}, from scratch, seed {seed}", from_scratch, study.config, name, seed
+            )
             study.point(f"{name}, trained on, seed {seed}", trained_on, study.config, name, seed)
     study.finish(draw)
 

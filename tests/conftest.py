@@ -22,9 +22,28 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(300))
 # Options of a run that takes two seconds: 12 steps of two micro-steps each, with dropout and clipping.
-TINY = {"dataset": "tiny", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "dropout": 0.1}
-TINY |= {"batch_size": 4, "total_batch_size": 128, "max_steps": 12, "warmup_steps": 3, "learning_rate": 0.01}
-TINY |= {"min_lr": 0.001, "eval_interval": 5, "eval_tokens": 256, "checkpoint_interval": 4, "log_interval": 5}
+TINY = {
+    "dataset": "tiny",
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "block_size": 16,
+    "dropout": 0.1,
+}
+TINY |= {
+    "batch_size": 4,
+    "total_batch_size": 128,
+    "max_steps": 12,
+    "warmup_steps": 3,
+    "learning_rate": 0.01,
+}
+TINY |= {
+    "min_lr": 0.001,
+    "eval_interval": 5,
+    "eval_tokens": 256,
+    "checkpoint_interval": 4,
+    "log_interval": 5,
+}
 TINY |= {"dtype": "float32", "device": "cpu", "grad_clip": 0.5, "out_dir": "out/tiny"}
 
 
@@ -59,7 +78,9 @@ def refused(capsys, argv):
 
 def decode(tokenizer, ids):
     """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
-    return b"".join(tokenizer.decode_single_token_bytes(id) for id in ids).decode("utf-8", errors="replace")
+    return b"".join(tokenizer.decode_single_token_bytes(id) for id in ids).decode(
+        "utf-8", errors="replace"
+    )
 
 
 def read_log(run):
@@ -130,7 +151,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if asked and hub.ranges and not changed:
             start, status = int(asked.removeprefix("bytes=").removesuffix("-")), 206
             if start >= len(body):
-                return self._head(416, headers | {"Content-Range": f"bytes */{len(body)}", "Content-Length": 0})
+                return self._head(
+                    416, headers | {"Content-Range": f"bytes */{len(body)}", "Content-Length": 0}
+                )
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         self._head(status, headers | {"Content-Length": len(body) - start + hub.length_added})
         end, hub.break_after = hub.break_after, None

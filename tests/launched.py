@@ -33,9 +33,13 @@ torch.set_num_threads(1)
 def tensor_bytes():
     """Of all tensors that are alive, each storage once; of a sharded one this rank's shard."""
     gc.collect()
-    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.device.type == "cpu"]
+    tensors = [
+        t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.device.type == "cpu"
+    ]
     tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
 
 
 def watched(run):
@@ -65,7 +69,11 @@ def watched(run):
     def weigh(optimizer, args, kwargs):
         seen["bytes"].append(tensor_bytes())
 
-    Loader.train_batch, train.train_step, checkpoint.dcp.save = noting_batch, noting_step, weighed_or_dying_save
+    Loader.train_batch, train.train_step, checkpoint.dcp.save = (
+        noting_batch,
+        noting_step,
+        weighed_or_dying_save,
+    )
     hook = register_optimizer_step_pre_hook(weigh) if "weigh" in run else None
     folder = os.getcwd()
     os.chdir(run["folders"][rank] if "folders" in run else folder)
@@ -99,7 +107,12 @@ def fork_ranks(world_size, path):
     for rank in range(world_size):
         pid = os.fork()
         if pid == 0:
-            environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
+            environment = {
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": port,
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+            }
             environment |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
             os.environ.update({name: str(value) for name, value in environment.items()})
             run_rank(path)

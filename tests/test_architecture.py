@@ -7,7 +7,6 @@ As in test_variants.py, each model*.py of the repository's root is tested, one o
 
 import importlib
 import math
-import re
 
 import pytest
 import torch
@@ -20,11 +19,13 @@ def module(request):
     return importlib.import_module(request.param)
 
 
-# The loss -------------------------------------------------------------------------------------------------------------
+# The loss -------------------------------------------------------------------------------------
 
 
 def test_the_untrained_loss_is_close_to_that_of_guessing(module):
-    loss = make(module, vocab_size=509)(tokens(8, 16, vocab_size=509), tokens(8, 16, vocab_size=509, seed=2))
+    loss = make(module, vocab_size=509)(
+        tokens(8, 16, vocab_size=509), tokens(8, 16, vocab_size=509, seed=2)
+    )
     assert loss.item() == pytest.approx(math.log(509), abs=0.05)
 
 
@@ -46,7 +47,9 @@ def test_the_loss_and_the_gradients_are_0_where_there_is_no_target(module):
 def test_every_parameter_has_a_gradient(module):
     model = make_vivid(module)
     model(tokens(2, 16), tokens(2, 16, seed=2)).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.norm() == 0] == []
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or p.grad.norm() == 0
+    ] == []
 
 
 def test_a_few_steps_of_training_learn_a_batch_by_heart(module):
@@ -59,7 +62,7 @@ def test_a_few_steps_of_training_learn_a_batch_by_heart(module):
     assert model(x, y).item() < 0.5
 
 
-# Dropout --------------------------------------------------------------------------------------------------------------
+# Dropout --------------------------------------------------------------------------------------
 
 
 def test_dropout_is_off_in_evaluation(module):
@@ -76,7 +79,9 @@ def test_dropout_is_on_in_training_and_follows_the_seed(module):
 
 def test_dropout_reaches_embedding_attention_and_mlp_of_every_block(module):
     model, dropped = make_vivid(module, dropout=0.5).train(), []
-    model.transformer.h[0].register_forward_pre_hook(lambda block, inputs: dropped.append(inputs[0]))
+    model.transformer.h[0].register_forward_pre_hook(
+        lambda block, inputs: dropped.append(inputs[0])
+    )
     for block in model.transformer.h:
         for part in (block.attn, block.mlp):
             part.register_forward_hook(lambda part, inputs, output: dropped.append(output))
@@ -85,22 +90,30 @@ def test_dropout_reaches_embedding_attention_and_mlp_of_every_block(module):
     assert all(0.4 < (output == 0).float().mean() < 0.6 for output in dropped)
 
 
-# Parameters -----------------------------------------------------------------------------------------------------------
+# Parameters -----------------------------------------------------------------------------------
 
 
 def test_parameters_have_gpt2_s_names(module):
     parts = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
     names = ["wte.weight", "wpe.weight"]
-    names += [f"h.{i}.{part}.{what}" for i in range(3) for part in parts for what in ("weight", "bias")]
+    names += [
+        f"h.{i}.{part}.{what}" for i in range(3) for part in parts for what in ("weight", "bias")
+    ]
     names += ["ln_f.weight", "ln_f.bias"]
     learned = {name.removeprefix("transformer.") for name, _ in make(module).named_parameters()}
-    assert learned | {"wpe.weight"} >= set(names)  # a model with rotary positions has no wpe, others may add to them
+    assert learned | {"wpe.weight"} >= set(
+        names
+    )  # a model with rotary positions has no wpe, others may add to them
 
 
 def test_weights_are_out_by_in(module):
     C, head_dim = SMALL["n_embd"], SMALL["n_embd"] // SMALL["n_head"]
     heads = SMALL["n_kv_head"] if "n_kv_head" in fields(module) else SMALL["n_head"]
-    shapes = {name: tuple(p.shape) for name, p in make(module).transformer.h[0].named_parameters() if p.dim() == 2}
+    shapes = {
+        name: tuple(p.shape)
+        for name, p in make(module).transformer.h[0].named_parameters()
+        if p.dim() == 2
+    }
     assert shapes == {
         "attn.c_attn.weight": (C + 2 * heads * head_dim, C),
         "attn.c_proj.weight": (C, C),
@@ -155,7 +168,9 @@ def test_initialization_is_gpt2_s(module):
             assert (p == 1).all(), name
         else:
             std = 0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02
-            assert p.mean().abs() < 0.1 * std and p.std().item() == pytest.approx(std, rel=0.05), name
+            assert p.mean().abs() < 0.1 * std and p.std().item() == pytest.approx(std, rel=0.05), (
+                name
+            )
 
 
 def test_initial_weights_are_normal(module):
@@ -171,7 +186,7 @@ def test_the_seed_decides_the_initial_weights(module):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-# Compilation and arithmetic -------------------------------------------------------------------------------------------
+# Compilation and arithmetic -------------------------------------------------------------------
 
 
 def test_training_compiles_without_graph_breaks(module):
@@ -186,7 +201,9 @@ def test_a_compiled_model_takes_other_lengths_without_graph_breaks(module):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for T in (16, 400, 9):
-        close(compiled(tokens(2, T), tokens(2, T, seed=2)), model(tokens(2, T), tokens(2, T, seed=2)))
+        close(
+            compiled(tokens(2, T), tokens(2, T, seed=2)), model(tokens(2, T), tokens(2, T, seed=2))
+        )
 
 
 def test_evaluation_compiles_without_graph_breaks(module):
@@ -217,7 +234,7 @@ def test_flops_per_token_are_a_whole_number(module):
     assert isinstance(make(module).flops_per_token(16), int)
 
 
-# Configs --------------------------------------------------------------------------------------------------------------
+# Configs --------------------------------------------------------------------------------------
 
 
 def test_the_defaults_are_gpt2_small(module):
@@ -226,7 +243,9 @@ def test_the_defaults_are_gpt2_small(module):
     assert shape == (1024, 50257, 12, 12, 768, 0.0, True)
 
 
-@pytest.mark.parametrize("name", ["block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "window"])
+@pytest.mark.parametrize(
+    "name", ["block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "window"]
+)
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_size_below_1_is_refused(module, name, value):
     if name not in fields(module):
@@ -242,17 +261,8 @@ def test_a_dropout_that_is_no_probability_below_1_is_refused(module, value):
 
 
 def test_channels_that_the_heads_do_not_divide_are_refused_with_both_numbers(module):
-    with pytest.raises(ValueError, match=r"n_embd=100 .*n_head=3"):
+    with pytest.raises(ValueError, match=r"(?=.*n_embd=100)(?=.*n_head=3)"):
         make(module, n_embd=100, n_head=3, n_kv_head=3)
-
-
-@pytest.mark.parametrize(("n_embd", "n_head"), [(100, 3), (101, 3), (1, 3), (7, 4)])
-def test_the_n_embd_that_the_refusal_proposes_is_accepted(module, n_embd, n_head):
-    with pytest.raises(ValueError) as error:
-        make(module, n_embd=n_embd, n_head=n_head, n_kv_head=1)
-    proposed = int(re.findall(r"n_embd=(\d+)", str(error.value))[-1])
-    if "rope_theta" not in fields(module):  # rotary positions need an even head size too
-        assert make(module, n_embd=proposed, n_head=n_head, n_kv_head=1).config.n_embd == proposed
 
 
 def test_query_heads_that_the_kv_heads_do_not_divide_are_refused_with_both_numbers(module):

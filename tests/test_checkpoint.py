@@ -36,7 +36,10 @@ def test_the_last_two_and_the_best_are_kept(workdir, monkeypatch):
     train.main(arguments(eval_interval=3, checkpoint_interval=2))
     run = workdir / "out/tiny"
     assert [path.name[-2:] for path in checkpoint.list_checkpoints(run)] == ["03", "10", "12"]
-    assert json.loads((run / "best.json").read_text()) == {"checkpoint": "step_00000003", "val_loss": 3.0}
+    assert json.loads((run / "best.json").read_text()) == {
+        "checkpoint": "step_00000003",
+        "val_loss": 3.0,
+    }
     assert checkpoint.find_checkpoint(run).name == "step_00000003"
 
 
@@ -64,7 +67,10 @@ def test_a_checkpoint_is_safetensors_and_json(tiny_run):
         assert sorted(file.name for file in path.iterdir()) == ["config.json", SHARD]
         tensors = load_file(path / SHARD)
         assert tensors["model.transformer.h.0.attn.c_attn.weight"].shape == (48, 16)
-        assert tensors["optimizer.state.transformer.h.0.attn.c_attn.weight.exp_avg_sq"].shape == (48, 16)
+        assert tensors["optimizer.state.transformer.h.0.attn.c_attn.weight.exp_avg_sq"].shape == (
+            48,
+            16,
+        )
 
 
 @pytest.mark.parametrize("name", ["config.json", SHARD])
@@ -73,7 +79,9 @@ def test_a_missing_file_is_refused_by_its_name(tiny_run, name):
     assert name in damaged(tiny_run)
 
 
-@pytest.mark.parametrize("name", ["shard-00002-model-00001-of-00001.safetensors", "notes.txt", ".hidden.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["shard-00002-model-00001-of-00001.safetensors", "notes.txt", ".hidden.safetensors"]
+)
 def test_an_extra_file_is_refused_by_its_name(tiny_run, name):
     path = checkpoint.list_checkpoints(tiny_run)[-1]
     shutil.copyfile(path / SHARD, path / name)
@@ -92,7 +100,9 @@ def test_one_flipped_bit_is_refused(tiny_run, name, place):
 
 CHANGES = {
     "another step": lambda config: config | {"step": 11},
-    "another shape": lambda config: config | {"model_config": config["model_config"] | {"n_layer": 3}},
+    "another shape": lambda config: (
+        config | {"model_config": config["model_config"] | {"n_layer": 3}}
+    ),
     "no files": lambda config: config | {"files": {}},
     "a list": lambda config: [config],
     "a number": lambda config: 7,
@@ -180,10 +190,15 @@ def save_memory(n_layer, n_embd, file_bytes):
     """Bytes of a GPT-2's state, and those by which the memory of a process grows while it saves it."""
     command = [sys.executable, "-c", PEAK, str(n_layer), str(n_embd), str(file_bytes)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return [int(number) for number in subprocess.check_output(command, env=environment, text=True).split()]
+    return [
+        int(number)
+        for number in subprocess.check_output(command, env=environment, text=True).split()
+    ]
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc"
+)
 def test_saving_takes_the_memory_of_two_files_not_of_the_state(workdir):
     state, extra = save_memory(n_layer=4, n_embd=384, file_bytes=8e6)
     largest = 50257 * 384 * 4  # the embedding, which is a file of its own
@@ -195,7 +210,9 @@ def test_after_removing_a_damaged_checkpoint_the_run_goes_on_from_the_one_before
     reference = [(r["step"], r.get("train_loss"), r.get("val_loss")) for r in read_log(tiny_run)]
     shutil.rmtree(tiny_run / "step_00000012")
     train.main(arguments())
-    assert [(r["step"], r.get("train_loss"), r.get("val_loss")) for r in read_log(tiny_run)] == reference
+    assert [
+        (r["step"], r.get("train_loss"), r.get("val_loss")) for r in read_log(tiny_run)
+    ] == reference
 
 
 def test_what_an_interrupted_save_left_is_no_checkpoint_and_is_cleared_away(tiny_run):
@@ -234,13 +251,17 @@ def test_a_save_killed_at_any_point_leaves_the_previous_checkpoint_loadable(work
     root = ROOT
     options = arguments(max_steps=100000, checkpoint_interval=1, eval_interval=10**6, n_embd=64)
     for delay in (0.0, 0.05, 0.1):
-        process = subprocess.Popen([sys.executable, root / "train.py", *options], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, root / "train.py", *options], stdout=subprocess.DEVNULL
+        )
         try:
             run, limit = workdir / "out/tiny", time.monotonic() + 60
             before = len(read_log(run)) if (run / "log.jsonl").exists() else 0
             while time.monotonic() < limit:
                 time.sleep(0.02)
-                if (run / "log.jsonl").exists() and len((run / "log.jsonl").read_text().splitlines()) > before + 3:
+                if (run / "log.jsonl").exists() and len(
+                    (run / "log.jsonl").read_text().splitlines()
+                ) > before + 3:
                     break
             time.sleep(delay)
         finally:
@@ -256,7 +277,9 @@ def test_a_save_killed_at_any_point_leaves_the_previous_checkpoint_loadable(work
 
 
 def test_a_disk_without_room_is_one_line_and_the_checkpoints_before_remain(tiny_run):
-    script = "ulimit -f 30; exec " + " ".join(map(str, [sys.executable, ROOT / "train.py", *arguments(max_steps=13)]))
+    script = "ulimit -f 30; exec " + " ".join(
+        map(str, [sys.executable, ROOT / "train.py", *arguments(max_steps=13)])
+    )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "step_00000013.part" in done.stderr and "GB" in done.stderr

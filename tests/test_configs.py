@@ -13,11 +13,20 @@ import train
 from common.pretrained import load_model
 
 CONFIGS = Path(__file__).parent.parent / "config"
-VARIANTS = {"rope": set(), "gqa": {"n_kv_head"}, "swa": {"window"}, "rope_gqa_swa": {"n_kv_head", "window"}}
+VARIANTS = {
+    "rope": set(),
+    "gqa": {"n_kv_head"},
+    "swa": {"window"},
+    "rope_gqa_swa": {"n_kv_head", "window"},
+}
 
 
 def options_of(name):
-    return {key: value for key, value in runpy.run_path(str(CONFIGS / f"{name}.py")).items() if key[0] != "_"}
+    return {
+        key: value
+        for key, value in runpy.run_path(str(CONFIGS / f"{name}.py")).items()
+        if key[0] != "_"
+    }
 
 
 @pytest.mark.parametrize("base", ["gpt2", "shakespeare_char"])
@@ -31,8 +40,13 @@ def test_a_variant_s_config_is_its_base_but_for_the_variant(base, variant):
 
 @pytest.mark.parametrize("base", ["gpt2", "shakespeare_char"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_it_trains_stops_goes_on_to_the_same_bits_and_can_be_sampled(workdir, monkeypatch, capsys, base, variant):
-    argv = [str(CONFIGS / f"{base}_{variant}.py"), *arguments(n_head=4, n_embd=32, max_steps=4, vocab_size=257)]
+def test_it_trains_stops_goes_on_to_the_same_bits_and_can_be_sampled(
+    workdir, monkeypatch, capsys, base, variant
+):
+    argv = [
+        str(CONFIGS / f"{base}_{variant}.py"),
+        *arguments(n_head=4, n_embd=32, max_steps=4, vocab_size=257),
+    ]
     original = train.train_step
 
     def stop_in_step_3(run):

@@ -61,7 +61,7 @@ def config_file(tmp_path):
     return write
 
 
-# Where values come from -----------------------------------------------------------------------------------------------
+# Where values come from -----------------------------------------------------------------------
 
 
 def test_no_arguments_give_the_defaults():
@@ -69,7 +69,9 @@ def test_no_arguments_give_the_defaults():
 
 
 def test_a_config_file_sets_options_and_may_calculate(config_file):
-    options = options_of(config_file("batch_size = 2**3 * 5\nlearning_rate = batch_size / 100\nmodel = 'model_rope'"))
+    options = options_of(
+        config_file("batch_size = 2**3 * 5\nlearning_rate = batch_size / 100\nmodel = 'model_rope'")
+    )
     assert options == Options(batch_size=40, learning_rate=0.4, model="model_rope")
 
 
@@ -86,7 +88,7 @@ def test_the_later_of_config_files_and_options_wins(config_file):
     assert options_of("--batch_size=3", "--batch_size=5").batch_size == 5
 
 
-# Typed values ---------------------------------------------------------------------------------------------------------
+# Typed values ---------------------------------------------------------------------------------
 
 TYPED = {
     "learning_rate": {"1": 1.0, "1e-3": 0.001},
@@ -96,9 +98,22 @@ TYPED = {
     "top_p": {"1": 1.0},
     "stop": {"None": None, "7": "7"},
     "compile": {"auto": "auto", "false": False},
-    "model": {"None": "None", "model_mine": "model_mine", "a=b": "a=b", "--x=y": "--x=y", "wörter und": "wörter und"},
+    "model": {
+        "None": "None",
+        "model_mine": "model_mine",
+        "a=b": "a=b",
+        "--x=y": "--x=y",
+        "wörter und": "wörter und",
+    },
 }
-QUOTED = {"'model_mine'": "model_mine", '"model_mine"': "model_mine", "": "", "''": "", "'": "'", "don't": "don't"}
+QUOTED = {
+    "'model_mine'": "model_mine",
+    '"model_mine"': "model_mine",
+    "": "",
+    "''": "",
+    "'": "'",
+    "don't": "don't",
+}
 TYPED["model"] |= QUOTED | {"'a' or 'b'": "'a' or 'b'"}
 
 
@@ -108,7 +123,12 @@ def test_an_argument_is_read_as_its_option_says(name, text):
     assert (got, type(got)) == (value, type(value))
 
 
-ASSIGNED = [("learning_rate", 1, 1.0), ("fsdp", True, True), ("top_k", None, None), ("top_p", 1, 1.0)]
+ASSIGNED = [
+    ("learning_rate", 1, 1.0),
+    ("fsdp", True, True),
+    ("top_k", None, None),
+    ("top_p", 1, 1.0),
+]
 ASSIGNED += [("stop", None, None), ("stop", '"quoted"', '"quoted"'), ("compile", False, False)]
 ASSIGNED += [("compile", "auto", "auto"), ("model", "a=b", "a=b"), ("runs", ["a", "b"], ["a", "b"])]
 
@@ -134,26 +154,38 @@ WRONG_ASSIGNED = [("batch_size", value, "int") for value in (True, 1.0, "8", Non
 WRONG_ASSIGNED += [("learning_rate", value, "float") for value in (True, "1e-3")]
 WRONG_ASSIGNED += [("fsdp", value, "bool") for value in ("True", 0.0)]
 WRONG_ASSIGNED += [("model", value, "str") for value in (3, None)]
-WRONG_ASSIGNED += [("top_k", 1.5, "int or None"), ("compile", 2, "bool or str"), ("runs", "a", "list")]
+WRONG_ASSIGNED += [
+    ("top_k", 1.5, "int or None"),
+    ("compile", 2, "bool or str"),
+    ("runs", "a", "list"),
+]
 
 
 @pytest.mark.parametrize(("name", "assigned", "expected"), WRONG_ASSIGNED)
-def test_a_wrong_type_in_a_config_file_is_refused_with_the_right_one(config_file, name, assigned, expected):
-    assert complaint(config_file(f"{name} = {assigned!r}")) == f"{name}={assigned!r}: expected {expected}"
+def test_a_wrong_type_in_a_config_file_is_refused_with_the_right_one(
+    config_file, name, assigned, expected
+):
+    assert (
+        complaint(config_file(f"{name} = {assigned!r}"))
+        == f"{name}={assigned!r}: expected {expected}"
+    )
 
 
-# What is wrong --------------------------------------------------------------------------------------------------------
+# What is wrong --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("argument", "hint"), [("--batchsize=8", "batchsize: did you mean batch_size?"), ("--xyzzy=8", "xyzzy: --help")]
+    ("argument", "hint"),
+    [("--batchsize=8", "batchsize: did you mean batch_size?"), ("--xyzzy=8", "xyzzy: --help")],
 )
 def test_an_unknown_option_names_the_nearest_or_points_to_help(argument, hint):
     assert f"unknown option {hint}" in complaint(argument)
 
 
 def test_a_variable_of_a_config_file_that_is_no_option_is_refused(config_file):
-    assert "unknown option learnin_rate: did you mean learning_rate?" in complaint(config_file("learnin_rate = 1e-3"))
+    assert "unknown option learnin_rate: did you mean learning_rate?" in complaint(
+        config_file("learnin_rate = 1e-3")
+    )
 
 
 def test_a_hint_says_which_model_has_an_unknown_option():
@@ -177,8 +209,22 @@ def test_the_options_that_answer_other_names_exist():
     assert not OTHER_NAMES.keys() & known  # else the answer would never be given
 
 
-TYPED_BY_OTHERS = ["eval_iters", "save_interval", "n_kv_heads", "num_kv_heads", "sliding_window", "start", "lr"]
-TYPED_BY_OTHERS += ["max_iters", "gradient_accumulation_steps", "decay_lr", "lr_decay_iters", "warmup_iters"]
+TYPED_BY_OTHERS = [
+    "eval_iters",
+    "save_interval",
+    "n_kv_heads",
+    "num_kv_heads",
+    "sliding_window",
+    "start",
+    "lr",
+]
+TYPED_BY_OTHERS += [
+    "max_iters",
+    "gradient_accumulation_steps",
+    "decay_lr",
+    "lr_decay_iters",
+    "warmup_iters",
+]
 TYPED_BY_OTHERS += ["always_save_checkpoint", "wandb_log", "shard_size", "timeout"]
 
 
@@ -199,20 +245,32 @@ def test_a_missing_config_file_is_refused_and_the_folder_listed(config_file, tmp
     [
         ("batch_size = 8\nmodel = = 3\n", 2, "SyntaxError"),
         ("zero = 0\n\nbatch_size = 8 // zero\n", 3, "ZeroDivisionError"),
-        ("def f():\n    return int('x')\n\n\nbatch_size = f()\n", 2, "ValueError"),  # the line in the function
-        ("import json\nbatch_size = json.loads('{')\n", 2, "JSONDecodeError"),  # not the library's line
+        (
+            "def f():\n    return int('x')\n\n\nbatch_size = f()\n",
+            2,
+            "ValueError",
+        ),  # the line in the function
+        (
+            "import json\nbatch_size = json.loads('{')\n",
+            2,
+            "JSONDecodeError",
+        ),  # not the library's line
         ("import math\nimport broken_module\n", 2, "SyntaxError"),  # not the module's line
         ("raise ValueError('first\\nsecond')", 1, "ValueError: first second"),
     ],
 )
-def test_an_exception_in_a_config_file_names_file_and_line(config_file, tmp_path, monkeypatch, text, line, error):
+def test_an_exception_in_a_config_file_names_file_and_line(
+    config_file, tmp_path, monkeypatch, text, line, error
+):
     monkeypatch.syspath_prepend(tmp_path)
     config_file("\n\n\n\nx = = 1", "broken_module.py")
     path = config_file(text)
     assert f"{path}, line {line}: {error}" in complaint(path)
 
 
-@pytest.mark.parametrize("content", [b"batch_size = '\xff'", b"batch_size = 8\x00"], ids=["not UTF-8", "null byte"])
+@pytest.mark.parametrize(
+    "content", [b"batch_size = '\xff'", b"batch_size = 8\x00"], ids=["not UTF-8", "null byte"]
+)
 def test_a_config_file_that_is_not_text_is_refused(tmp_path, content):
     (tmp_path / "config.py").write_bytes(content)
     assert f"{tmp_path}/config.py" in complaint(f"{tmp_path}/config.py")
@@ -228,7 +286,7 @@ def test_a_stray_positional_is_refused():
     assert "quickstart" in complaint("quickstart")
 
 
-# Positionals ----------------------------------------------------------------------------------------------------------
+# Positionals ----------------------------------------------------------------------------------
 
 
 def test_a_positional_is_read_as_its_option_says_and_there_can_be_one_only():
@@ -238,7 +296,10 @@ def test_a_positional_is_read_as_its_option_says_and_there_can_be_one_only():
 
 def test_a_list_positional_takes_all_and_replaces_that_of_a_config_file(config_file):
     path = config_file("runs = ['out/a']")
-    assert options_of(path, "out/b", "--batch_size=2", "out/c", positional="runs").runs == ["out/b", "out/c"]
+    assert options_of(path, "out/b", "--batch_size=2", "out/c", positional="runs").runs == [
+        "out/b",
+        "out/c",
+    ]
 
 
 @pytest.mark.parametrize("argv", [["out/a", "--runs=out/b"], ["--runs=out/b"]])
@@ -246,7 +307,7 @@ def test_a_list_is_not_read_from_an_option(argv):
     assert "expected list" in complaint(*argv, positional="runs")
 
 
-# Bounds ---------------------------------------------------------------------------------------------------------------
+# Bounds ---------------------------------------------------------------------------------------
 
 
 def test_an_option_at_its_lowest_value_or_none_is_accepted():
@@ -269,7 +330,7 @@ def test_a_number_out_of_range_is_refused_with_the_bound_that_it_breaks(value, b
     assert str(error.value) == f"learning_rate={value} must be {bound}"
 
 
-# The options of a model -----------------------------------------------------------------------------------------------
+# The options of a model -----------------------------------------------------------------------
 
 
 def test_the_options_of_the_model_that_are_given_come_as_a_dict(config_file):
@@ -279,17 +340,19 @@ def test_the_options_of_the_model_that_are_given_come_as_a_dict(config_file):
 
 def test_the_filled_options_choose_the_model():
     seen = []
-    choose = lambda options: seen.append(options) or Shape  # noqa: E731
+    choose = lambda options: seen.append(options) or Shape
     configure_with_model(Options, ["--model=model_swa"], "", choose, lambda name: "")
     assert seen == [Options(model="model_swa")]
 
 
-@pytest.mark.parametrize(("argument", "message"), [("--n_layer=x", "expected int"), ("--n_laier=3", "mean n_layer?")])
+@pytest.mark.parametrize(
+    ("argument", "message"), [("--n_layer=x", "expected int"), ("--n_laier=3", "mean n_layer?")]
+)
 def test_what_is_wrong_with_an_option_of_the_model_is_refused_too(argument, message):
     assert message in complaint(argument, parse=with_shape)
 
 
-# Help -----------------------------------------------------------------------------------------------------------------
+# Help -----------------------------------------------------------------------------------------
 
 HELP = """
 A program.
@@ -319,7 +382,7 @@ def test_help_shows_group_type_default_and_comment_of_each_option_and_exits_0(ca
     assert ("--n_layer: int = 12" in text and "query heads" in text) == (parse is with_shape)
 
 
-# The program ----------------------------------------------------------------------------------------------------------
+# The program ----------------------------------------------------------------------------------
 
 
 def failing(error):
@@ -334,7 +397,9 @@ def test_a_program_returns_what_its_main_returns():
     assert program(lambda argv: argv)(["a"]) == ["a"]
 
 
-@pytest.mark.parametrize(("error", "status"), [(UserError("no data: make it"), 2), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(
+    ("error", "status"), [(UserError("no data: make it"), 2), (KeyboardInterrupt(), 130)]
+)
 def test_a_user_error_or_an_interrupt_is_one_line_on_stderr_and_a_status(capsys, error, status):
     with pytest.raises(SystemExit) as end:
         failing(error)()

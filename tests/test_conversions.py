@@ -108,7 +108,9 @@ def test_groups_that_do_not_divide_the_heads_are_refused(gpt2):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_run_begins_with_gpt2_goes_on_and_can_be_sampled(gpt2, capsys, name):
-    options = dict(model=name, init_from="released", n_layer=None, n_head=None, n_embd=None, batch_size=1)
+    options = dict(
+        model=name, init_from="released", n_layer=None, n_head=None, n_embd=None, batch_size=1
+    )
     options |= {"n_kv_head": 2} if "gqa" in name else {}
     for max_steps in (1, 2):
         train.main(arguments(**options, total_batch_size=16, eval_tokens=64, max_steps=max_steps))
@@ -135,7 +137,11 @@ def test_a_grouped_run_cannot_have_more_groups(workdir):
     ("before", "now", "said"),
     [
         (dict(model="model_swa", window=5), dict(name="model"), "all tokens instead of 5"),
-        (dict(model="model"), dict(name="model_swa", options={"window": 5}), "5 tokens instead of all"),
+        (
+            dict(model="model"),
+            dict(name="model_swa", options={"window": 5}),
+            "5 tokens instead of all",
+        ),
         (dict(model="model_swa", window=16), dict(name="model"), ""),  # block_size is 16
         (dict(model="model"), dict(name="model_swa"), ""),
         (dict(model="model_swa", window=5), dict(name="model_swa"), ""),
@@ -159,7 +165,17 @@ def test_a_rotary_run_cannot_become_one_with_learned_positions(workdir):
 
 def vivid_run(**options):
     """A run whose weights are large enough for its text to vary."""
-    train.main(arguments(**options, block_size=16, n_head=4, n_embd=32, max_steps=8, learning_rate=0.03, dropout=0.0))
+    train.main(
+        arguments(
+            **options,
+            block_size=16,
+            n_head=4,
+            n_embd=32,
+            max_steps=8,
+            learning_rate=0.03,
+            dropout=0.0,
+        )
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -177,13 +193,18 @@ def test_a_rope_model_exported_as_starcoder2_has_its_logits_in_transformers(work
     export("out/tiny", "exported")
     theirs, ids = AutoModelForCausalLM.from_pretrained("exported"), torch.randint(257, (2, 45))
     assert type(theirs).__name__ == "Starcoder2ForCausalLM" and theirs.config.vocab_size == 257
-    assert (logits(load_model("out/tiny")[0], ids)[..., :257] - logits(theirs, ids)).abs().max() < 1e-4
+    assert (
+        logits(load_model("out/tiny")[0], ids)[..., :257] - logits(theirs, ids)
+    ).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
-    "options", [{"model": "model_rope"}, {"model": "model_rope_gqa_swa", "n_kv_head": 2, "window": 5}]
+    "options",
+    [{"model": "model_rope"}, {"model": "model_rope_gqa_swa", "n_kv_head": 2, "window": 5}],
 )
-def test_transformers_writes_the_same_greedy_text_past_window_and_block_size(workdir, capsys, options):
+def test_transformers_writes_the_same_greedy_text_past_window_and_block_size(
+    workdir, capsys, options
+):
     vivid_run(**options)
     export("out/tiny", "exported")
     capsys.readouterr()
@@ -191,7 +212,9 @@ def test_transformers_writes_the_same_greedy_text_past_window_and_block_size(wor
     sample.main(["--init_from=out/tiny", "--prompt=def f1(x):", *how])
     ids = torch.tensor([list(b"def f1(x):")])
     theirs = AutoModelForCausalLM.from_pretrained("exported")
-    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=100, do_sample=False)
+    expected = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=100, do_sample=False
+    )
     text = bytes(id for id in expected[0].tolist() if id < 256).decode(errors="replace")
     assert len(set(text)) > 5 and capsys.readouterr().out == text + "\n"
 

@@ -25,7 +25,9 @@ def dataset(tmp_path):
     def make(train=range(64), val=range(64), about=None):
         for split, tokens in (("train", train), ("val", val)):
             np.array(list(tokens), dtype="<u2").tofile(tmp_path / f"{split}.bin")
-        (tmp_path / "meta.json").write_text(json.dumps(about or {"tokenizer": "gpt2"}), encoding="utf-8")
+        (tmp_path / "meta.json").write_text(
+            json.dumps(about or {"tokenizer": "gpt2"}), encoding="utf-8"
+        )
         return tmp_path
 
     return make
@@ -36,7 +38,7 @@ def starts(loader, first, count):
     return loader.train_batch(first, count)[0][:, 0].tolist()
 
 
-# Training order -------------------------------------------------------------------------------------------------------
+# Training order -------------------------------------------------------------------------------
 
 
 def test_a_batch_is_int64_inputs_and_targets_of_block_size(dataset):
@@ -91,7 +93,9 @@ def test_the_loaders_of_all_ranks_together_take_the_same_global_batch(dataset, r
     loaders = [Loader(folder, 10, BIG_VOCAB, 1) for _ in range(ranks)]
     whole = Loader(folder, 10, BIG_VOCAB, 1)
     for step in range(4):
-        parts = [starts(loader, 12 * step + share * rank, share) for rank, loader in enumerate(loaders)]
+        parts = [
+            starts(loader, 12 * step + share * rank, share) for rank, loader in enumerate(loaders)
+        ]
         assert list(itertools.chain(*parts)) == starts(whole, 12 * step, 12)
 
 
@@ -111,7 +115,9 @@ def test_an_epoch_is_windows_edge_to_edge_but_for_less_than_two_windows(dataset,
 
 def test_over_the_epochs_every_token_is_read(dataset):
     loader = Loader(dataset(range(71)), 8, BIG_VOCAB, 1)
-    assert torch.cat(loader.train_batch(0, 60 * loader.n_windows), dim=1).unique().tolist() == list(range(71))
+    assert torch.cat(loader.train_batch(0, 60 * loader.n_windows), dim=1).unique().tolist() == list(
+        range(71)
+    )
 
 
 def test_epochs_differ_in_order(dataset):
@@ -137,7 +143,7 @@ def test_ids_above_32767_are_read_as_they_are(dataset):
     assert x.tolist() == [[65535] * 4]
 
 
-# Validation -----------------------------------------------------------------------------------------------------------
+# Validation -----------------------------------------------------------------------------------
 
 
 def validation(loader, eval_tokens=10**9, batch_size=3):
@@ -160,7 +166,9 @@ def test_every_validation_token_but_the_first_is_a_target_once(dataset, n):
 @pytest.mark.parametrize("n", LENGTHS)
 def test_all_validation_batches_have_one_shape_and_targets(dataset, n):
     loader = Loader(dataset(val=range(n)), 8, BIG_VOCAB, 1)
-    assert all(x.shape == y.shape == (3, 8) and (y != -1).any() for x, y in loader.val_batches(10**9, 3))
+    assert all(
+        x.shape == y.shape == (3, 8) and (y != -1).any() for x, y in loader.val_batches(10**9, 3)
+    )
     assert all((y != -1).any() for _, y in loader.val_batches(10**9, 1))
 
 
@@ -169,7 +177,10 @@ def test_ranks_share_the_validation_windows_out_in_equally_many_batches(dataset,
     loader = Loader(dataset(val=range(n)), 8, BIG_VOCAB, 1)
     shares = [list(loader.val_batches(10**9, 2, rank, size)) for rank in range(size)]
     targets = torch.cat([y for share in shares for _, y in share])
-    assert sorted(targets[targets != -1].tolist()) == list(range(1, n)) and len({len(share) for share in shares}) == 1
+    assert (
+        sorted(targets[targets != -1].tolist()) == list(range(1, n))
+        and len({len(share) for share in shares}) == 1
+    )
 
 
 def test_validation_is_the_same_in_every_call_and_for_every_seed(dataset):
@@ -189,7 +200,9 @@ def test_validation_windows_do_not_depend_on_batch_size(dataset, eval_tokens):
     assert all(torch.equal(windows[0], other) for other in windows[1:])
 
 
-@pytest.mark.parametrize(("eval_tokens", "windows"), [(1, 1), (8, 1), (9, 2), (40, 5), (96, 12), (97, 13), (10**9, 13)])
+@pytest.mark.parametrize(
+    ("eval_tokens", "windows"), [(1, 1), (8, 1), (9, 2), (40, 5), (96, 12), (97, 13), (10**9, 13)]
+)
 def test_eval_tokens_limits_the_windows(dataset, eval_tokens, windows):
     _, y = validation(Loader(dataset(val=range(100)), 8, BIG_VOCAB, 1), eval_tokens)
     assert (y != -1).any(dim=1).sum() == windows
@@ -203,7 +216,7 @@ def test_limited_validation_windows_are_spread_evenly(dataset, eval_tokens):
     assert places[0] == 0 and max(gaps) - min(gaps) <= 1
 
 
-# Bad bins -------------------------------------------------------------------------------------------------------------
+# Bad bins -------------------------------------------------------------------------------------
 
 
 def complaint(folder, block_size=8, vocab_size=100, use=lambda loader: None):
@@ -252,14 +265,24 @@ def test_an_id_beyond_the_vocabulary_is_found_from_meta_json_with_both_numbers(d
 
 def test_a_bin_at_the_limits_of_meta_json_is_accepted(dataset):
     about = {"tokens": 64, "largest_id": 99}
-    assert Loader(dataset(about={"tokenizer": "byte", "train": about, "val": about}), 8, 100, 1).n_train == 64
+    assert (
+        Loader(
+            dataset(about={"tokenizer": "byte", "train": about, "val": about}), 8, 100, 1
+        ).n_train
+        == 64
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_an_id_beyond_the_vocabulary_is_found_in_a_batch_with_both_numbers(dataset, split):
     use = {"train": lambda loader: loader.train_batch(0, 100), "val": validation}
     message = complaint(dataset(**{split: [*range(40), 100]}), use=use[split])
-    assert f"{split}.bin" in message and "token id 100" in message and "vocab_size=100" in message and "101" in message
+    assert (
+        f"{split}.bin" in message
+        and "token id 100" in message
+        and "vocab_size=100" in message
+        and "101" in message
+    )
 
 
 def test_an_id_that_is_the_last_of_the_vocabulary_is_accepted(dataset):
@@ -287,10 +310,12 @@ def test_foreign_bins_need_no_more_than_the_tokenizer_s_name(dataset):
     assert (loader.n_train, loader.n_val, loader.meta["vocab_size"]) == (64, 20, 50257)
 
 
-# Memory ---------------------------------------------------------------------------------------------------------------
+# Memory ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="resident memory is read from /proc"
+)
 def test_memory_does_not_grow_with_what_was_read(dataset):
     folder = dataset()
     os.truncate(folder / "train.bin", 100 * 2**20)

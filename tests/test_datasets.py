@@ -24,7 +24,9 @@ def make(name, **options):
     """Prepare data/NAME; returns its ids for training and for validation, and its meta.json."""
     prepare(PrepareConfig(name, **options))
     folder = Path("data", name)
-    train, val = (np.fromfile(folder / f"{split}.bin", "<u2").tolist() for split in ("train", "val"))
+    train, val = (
+        np.fromfile(folder / f"{split}.bin", "<u2").tolist() for split in ("train", "val")
+    )
     return train, val, json.loads((folder / "meta.json").read_text(encoding="utf-8"))
 
 
@@ -33,7 +35,10 @@ def test_stdlib_is_python_text_by_bytes(monkeypatch):
     monkeypatch.setattr(prepare_data, "stdlib_files", lambda: files)
     train, val, meta = make("stdlib")
     documents = [Path(path).read_bytes() for path in files]
-    assert bytes(id for id in train + val if id < 256) == b"".join(documents) and meta["tokenizer"] == "byte"
+    assert (
+        bytes(id for id in train + val if id < 256) == b"".join(documents)
+        and meta["tokenizer"] == "byte"
+    )
 
 
 def test_stdlib_files_are_distinct_and_not_tests_and_in_the_same_order_every_time():
@@ -47,7 +52,9 @@ def test_stdlib_files_are_distinct_and_not_tests_and_in_the_same_order_every_tim
 def shakespeare(hub, monkeypatch):
     hub.files["input.txt"] = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 10
     monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", f"{hub.url}/input.txt")
-    monkeypatch.setattr(prepare_data, "SHAKESPEARE_SHA256", hashlib.sha256(hub.files["input.txt"]).hexdigest())
+    monkeypatch.setattr(
+        prepare_data, "SHAKESPEARE_SHA256", hashlib.sha256(hub.files["input.txt"]).hexdigest()
+    )
     return hub.files["input.txt"]
 
 
@@ -87,7 +94,10 @@ def test_your_own_text_under_a_known_name_is_split_and_tokenized_as_that_dataset
 @pytest.mark.parametrize(
     ("argv", "command"),
     [
-        (["mine", "--tokenizer=byte"], "python train.py config/quickstart.py --dataset=mine --out_dir=out/mine"),
+        (
+            ["mine", "--tokenizer=byte"],
+            "python train.py config/quickstart.py --dataset=mine --out_dir=out/mine",
+        ),
         (["shakespeare_char"], "python train.py config/shakespeare_char.py"),
     ],
 )

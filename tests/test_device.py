@@ -6,7 +6,13 @@ import pytest
 import torch
 
 import train
-from common.device import is_out_of_memory, peak_flops, pick_device, pick_dtype, set_float32_precision
+from common.device import (
+    is_out_of_memory,
+    peak_flops,
+    pick_device,
+    pick_dtype,
+    set_float32_precision,
+)
 from common.errors import UserError
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -29,7 +35,9 @@ def test_auto_is_bfloat16_on_gpus_that_compute_it(monkeypatch, capability, dtype
     assert pick_dtype("auto", torch.device("cuda", 0)) == dtype
 
 
-@pytest.mark.parametrize("has, dtype", [({}, FP32), ({"amx_bf16": True}, BF16), ({"avx512_bf16": True}, BF16)])
+@pytest.mark.parametrize(
+    "has, dtype", [({}, FP32), ({"amx_bf16": True}, BF16), ({"avx512_bf16": True}, BF16)]
+)
 def test_auto_is_bfloat16_on_cpus_that_compute_it(monkeypatch, has, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     assert pick_dtype("auto", torch.device("cpu")) == dtype
@@ -58,13 +66,19 @@ def test_memory_that_a_cpu_cannot_give_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 55)
     assert is_out_of_memory(error.value)
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert is_out_of_memory(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    )
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-@pytest.mark.parametrize("batch_size, advice", [(12, "=8 keeps"), (3, "=2 keeps"), (1, "--activation_checkpointing=")])
+@pytest.mark.parametrize(
+    "batch_size, advice", [(12, "=8 keeps"), (3, "=2 keeps"), (1, "--activation_checkpointing=")]
+)
 def test_the_advice_is_the_largest_smaller_batch_that_divides(batch_size, advice):
-    config = SimpleNamespace(total_batch_size=24 * 16, batch_size=batch_size, activation_checkpointing=False)
+    config = SimpleNamespace(
+        total_batch_size=24 * 16, batch_size=batch_size, activation_checkpointing=False
+    )
     assert advice in train.out_of_memory_advice(config, 16)
 
 
@@ -97,7 +111,9 @@ def test_several_processes_choose_the_cpu_rather_than_one_apple_gpu(monkeypatch)
 
 
 @pytest.mark.parametrize("deterministic, precision", [(False, "high"), (True, "highest")])
-def test_float32_products_use_tf32_on_cuda_unless_deterministic(monkeypatch, deterministic, precision):
+def test_float32_products_use_tf32_on_cuda_unless_deterministic(
+    monkeypatch, deterministic, precision
+):
     chosen = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
     set_float32_precision(torch.device("cuda", 0), deterministic)

@@ -31,13 +31,25 @@ from tools.export import export
 
 ROOT = Path(train.__file__).parent
 # Sizes that 2 and 4 divide and 3 does not, an odd vocabulary (257), two micro-steps for any number of ranks.
-SHAPE = dict(n_head=4, n_embd=40, n_kv_head=2, window=5, total_batch_size=384, dropout=0.0, learning_rate=3e-3)
-SHAPE |= dict(max_steps=50, eval_interval=25, checkpoint_interval=100, eval_tokens=400, log_interval=50)
+SHAPE = dict(
+    n_head=4,
+    n_embd=40,
+    n_kv_head=2,
+    window=5,
+    total_batch_size=384,
+    dropout=0.0,
+    learning_rate=3e-3,
+)
+SHAPE |= dict(
+    max_steps=50, eval_interval=25, checkpoint_interval=100, eval_tokens=400, log_interval=50
+)
 # mode: world size, options
 MODES = {"ddp2": (2, {}), "fsdp2": (2, {"fsdp": True}), "fsdp3": (3, {"fsdp": True})}
 MODES |= {"ddp4": (4, {}), "hsdp 2x2": (4, {"fsdp": True, "shard_degree": 2})}
 ALL_MODES = MODES | {"fsdp4": (4, {"fsdp": True})}
-WIDE = dict(n_layer=4, n_embd=128, max_steps=3)  # so wide that the parameters are most of the memory
+WIDE = dict(
+    n_layer=4, n_embd=128, max_steps=3
+)  # so wide that the parameters are most of the memory
 NARROW = dict(n_embd=2, n_head=1, max_steps=12)  # vectors of 2 elements: fewer than ranks
 SHORT = dict(max_steps=12, eval_interval=6, dropout=0.1)
 # A run that each mode resumes from the checkpoint of the mode before it, in the order of the launches.
@@ -48,7 +60,11 @@ LOGGED = ["train_loss", "grad_norm", "val_loss"]
 def command(name, ranks=1, model="model", **options):
     """The command line of a run for so many ranks."""
     own = train.model_module(model).GPTConfig.__dataclass_fields__
-    shape = {key: value for key, value in SHAPE.items() if key not in ("n_kv_head", "window") or key in own}
+    shape = {
+        key: value
+        for key, value in SHAPE.items()
+        if key not in ("n_kv_head", "window") or key in own
+    }
     shape |= {"batch_size": 12 // ranks, "out_dir": f"out/{name}-{model}"}
     return arguments(model=model, **shape | options)
 
@@ -58,7 +74,9 @@ def torchrun(ranks, *argv, **options):
     flags = ["--standalone", f"--nproc_per_node={ranks}"]
     flags += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     line = [sys.executable, "-m", "torch.distributed.run", *flags, *map(str, argv)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def finish(process, timeout=300):
@@ -66,7 +84,9 @@ def finish(process, timeout=300):
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split():
+        for pid in subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ).stdout.split():
             os.kill(int(pid), signal.SIGKILL)
         process.kill()
         out, err = process.communicate()
@@ -91,8 +111,14 @@ def fork(runs):
     """{world size: runs}, in forked processes: {world size: for each rank what it noted}, and stderr."""
     for ranks in runs:
         Path(f"runs{ranks}.json").write_text(json.dumps(runs[ranks]))
-    line = [sys.executable, ROOT / "tests/launched.py", *(f"{ranks}:runs{ranks}.json" for ranks in runs)]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    line = [
+        sys.executable,
+        ROOT / "tests/launched.py",
+        *(f"{ranks}:runs{ranks}.json" for ranks in runs),
+    ]
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     status, out, err = finish(process)
     assert status == 0, out[-2000:] + err[-4000:]
     return {ranks: notes_of(ranks, f"runs{ranks}.json") for ranks in runs}, err
@@ -114,21 +140,30 @@ def stop_in_step(step, argv):
         train.train_step = original
 
 
-# The runs -------------------------------------------------------------------------------------------------------------
+# The runs -------------------------------------------------------------------------------------
 
 # What all ranks refuse together: options, and what the one line must name.
 REFUSED = {
-    "a shard_degree that does not divide": (dict(fsdp=True, shard_degree=3), ["shard_degree=3", "2"]),
+    "a shard_degree that does not divide": (
+        dict(fsdp=True, shard_degree=3),
+        ["shard_degree=3", "2"],
+    ),
     "float16 with fsdp": (dict(fsdp=True, dtype="float16"), ["dtype=float16", "fsdp"]),
     "a batch that the ranks cannot divide": (
         dict(total_batch_size=288, batch_size=6),
         ["batch_size x block_size x processes = 6 x 16 x 2 = 192", "192 and 384"],
     ),
     "a missing dataset": (dict(dataset="shakespeare"), ["python prepare_data.py shakespeare"]),
-    "more ranks than GPUs": (dict(device="cuda"), ["cuda:0" if not torch.cuda.is_available() else "--nproc_per_node"]),
+    "more ranks than GPUs": (
+        dict(device="cuda"),
+        ["cuda:0" if not torch.cuda.is_available() else "--nproc_per_node"],
+    ),
     "an unknown option": (dict(lr=1), ["lr", "learning_rate"]),
     "ranks with other options": ("ranks differ", ["rank 1 has seed=2", "rank 0 has seed=1"]),
-    "ranks with other data": ("data differ", ["rank 1 has data=", "8980", "rank 0 has data=", "9080"]),
+    "ranks with other data": (
+        "data differ",
+        ["rank 1 has data=", "8980", "rank 0 has data=", "9080"],
+    ),
     "machines without a shared out_dir": ("folders differ", ["out/apart-model"]),
 }
 
@@ -163,7 +198,10 @@ def runs_of(ranks, pairs, more):
         return runs
     for mode, (size, options) in ALL_MODES.items():
         if size == ranks:
-            runs[f"wide-{mode}"] = {"argv": command(f"wide-{mode}", ranks, **WIDE, **options), "weigh": True}
+            runs[f"wide-{mode}"] = {
+                "argv": command(f"wide-{mode}", ranks, **WIDE, **options),
+                "weigh": True,
+            }
     for mode in CHAIN:
         size, options = ALL_MODES[mode]
         if size == ranks:
@@ -176,7 +214,9 @@ def runs_of(ranks, pairs, more):
             runs[f"bf16-{mode}"] = {"argv": command(f"bf16-{mode}", 2, dtype="bfloat16", **options)}
             recompute = dict(activation_checkpointing=True, **options)
             runs[f"again-{mode}"] = {"argv": command(f"again-{mode}", 2, MODELS[-1], **recompute)}
-            stopped, whole = (command(f"{name}-{mode}", 2, **options, **SHORT) for name in ("stopped", "whole"))
+            stopped, whole = (
+                command(f"{name}-{mode}", 2, **options, **SHORT) for name in ("stopped", "whole")
+            )
             runs[f"stopped-{mode}"] = {"argv": stopped, "signal": "SIGTERM", "rank": 1, "step": 7}
             runs[f"resumed-{mode}"] = {"argv": stopped}
             runs[f"whole-{mode}"] = {"argv": whole}
@@ -251,7 +291,9 @@ def weights_apart(mode, model):
     C, apart = ours.config.n_embd, []
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         if name.endswith("c_attn.bias") and "rope" not in model:
-            keys = slice(C, C + (len(a) - C) // 2)  # has no gradient but rounding's, which Adam scales up: see below
+            keys = slice(
+                C, C + (len(a) - C) // 2
+            )  # has no gradient but rounding's, which Adam scales up: see below
             a, b = (torch.cat([p[: keys.start], p[keys.stop :]]) for p in (a, b))
         apart.append(((a - b).norm() / a.norm()).item())
     return max(apart)
@@ -262,9 +304,11 @@ def same_weights(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-# The same numbers in every mode ---------------------------------------------------------------------------------------
+# The same numbers in every mode ---------------------------------------------------------------
 
-each_mode_and_model = pytest.mark.parametrize(("mode", "model"), list(itertools.product(MODES, MODELS)))
+each_mode_and_model = pytest.mark.parametrize(
+    ("mode", "model"), list(itertools.product(MODES, MODELS))
+)
 
 
 @each_mode_and_model
@@ -284,7 +328,9 @@ def test_a_key_bias_has_no_gradient_without_rotary_positions(done, model):
     gpt, C = load_model(f"out/one-{model}")[0], SHAPE["n_embd"]
     x = torch.randint(257, (4, 16), generator=torch.Generator().manual_seed(0))
     gpt(x, x).backward()
-    for block in gpt.transformer.h:  # it adds the same to all scores of a query, which softmax does not change
+    for block in (
+        gpt.transformer.h
+    ):  # it adds the same to all scores of a query, which softmax does not change
         q, kv = block.attn.c_attn.bias.grad.tensor_split([C])
         k, v = kv.chunk(2)
         assert k.norm() < 1e-5 * min(q.norm(), v.norm())
@@ -292,7 +338,13 @@ def test_a_key_bias_has_no_gradient_without_rotary_positions(done, model):
 
 @pytest.mark.parametrize("mode", ["ddp2", "fsdp2"])
 def test_recomputing_activations_changes_nothing(done, mode):
-    assert max(farthest(log("one", MODELS[-1]), log(f"again-{mode}", MODELS[-1]), key) for key in LOGGED) < 1e-4
+    assert (
+        max(
+            farthest(log("one", MODELS[-1]), log(f"again-{mode}", MODELS[-1]), key)
+            for key in LOGGED
+        )
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("mode", ["ddp2", "fsdp2"])
@@ -310,7 +362,7 @@ def test_the_ranks_divide_the_same_global_batch_at_every_step(done, mode, model)
         assert {len(shard) for shard in shards} == {24 // len(shards)}
 
 
-# Memory ---------------------------------------------------------------------------------------------------------------
+# Memory ---------------------------------------------------------------------------------------
 
 
 def held(notes, mode):
@@ -328,7 +380,7 @@ def test_saving_holds_no_more_tensors_than_the_step_before_it(done, mode):
         assert 0 < max(rank["saving"]) <= max(rank["bytes"])
 
 
-# Checkpoints ----------------------------------------------------------------------------------------------------------
+# Checkpoints ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["chain", "narrow"])
@@ -339,13 +391,19 @@ def test_a_run_resumed_in_other_modes_is_the_unbroken_one(done, name):
 
 def test_every_mode_resumed_the_chain_where_the_one_before_it_had_stopped(done):
     for mode in CHAIN:
-        assert {len(rank["sequences"]) for rank in done[0][f"chain-{mode}"]} == {3}  # the third was dropped
+        assert {len(rank["sequences"]) for rank in done[0][f"chain-{mode}"]} == {
+            3
+        }  # the third was dropped
     assert {len(rank["sequences"]) for rank in done[0]["narrow-fsdp4"]} == {6}
 
 
 @pytest.mark.parametrize("mode", ["ddp2", "fsdp2"])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(done, mode):
-    for name, steps in (("stopped", 8), ("resumed", 5), ("whole", 12)):  # the eighth was begun, seven were finished
+    for name, steps in (
+        ("stopped", 8),
+        ("resumed", 5),
+        ("whole", 12),
+    ):  # the eighth was begun, seven were finished
         for rank in done[0][f"{name}-{mode}"]:
             assert (len(rank["sequences"]), rank["status"]) == (steps, 0)
 
@@ -353,12 +411,15 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(done, mode):
 @pytest.mark.parametrize("mode", ["ddp2", "fsdp2"])
 def test_resuming_after_a_signal_gives_the_same_bits(done, mode):
     assert [step for step, *_ in losses(f"stopped-{mode}")] == list(range(13))
-    assert losses(f"stopped-{mode}") == losses(f"whole-{mode}") and same_weights(f"stopped-{mode}", f"whole-{mode}")
+    assert losses(f"stopped-{mode}") == losses(f"whole-{mode}") and same_weights(
+        f"stopped-{mode}", f"whole-{mode}"
+    )
 
 
 def test_a_sharded_checkpoint_has_a_file_per_rank_and_a_replicated_one_has_one_copy(done):
     files = {
-        mode: list(Path(f"out/whole-{mode}-model/step_00000012").glob("*.safetensors")) for mode in ("ddp2", "fsdp2")
+        mode: list(Path(f"out/whole-{mode}-model/step_00000012").glob("*.safetensors"))
+        for mode in ("ddp2", "fsdp2")
     }
     assert len(files["fsdp2"]) == 2
     sizes = {mode: sum(path.stat().st_size for path in paths) for mode, paths in files.items()}
@@ -373,7 +434,7 @@ def test_a_sharded_checkpoint_is_sampled_and_exported_in_one_process(done, capsy
     assert capsys.readouterr().out.startswith("def ")
 
 
-# Refusals -------------------------------------------------------------------------------------------------------------
+# Refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -387,12 +448,15 @@ def test_a_refusal_ends_both_ranks_with_status_2_and_one_line_that_says_why(done
     assert not Path("out/refused-model").exists()
 
 
-# docs/DISTRIBUTED.md --------------------------------------------------------------------------------------------------
+# docs/DISTRIBUTED.md --------------------------------------------------------------------------
 
 
 def tables(notes):
     """The tables of docs/DISTRIBUTED.md, as {name: lines}."""
-    parity = ["| largest difference: logged / weights | " + " | ".join(MODES) + " |", "|---" * (len(MODES) + 1) + "|"]
+    parity = [
+        "| largest difference: logged / weights | " + " | ".join(MODES) + " |",
+        "|---" * (len(MODES) + 1) + "|",
+    ]
     for model in MODELS:
         cells = []
         for mode in MODES:
@@ -405,7 +469,9 @@ def tables(notes):
         memory.append(f"| {mode} | {held(notes, mode) / 1e6:.2f} | {fraction:.2f} |")
     saving = ["| one process | GB of state | GB more while it saves |", "|---|---|---|"]
     for name, n_layer, n_embd in (("GPT-2 124M", 12, 768), ("GPT-2 medium, 355M", 24, 1024)):
-        state, extra = (number / 1e9 for number in save_memory(n_layer, n_embd, checkpoint.FILE_BYTES))
+        state, extra = (
+            number / 1e9 for number in save_memory(n_layer, n_embd, checkpoint.FILE_BYTES)
+        )
         saving.append(f"| {name} | {state:.2f} | {extra:.2f} |")
     return {"parity": parity, "memory": memory, "saving": saving}
 
@@ -421,5 +487,7 @@ if __name__ == "__main__":  # write the tables into docs/DISTRIBUTED.md
     for name, lines in made.items():
         print("\n".join(lines))
         table = "\n".join([f"<!-- {name} -->", *lines, "<!-- end -->"])
-        text = re.sub(rf"<!-- {name} -->(\n(.*\n)*?<!-- end -->)?", lambda match, table=table: table, text)
+        text = re.sub(
+            rf"<!-- {name} -->(\n(.*\n)*?<!-- end -->)?", lambda match, table=table: table, text
+        )
     path.write_text(text, encoding="utf-8")

@@ -33,7 +33,9 @@ ROOT = Path(__file__).parent.parent
 PATHS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
-FILE = re.compile(r"[\w./*-]+\.(py|md|txt|toml)(::\S+)?|(config|docs|tests|experiments|common|tools)/[\w./*-]*")
+FILE = re.compile(
+    r"[\w./*-]+\.(py|md|txt|toml)(::\S+)?|(config|docs|tests|experiments|common|tools)/[\w./*-]*"
+)
 COMMAND = re.compile(r"(python|torchrun) .*\.py\b|python -m |pytest .|diff .|git diff .")
 USERS_FILES = {"model_mine.py", "corpus/*.txt"}  # examples of what readers make
 OTHER_OPTIONS = {"help", "key"}  # --key=value
@@ -49,19 +51,26 @@ def inline_code(text):
 def anchors(text):
     """Those that GitHub gives to a document's headings."""
     titles = re.findall(r"^#+ (.*)", BLOCK.sub("", text), re.M)
-    return {re.sub(r"[^\w -]", "", re.sub(r"\]\(.*?\)", "", title).lower()).replace(" ", "-") for title in titles}
+    return {
+        re.sub(r"[^\w -]", "", re.sub(r"\]\(.*?\)", "", title).lower()).replace(" ", "-")
+        for title in titles
+    }
 
 
 def is_there(name):
     """Whether this is a file or a pattern of some, from the root; with ::, a test in it."""
     file, _, function = name.partition("[")[0].partition("::")
     files = ROOT.glob(file.removeprefix("./"))
-    return file in USERS_FILES or any(not function or f"def {function}(" in path.read_text("utf-8") for path in files)
+    return file in USERS_FILES or any(
+        not function or f"def {function}(" in path.read_text("utf-8") for path in files
+    )
 
 
 @each_document
 def test_links_lead_to_files_and_headings_that_exist(name):
-    for file, anchor in re.findall(r"\]\((?!https?:)([^)\s#]*)#?([^)\s]*)\)", BLOCK.sub("", TEXTS[name])):
+    for file, anchor in re.findall(
+        r"\]\((?!https?:)([^)\s#]*)#?([^)\s]*)\)", BLOCK.sub("", TEXTS[name])
+    ):
         path = (ROOT / name).parent / file if file else ROOT / name
         assert path.exists(), file
         assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), anchor
@@ -69,22 +78,33 @@ def test_links_lead_to_files_and_headings_that_exist(name):
 
 @each_document
 def test_files_that_are_named_exist(name):
-    assert not [code for code in inline_code(TEXTS[name]) if FILE.fullmatch(code) and not is_there(code)]
+    assert not [
+        code for code in inline_code(TEXTS[name]) if FILE.fullmatch(code) and not is_there(code)
+    ]
 
 
 @each_document
 def test_options_that_are_named_exist(name):
-    programs = [train.TrainConfig, sample.SampleConfig, prepare_data.PrepareConfig, bench.BenchConfig]
+    programs = [
+        train.TrainConfig,
+        sample.SampleConfig,
+        prepare_data.PrepareConfig,
+        bench.BenchConfig,
+    ]
     programs += [study.StudyConfig, look.LookConfig, plot_loss.PlotConfig, export.ExportConfig]
     programs.append(estimate_memory.EstimateConfig)
     programs += [*(train.model_module(model).GPTConfig for model in MODELS)]
-    known = {field.name for program in programs for field in dataclasses.fields(program)} | OTHER_OPTIONS
+    known = {
+        field.name for program in programs for field in dataclasses.fields(program)
+    } | OTHER_OPTIONS
     known |= {flag.lstrip("-") for flag in get_args_parser()._option_string_actions}
-    code = " ".join(code for code in inline_code(TEXTS[name]) if not code.startswith(("git ", "pip ")))
+    code = " ".join(
+        code for code in inline_code(TEXTS[name]) if not code.startswith(("git ", "pip "))
+    )
     assert set(re.findall(r"(?:^|\s)--([\w-]+)", code)) <= known
 
 
-# Commands -------------------------------------------------------------------------------------------------------------
+# Commands -------------------------------------------------------------------------------------
 
 
 def commands():
@@ -92,10 +112,16 @@ def commands():
     lines = []
     for text in TEXTS.values():
         for language, block in BLOCK.findall(text):
-            lines += block.replace("\\\n", " ").splitlines() if language in ("sh", "bash", "shell") else []
+            lines += (
+                block.replace("\\\n", " ").splitlines()
+                if language in ("sh", "bash", "shell")
+                else []
+            )
         lines += [code for code in inline_code(text) if COMMAND.match(code) and "..." not in code]
     parts = [part for line in lines for part in re.sub(r"(^|\s)#.*", "", line).split("&&")]
-    return list(dict.fromkeys(" ".join(part.split()) for part in parts if part.strip() and "$(" not in part))
+    return list(
+        dict.fromkeys(" ".join(part.split()) for part in parts if part.strip() and "$(" not in part)
+    )
 
 
 def run(argv):
@@ -105,23 +131,38 @@ def run(argv):
     if argv[:1] == ["torchrun"]:
         launch = get_args_parser().parse_args(argv[1:])
         argv = ["python", launch.training_script, *launch.training_script_args]
-    if not argv or argv[0] in CHECKED_FOR_FILES or (argv[0] == "python" and argv[1].startswith("tests/")):
+    if (
+        not argv
+        or argv[0] in CHECKED_FOR_FILES
+        or (argv[0] == "python" and argv[1].startswith("tests/"))
+    ):
         assert not [arg for arg in argv if FILE.fullmatch(arg) and not is_there(arg)]
     elif argv[:2] == ["python", "-m"] and argv[2].startswith("experiments."):
         module = importlib.import_module(argv[2])
         if module is look:
-            look.main([*(re.sub("model_mine", "model", arg) for arg in argv[3:]), "--n_head=2", "--n_embd=16"])
+            look.main(
+                [
+                    *(re.sub("model_mine", "model", arg) for arg in argv[3:]),
+                    "--n_head=2",
+                    "--n_embd=16",
+                ]
+            )
         elif module is not report:
             assert configure(study.StudyConfig, argv[3:], "").preset in module.PRESETS
     elif argv[:2] == ["python", "-m"] and argv[2] in TOOLS:
         prepare_runs(argv[3:])
         TOOLS[argv[2]](argv[3:])
     elif argv[0] == "python" and argv[1] in PROGRAMS:
-        args = [re.sub("|".join(STANDS_FOR), lambda match: STANDS_FOR[match[0]], arg) for arg in argv[2:]]
+        args = [
+            re.sub("|".join(STANDS_FOR), lambda match: STANDS_FOR[match[0]], arg)
+            for arg in argv[2:]
+        ]
         prepare_runs(args)
         PROGRAMS[argv[1]](args)
     else:
-        pytest.fail(f"a command of a form that this test does not know, teach it: {shlex.join(argv)}")
+        pytest.fail(
+            f"a command of a form that this test does not know, teach it: {shlex.join(argv)}"
+        )
 
 
 def prepare_runs(argv):
@@ -134,11 +175,22 @@ def prepare_runs(argv):
 
 def run_train(argv):
     config, _ = configure_with_model(
-        train.TrainConfig, argv, "", lambda config: train.model_module(config.model).GPTConfig, models_with_option
+        train.TrainConfig,
+        argv,
+        "",
+        lambda config: train.model_module(config.model).GPTConfig,
+        models_with_option,
     )
-    shapes = {"scratch": dict(n_head=4, n_embd=32, vocab_size=257), "out": {}}  # a run has the tiny one's shape
-    tiny = shapes.get(config.init_from.partition("/")[0], dict(n_layer=None, n_head=None, n_embd=None))
-    tiny = tiny | dict(max_steps=1, out_dir=None, fsdp=False, shard_degree=0, compile=False, deterministic=False)
+    shapes = {
+        "scratch": dict(n_head=4, n_embd=32, vocab_size=257),
+        "out": {},
+    }  # a run has the tiny one's shape
+    tiny = shapes.get(
+        config.init_from.partition("/")[0], dict(n_layer=None, n_head=None, n_embd=None)
+    )
+    tiny = tiny | dict(
+        max_steps=1, out_dir=None, fsdp=False, shard_degree=0, compile=False, deterministic=False
+    )
     train.main(argv + arguments(**tiny))
 
 
@@ -156,7 +208,9 @@ PROGRAMS = {"train.py": run_train, "prepare_data.py": run_prepare}
 PROGRAMS["sample.py"] = lambda argv: sample.main([*argv, "--max_new_tokens=5", "--device=cpu"])
 TOOLS = {"tools.plot_loss": plot_loss.main, "tools.export": export.main}
 TOOLS["tools.bench"] = lambda argv: bench.main([*argv, "--device=cpu"])
-TOOLS["tools.estimate_memory"] = lambda argv: estimate_memory.main([*argv, "--n_layer=2", "--n_head=4", "--n_embd=32"])
+TOOLS["tools.estimate_memory"] = lambda argv: estimate_memory.main(
+    [*argv, "--n_layer=2", "--n_head=4", "--n_embd=32"]
+)
 
 
 @pytest.mark.parametrize("command", commands())
@@ -167,12 +221,14 @@ def test_a_command_runs(command, tiny_run, monkeypatch):
         return Path("released")
 
     monkeypatch.setattr(pretrained, "_fetch", fetch)  # of GPT-2's released weights
-    monkeypatch.setattr(bench, "BENCHMARKS", dict.fromkeys(bench.BENCHMARKS, lambda *args: []))  # minutes each
+    monkeypatch.setattr(
+        bench, "BENCHMARKS", dict.fromkeys(bench.BENCHMARKS, lambda *args: [])
+    )  # minutes each
     os.symlink(ROOT / "config", "config")
     run(shlex.split(command))
 
 
-# docs/BREAK_IT.md -----------------------------------------------------------------------------------------------------
+# docs/BREAK_IT.md -----------------------------------------------------------------------------
 
 ROW = re.compile(r"\| (\d+) \|.*?\| `(.*?)` \| `(.*?)` \| `(.*?)` \|.*\| `(.*?)` \|")
 EDITS = {row[1]: row.groups()[1:] for row in ROW.finditer(TEXTS["docs/BREAK_IT.md"])}
@@ -182,7 +238,9 @@ each_edit = pytest.mark.parametrize("number", EDITS)
 @each_edit
 def test_an_edit_replaces_a_text_that_exists_once_and_names_an_existing_test(number):
     file, old, new, node = EDITS[number]
-    assert (ROOT / file).read_text(encoding="utf-8").count(old) == 1 and new != old and is_there(node)
+    assert (
+        (ROOT / file).read_text(encoding="utf-8").count(old) == 1 and new != old and is_there(node)
+    )
 
 
 def outcome(folder, *nodes):
@@ -195,7 +253,9 @@ def outcome(folder, *nodes):
 def tree(tmp_path_factory):
     """A copy of the tree, in which the tests of the table pass."""
     folder = tmp_path_factory.mktemp("tree") / "copy"
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "data", "out"))
+    shutil.copytree(
+        ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "data", "out")
+    )
     assert re.match(r"\d+ passed", outcome(folder, *{node for *_, node in EDITS.values()}))
     return folder
 

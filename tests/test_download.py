@@ -90,7 +90,9 @@ def test_a_server_without_ranges_sends_all_again(hub, part, fetch, target):
     assert target.read_bytes() == BODY
 
 
-@pytest.mark.parametrize("if_range", [True, False], ids=["server with If-Range", "server without If-Range"])
+@pytest.mark.parametrize(
+    "if_range", [True, False], ids=["server with If-Range", "server without If-Range"]
+)
 def test_a_changed_file_is_not_joined_with_the_old_part(hub, part, fetch, target, if_range):
     hub.files["file.bin"], hub.if_range = CHANGED, if_range
     hub.sha256["file.bin"] = None  # with a hash the mixture would be noticed anyway
@@ -204,12 +206,18 @@ def test_the_message_of_a_broken_download_names_the_part_that_is_kept(hub, fetch
 
 def test_hub_url_honours_hf_endpoint(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
-    assert hub_url("gpt2/resolve/main/config.json") == "https://mirror.example/gpt2/resolve/main/config.json"
+    assert (
+        hub_url("gpt2/resolve/main/config.json")
+        == "https://mirror.example/gpt2/resolve/main/config.json"
+    )
 
 
 def test_hub_url_is_hugging_face_without_hf_endpoint(monkeypatch):
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    assert hub_url("gpt2/resolve/main/config.json") == "https://huggingface.co/gpt2/resolve/main/config.json"
+    assert (
+        hub_url("gpt2/resolve/main/config.json")
+        == "https://huggingface.co/gpt2/resolve/main/config.json"
+    )
 
 
 def test_file_sha256_is_hashlibs(tmp_path):

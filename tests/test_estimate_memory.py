@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._subclasses import FakeTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore  # collectives of many ranks in one process
+from torch.testing._internal.distributed.fake_pg import (
+    FakeStore,  # collectives of many ranks in one process
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.distributed import gradient_sync, shard_model
@@ -15,7 +17,13 @@ from common.optimizer import make_optimizer
 from tools import estimate_memory
 
 MODELS = model_names()
-ODD = {"block_size": 24, "vocab_size": 33, "n_layer": 3, "n_head": 2, "n_embd": 20}  # 33 and 20 are cut unevenly by 8
+ODD = {
+    "block_size": 24,
+    "vocab_size": 33,
+    "n_layer": 3,
+    "n_head": 2,
+    "n_embd": 20,
+}  # 33 and 20 are cut unevenly by 8
 ADAMW = SimpleNamespace(weight_decay=0.1, learning_rate=1e-3, beta1=0.9, beta2=0.95)
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -29,7 +37,9 @@ def estimated(**options):
 def small(name):
     """The options of a model that ODD's two heads, and short texts, need."""
     known = {"window": 100, "n_kv_head": 1}
-    return {option: n for option, n in known.items() if hasattr(model_module(name).GPTConfig, option)}
+    return {
+        option: n for option, n in known.items() if hasattr(model_module(name).GPTConfig, option)
+    }
 
 
 def gpt(name="model", **options):
@@ -42,7 +52,12 @@ def kept(model, dtype, autocast):
     """Bytes of what a real forward of two sequences keeps; copies of weights, known by their values, aside."""
     tokens = torch.randint(33, (2, model.config.block_size))
     saved, weights = [], list(model.parameters())
-    values = {(tuple(w.shape), w.detach().to(dtype).sum().item()) for p in weights if p.dim() == 2 for w in (p, p.T)}
+    values = {
+        (tuple(w.shape), w.detach().to(dtype).sum().item())
+        for p in weights
+        if p.dim() == 2
+        for w in (p, p.T)
+    }
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         with torch.autocast("cpu", dtype, enabled=autocast):
             model(tokens, tokens)
@@ -64,14 +79,19 @@ def test_ddp_holds_what_a_real_model_gradient_and_adamw_do():
     column = estimated()["DDP"]
     assert column["parameters"] == sum(p.nbytes for p in model.parameters())
     assert column["gradients"] == sum(p.grad.nbytes for p in model.parameters())
-    moments = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+    moments = [
+        t for state in optimizer.state.values() for name, t in state.items() if name != "step"
+    ]
     assert column["AdamW's moments"] == sum(t.nbytes for t in moments)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 50])
 def test_a_share_is_the_first_piece_of_torch_chunk(ranks):
     for shape in [(33, 20), (20,), (7,), (60, 20)]:
-        assert estimate_memory.shard_numel([torch.empty(shape)], ranks) == torch.empty(shape).chunk(ranks)[0].numel()
+        assert (
+            estimate_memory.shard_numel([torch.empty(shape)], ranks)
+            == torch.empty(shape).chunk(ranks)[0].numel()
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -123,7 +143,9 @@ class Sent(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, tensors = func.name(), [a[0] if isinstance(a, list) else a for a in args]
         if name.startswith("c10d::"):
-            group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
+            group = next(
+                dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject)
+            )
             N = group.size()
             largest = max(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
             self.bytes += (2 if "allreduce" in name else 1) * (N - 1) / N * largest
@@ -147,7 +169,9 @@ def test_fsdp_holds_and_sends_what_fully_shard_does(ranks, micro_steps):
     for p in model.parameters():
         torch.nn.init.ones_(p.to_local())
     optimizer = make_optimizer(model, ADAMW)
-    groups = [module._get_fsdp_state()._fsdp_param_group for module in (*model.transformer.h, model)]
+    groups = [
+        module._get_fsdp_state()._fsdp_param_group for module in (*model.transformer.h, model)
+    ]
     tokens, whole = torch.zeros(1, 24, dtype=torch.int64), 0
     with Sent() as sent:
         for step in range(micro_steps):
@@ -164,16 +188,27 @@ def test_fsdp_holds_and_sends_what_fully_shard_does(ranks, micro_steps):
     }
     columns = estimated(**options)
     column = columns[
-        f"HSDP {ranks.world_size // ranks.shard_degree} x {ranks.shard_degree}" if ranks.shard_degree else "FSDP"
+        f"HSDP {ranks.world_size // ranks.shard_degree} x {ranks.shard_degree}"
+        if ranks.shard_degree
+        else "FSDP"
     ]
     local = [p.to_local() for p in model.parameters()]
     assert column["parameters"] == sum(p.untyped_storage().nbytes() for p in local)
-    assert column["gradients"] == column["parameters"] and column["AdamW's moments"] == 2 * column["parameters"]
-    moments = [t.to_local() for state in optimizer.state.values() for n, t in state.items() if n != "step"]
+    assert (
+        column["gradients"] == column["parameters"]
+        and column["AdamW's moments"] == 2 * column["parameters"]
+    )
+    moments = [
+        t.to_local() for state in optimizer.state.values() for n, t in state.items() if n != "step"
+    ]
     assert column["AdamW's moments"] == sum(t.nbytes for t in moments)
-    blocks = [sum(t.nbytes for p in group.fsdp_params for t in group_outputs(p)) for group in groups]
+    blocks = [
+        sum(t.nbytes for p in group.fsdp_params for t in group_outputs(p)) for group in groups
+    ]
     assert column["weights in dtype"] == sum(blocks[-3:])
-    one = [sum(p.numel() for p in module.parameters()) for module in (gpt(), gpt().transformer.h[0])]
+    one = [
+        sum(p.numel() for p in module.parameters()) for module in (gpt(), gpt().transformer.h[0])
+    ]
     assert column["unsharded gradients"] == whole + 2 * (one[0] - 2 * one[1])
     assert column["sent per step"] == pytest.approx(sent.bytes)
 
@@ -184,23 +219,36 @@ def group_outputs(param):
 
 
 def test_on_two_ranks_the_wire_carries_what_is_counted_by_hand():
-    even = {"n_embd": 20, "vocab_size": 34, "n_layer": 1, "n_head": 1, "block_size": 8, "world_size": 2}
+    even = {
+        "n_embd": 20,
+        "vocab_size": 34,
+        "n_layer": 1,
+        "n_head": 1,
+        "block_size": 8,
+        "world_size": 2,
+    }
     outside, block = (34 + 8 + 2) * 20, 12 * 20 * 20 + 13 * 20
     columns = estimated(micro_steps=3, **even)
     assert columns["DDP"]["sent per step"] == 4 * (outside + block)
     assert columns["FSDP"]["sent per step"] == 3 * (outside + 2 * block) + 2 * (outside + block)
     columns = estimated(fsdp=True, shard_degree=1, **even)
-    assert columns["HSDP 2 x 1"]["sent per step"] == columns["DDP"]["sent per step"]  # R = 2 copies, nothing shared
+    assert (
+        columns["HSDP 2 x 1"]["sent per step"] == columns["DDP"]["sent per step"]
+    )  # R = 2 copies, nothing shared
 
 
 def test_billions_of_parameters_take_no_memory(monkeypatch):
     seen, activations = [], estimate_memory.activations
     monkeypatch.setattr(
-        estimate_memory, "activations", lambda model, *rest: seen.append(model) or activations(model, *rest)
+        estimate_memory,
+        "activations",
+        lambda model, *rest: seen.append(model) or activations(model, *rest),
     )
     column = estimated(n_layer=3, n_embd=8192, n_head=64, vocab_size=50257)["DDP"]
     assert column["parameters"] > 10e9
-    assert len(seen) == 2 and all(isinstance(p, FakeTensor) for model in seen for p in model.parameters())
+    assert len(seen) == 2 and all(
+        isinstance(p, FakeTensor) for model in seen for p in model.parameters()
+    )
 
 
 def test_the_mode_that_is_asked_for_is_marked(capsys):

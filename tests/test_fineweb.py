@@ -67,7 +67,7 @@ def other_dataset():
     fineweb(1, input="text.txt", tokenizer="byte", val_fraction=0.5)
 
 
-# Shards to bins -------------------------------------------------------------------------------------------------------
+# Shards to bins -------------------------------------------------------------------------------
 
 
 def test_the_bins_are_the_shards_without_headers_in_order(shards):
@@ -90,12 +90,16 @@ def test_meta_describes_the_bins(shards):
     train = shards[1] + shards[2]
     assert (meta()["tokenizer"], meta()["vocab_size"], meta()["shards"]) == ("gpt2", 50257, 2)
     assert (meta()["train"]["tokens"], meta()["train"]["largest_id"]) == (len(train), max(train))
-    assert meta()["train"]["sha256"] == hashlib.sha256((FOLDER / "train.bin").read_bytes()).hexdigest()
+    assert (
+        meta()["train"]["sha256"] == hashlib.sha256((FOLDER / "train.bin").read_bytes()).hexdigest()
+    )
 
 
 def test_meta_counts_the_bytes_of_text(shards, gpt2_tokenizer):
     fineweb(1)
-    assert meta()["val"]["bytes"] == sum(len(gpt2_tokenizer.decode_single_token_bytes(id)) for id in shards[0])
+    assert meta()["val"]["bytes"] == sum(
+        len(gpt2_tokenizer.decode_single_token_bytes(id)) for id in shards[0]
+    )
 
 
 def test_gpt2_s_tokenizer_is_not_needed(shards, monkeypatch):
@@ -107,7 +111,7 @@ def test_gpt2_s_tokenizer_is_not_needed(shards, monkeypatch):
     assert "bytes" not in meta()["train"]
 
 
-# Again ----------------------------------------------------------------------------------------------------------------
+# Again ----------------------------------------------------------------------------------------
 
 
 def test_more_shards_download_only_the_new_ones(shards, hub):
@@ -152,7 +156,7 @@ def test_overwrite_replaces_another_dataset(shards):
     assert (ids("train"), ids("val")) == (shards[1], shards[0])
 
 
-# Options --------------------------------------------------------------------------------------------------------------
+# Options --------------------------------------------------------------------------------------
 
 
 def test_fewer_shards_than_there_are_are_refused_with_both_numbers(shards):
@@ -172,7 +176,7 @@ def test_options_that_cannot_change_it_are_refused(shards, hub, option, value):
     assert f"--{option}" in complaint(**{option: value}) and hub.requests == []
 
 
-# Accidents ------------------------------------------------------------------------------------------------------------
+# Accidents ------------------------------------------------------------------------------------
 
 
 def test_a_broken_connection_resumes_in_the_shard(shards, hub):
@@ -202,7 +206,9 @@ def test_a_bin_shorter_than_meta_says_is_not_appended_to(shards):
     fineweb(1)
     (FOLDER / "train.bin").write_bytes(bytes(10))
     message = complaint(2)
-    assert "5 tokens" in message and f"{len(shards[1])}" in message and "--overwrite=True" in message
+    assert (
+        "5 tokens" in message and f"{len(shards[1])}" in message and "--overwrite=True" in message
+    )
 
 
 BAD_SHARDS = {

@@ -25,7 +25,9 @@ def command(model, **options):
     """The command line of a tiny run of a model on the GPU."""
     own = train.model_module(model).GPTConfig.__dataclass_fields__
     sizes = {name: value for name, value in {"n_kv_head": 1, "window": 5}.items() if name in own}
-    return arguments(model=model, **{"device": "cuda", "n_embd": 64, "dropout": 0.0} | sizes | options)
+    return arguments(
+        model=model, **{"device": "cuda", "n_embd": 64, "dropout": 0.0} | sizes | options
+    )
 
 
 def losses(run):
@@ -61,14 +63,20 @@ def test_half_precision_follows_float32(workdir, model, dtype):
 def test_the_compiled_model_follows_the_eager_one(workdir, model):
     train.main(command(model, out_dir="out/eager", compile=False))
     train.main(command(model, out_dir="out/compiled", compile=True))
-    assert losses(workdir / "out/compiled") == pytest.approx(losses(workdir / "out/eager"), rel=1e-3)
+    assert losses(workdir / "out/compiled") == pytest.approx(
+        losses(workdir / "out/eager"), rel=1e-3
+    )
 
 
 @each_model
 @pytest.mark.parametrize("compile", [False, "auto"])
 def test_deterministic_runs_have_the_same_bits(workdir, model, compile):
     for name in ("a", "b"):
-        train.main(command(model, out_dir=f"out/{name}", dtype="bfloat16", deterministic=True, compile=compile))
+        train.main(
+            command(
+                model, out_dir=f"out/{name}", dtype="bfloat16", deterministic=True, compile=compile
+            )
+        )
     assert losses(workdir / "out/a") == losses(workdir / "out/b")
 
 
@@ -79,7 +87,13 @@ def test_a_run_of_the_gpu_is_sampled_on_the_gpu_as_on_the_cpu(workdir, capsys, m
     for device in ("cuda", "cpu"):
         capsys.readouterr()
         sample.main(
-            ["--init_from=out/tiny", "--prompt=def ", "--temperature=0", "--dtype=float32", f"--device={device}"]
+            [
+                "--init_from=out/tiny",
+                "--prompt=def ",
+                "--temperature=0",
+                "--dtype=float32",
+                f"--device={device}",
+            ]
         )
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]

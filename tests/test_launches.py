@@ -36,7 +36,10 @@ def losses(name):
 def killed(folder):
     """What the ranks noted of two runs of one launch: rank 1 is killed in a step of the first, and while it saves the
     first checkpoint of the second; torchrun restarts the workers after each."""
-    argv = {name: command(name, 2, **SHORT, overwrite=True, checkpoint_interval=4) for name in ("step", "save")}
+    argv = {
+        name: command(name, 2, **SHORT, overwrite=True, checkpoint_interval=4)
+        for name in ("step", "save")
+    }
     runs = [{"argv": argv["step"], "signal": "SIGKILL", "rank": 1, "step": 5, "restarts": 0}]
     runs += [{"argv": argv["save"], "signal": "SIGKILL", "rank": 1, "saving": True, "restarts": 1}]
     runs += [{"argv": command("whole", 2, **SHORT, checkpoint_interval=4)}]
@@ -46,7 +49,10 @@ def killed(folder):
 @pytest.mark.parametrize(("name", "steps"), [("step", 0), ("save", 12)])
 def test_a_killed_worker_is_restarted_and_the_run_ends_with_the_same_bits(killed, name, steps):
     """After the last restart the first run is finished already, and the second begins anew: it had no checkpoint."""
-    assert [len(rank[["step", "save"].index(name)]["sequences"]) for rank in killed] == [steps, steps]
+    assert [len(rank[["step", "save"].index(name)]["sequences"]) for rank in killed] == [
+        steps,
+        steps,
+    ]
     assert losses(name) == losses("whole") and same_weights(name, "whole")
 
 
@@ -72,13 +78,28 @@ def test_two_agents_meet_over_the_network_and_again_after_a_worker_is_killed(mon
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}"]
-    line = [sys.executable, "-m", "torch.distributed.run", *flags, "--max-restarts=2", ROOT / "tests/launched.py"]
+    flags = [
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=localhost:{port}",
+    ]
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *flags,
+        "--max-restarts=2",
+        ROOT / "tests/launched.py",
+    ]
     argv = command("nodes", 2, fsdp=True, max_steps=12, checkpoint_interval=4)
     run = {"argv": argv, "signal": "SIGKILL", "rank": 1, "step": 8}
     Path("runs.json").write_text(json.dumps([run]))
     line.append("runs.json")
-    agents = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    agents = [
+        subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     assert [finish(agent)[0] for agent in agents] == [0, 0]
     train.main(command("node", max_steps=12))
     assert losses("nodes")[-1] == pytest.approx(losses("node")[-1], rel=1e-4)

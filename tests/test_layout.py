@@ -31,7 +31,9 @@ def kind(path):
     return "program" if path.stem in PROGRAMS else path.stem
 
 
-FILES = [path for folder in FOLDERS for path in sorted(folder.glob("*.py")) if kind(path) in ALLOWED]
+FILES = [
+    path for folder in FOLDERS for path in sorted(folder.glob("*.py")) if kind(path) in ALLOWED
+]
 
 
 def imports(path):
@@ -58,18 +60,31 @@ def test_imports_point_one_way(path):
     if path.parent.name == "common" and path.stem == "errors":
         allowed = set()
     ours = {name for name in imports(path) if is_ours(name)}
-    assert not {name for name in ours if not any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed)}
+    assert not {
+        name for name in ours if not any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed)
+    }
 
 
 def test_a_model_imports_torch_only():
     for name in MODELS:
-        assert {module.partition(".")[0] for module in imports(ROOT / f"{name}.py")} == {"torch", "dataclasses"}
+        assert {module.partition(".")[0] for module in imports(ROOT / f"{name}.py")} == {
+            "torch",
+            "dataclasses",
+        }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_nothing_reads_or_writes_a_pickle(path):
-    assert not {name for name in imports(path) if name.partition(".")[0] in ("pickle", "marshal", "shelve", "dill")}
-    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    assert not {
+        name
+        for name in imports(path)
+        if name.partition(".")[0] in ("pickle", "marshal", "shelve", "dill")
+    }
+    calls = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    ]
     assert not {"torch.load", "torch.save"} & {ast.unparse(call.func) for call in calls}
 
 
@@ -78,6 +93,11 @@ TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if path.stem 
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_a_tool_started_as_a_file_names_its_command(name, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "tools" / f"{name}.py"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / f"{name}.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0 and done.stderr.count("\n") == 1
     assert f"python -m tools.{name}" in done.stderr

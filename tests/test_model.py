@@ -12,7 +12,7 @@ def tokens(*shape, vocab_size):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(1))
 
 
-# Sizes ----------------------------------------------------------------------------------------------------------------
+# Sizes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -25,13 +25,15 @@ def tokens(*shape, vocab_size):
     ],
     ids=["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"],
 )
-def test_gpt2_s_sizes_have_as_many_parameters_as_the_released_models(n_layer, n_head, n_embd, parameters):
+def test_gpt2_s_sizes_have_as_many_parameters_as_the_released_models(
+    n_layer, n_head, n_embd, parameters
+):
     with torch.device("meta"):
         model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-# The end of the positions ---------------------------------------------------------------------------------------------
+# The end of the positions ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -66,10 +68,15 @@ def test_a_refused_sequence_leaves_the_cache_where_it_was(small):
     assert cache.pos == 7
 
 
-# transformers ---------------------------------------------------------------------------------------------------------
+# transformers ---------------------------------------------------------------------------------
 
 # n_layer, n_head, n_embd, block_size, vocab_size, T
-SIZES = [(1, 1, 4, 8, 11, 8), (2, 3, 24, 17, 61, 13), (3, 4, 32, 33, 101, 33), (2, 2, 64, 64, 257, 1)]
+SIZES = [
+    (1, 1, 4, 8, 11, 8),
+    (2, 3, 24, 17, 61, 13),
+    (3, 4, 32, 33, 101, 33),
+    (2, 2, 64, 64, 257, 1),
+]
 
 
 def oracle(n_layer, n_head, n_embd, block_size, vocab_size, attention="eager"):
@@ -142,7 +149,9 @@ def test_cached_logits_equal_those_of_transformers():
     model, x = copy_of(theirs), tokens(2, 17, vocab_size=61)
     cache = model.make_cache(2)
     with torch.no_grad():
-        cached = torch.cat([model(part, cache=cache) for part in x.split([6, 4, 1, 1, 5], dim=1)], dim=1)
+        cached = torch.cat(
+            [model(part, cache=cache) for part in x.split([6, 4, 1, 1, 5], dim=1)], dim=1
+        )
         expected = theirs(x).logits[:, [5, 9, 10, 11, 16]]
     torch.testing.assert_close(cached, expected, atol=1e-4, rtol=0)
 

@@ -9,7 +9,7 @@ import model_rope
 import model_rope_gqa_swa
 import sample
 
-# transformers ---------------------------------------------------------------------------------------------------------
+# transformers ---------------------------------------------------------------------------------
 
 # n_layer, n_head, n_kv_head, n_embd, vocab_size, window, T; past 320 tokens attention goes by blocks
 SHAPES = [
@@ -26,7 +26,9 @@ SHAPES = [
 
 def pair(n_layer, n_head, n_kv_head, n_embd, vocab_size, window, attention="eager", **options):
     """StarCoder2 and model_rope_gqa_swa.py with its weights."""
-    theirs = starcoder2(n_layer, n_head, n_embd, vocab_size, n_kv_head, window=window, attention=attention)
+    theirs = starcoder2(
+        n_layer, n_head, n_embd, vocab_size, n_kv_head, window=window, attention=attention
+    )
     return theirs, loaded(model_rope_gqa_swa, theirs, n_kv_head=n_kv_head, window=window, **options)
 
 
@@ -63,7 +65,9 @@ def test_cached_logits_in_chunks_equal_those_of_transformers():
     x, ends = tokens(2, sum(sizes)), torch.tensor(sizes).cumsum(0) - 1
     with torch.no_grad():
         expected = theirs(x).logits[:, ends]
-    torch.testing.assert_close(feed(ours, ours.make_cache(2), *x.split(sizes, dim=1)), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        feed(ours, ours.make_cache(2), *x.split(sizes, dim=1)), expected, atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize("prompt", [1, 5, 12, 40])
@@ -75,14 +79,16 @@ def test_greedy_text_far_past_window_and_block_size_equals_that_of_transformers(
     assert torch.equal(made, expected[:, prompt:])
 
 
-# model_rope.py --------------------------------------------------------------------------------------------------------
+# model_rope.py --------------------------------------------------------------------------------
 
 
 def without_groups_and_window(window):
     """model_rope_gqa_swa.py with n_kv_head = n_head, and model_rope.py with the same weights."""
     ours = make_vivid(model_rope_gqa_swa, n_kv_head=4, window=window)
     c = ours.config
-    base = model_rope.GPT(model_rope.GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)).eval()
+    base = model_rope.GPT(
+        model_rope.GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
+    ).eval()
     base.load_state_dict(ours.state_dict())
     return ours, base
 
@@ -100,13 +106,15 @@ def test_with_all_heads_and_a_full_window_cached_logits_equal_model_rope_s(windo
     close(feed(ours, ours.make_cache(2), *chunks), feed(base, base.make_cache(2), *chunks))
 
 
-# Text without end -----------------------------------------------------------------------------------------------------
+# Text without end -----------------------------------------------------------------------------
 
 
 def test_a_cache_has_the_same_bytes_however_long_the_text():
     ours = make_vivid(model_rope_gqa_swa)
     sizes = {ours.make_cache(2, max_len).nbytes for max_len in (5, 10, 10**9, None)}
-    assert sizes == {2 * 3 * 2 * 2 * 5 * 8 * 4}  # keys and values, layers, rows, kv heads, window, head size, bytes
+    assert sizes == {
+        2 * 3 * 2 * 2 * 5 * 8 * 4
+    }  # keys and values, layers, rows, kv heads, window, head size, bytes
 
 
 def test_by_default_a_cache_takes_tokens_without_end():

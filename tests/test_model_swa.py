@@ -23,7 +23,9 @@ def by_brute_force(q, k, v, window):
 
 
 def attention(window, dropout=0.0):
-    return CausalSelfAttention(GPTConfig(n_head=2, n_embd=8, window=window, dropout=dropout), 0).train(dropout > 0)
+    return CausalSelfAttention(
+        GPTConfig(n_head=2, n_embd=8, window=window, dropout=dropout), 0
+    ).train(dropout > 0)
 
 
 def qkv(T, S):
@@ -36,7 +38,7 @@ def vivid(window, T, n_layer=3):
     return make_vivid(model_swa, n_layer=n_layer, window=window, block_size=T)
 
 
-# Who attends to whom --------------------------------------------------------------------------------------------------
+# Who attends to whom --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("T", [1, 2, 5, 7, 8, 13])
@@ -73,16 +75,22 @@ def test_gradients_of_queries_keys_and_values_equal_those_of_brute_force(window,
     ours = torch.autograd.grad(attention(window).attend(q, k, v), (q, k, v), upstream)
     expected = torch.autograd.grad(by_brute_force(q, k, v, window), (q, k, v), upstream)
     for mine, its in zip(ours, expected, strict=True):
-        assert (mine - its).norm() <= 1e-3 * its.norm() + 1e-4  # a key alone: its score changes nothing
+        assert (
+            mine - its
+        ).norm() <= 1e-3 * its.norm() + 1e-4  # a key alone: its score changes nothing
 
 
-@pytest.mark.parametrize(("window", "T"), [(1, 9), (3, 17), (5, 5), (9, 5), (1, 400), (7, 401), (64, 400), (130, 387)])
+@pytest.mark.parametrize(
+    ("window", "T"), [(1, 9), (3, 17), (5, 5), (9, 5), (1, 400), (7, 401), (64, 400), (130, 387)]
+)
 def test_logits_and_gradients_of_the_model_equal_those_of_brute_force(monkeypatch, window, T):
     ours, other = vivid(window, T, n_layer=2), vivid(window, T, n_layer=2)
     x, y = tokens(1, T), tokens(1, T, seed=2)
     logits = ours(x)
     ours(x, y).backward()
-    monkeypatch.setattr(CausalSelfAttention, "attend", lambda self, q, k, v: by_brute_force(q, k, v, window))
+    monkeypatch.setattr(
+        CausalSelfAttention, "attend", lambda self, q, k, v: by_brute_force(q, k, v, window)
+    )
     torch.testing.assert_close(logits, other(x), atol=1e-4, rtol=0)
     other(x, y).backward()
     for (name, mine), its in zip(ours.named_parameters(), other.parameters(), strict=True):
@@ -90,7 +98,9 @@ def test_logits_and_gradients_of_the_model_equal_those_of_brute_force(monkeypatc
 
 
 @pytest.mark.parametrize(("n_layer", "window"), [(1, 3), (2, 3), (3, 2), (2, 1), (1, 70), (2, 100)])
-def test_a_token_reaches_as_many_tokens_as_the_windows_of_the_layers_and_no_further(n_layer, window):
+def test_a_token_reaches_as_many_tokens_as_the_windows_of_the_layers_and_no_further(
+    n_layer, window
+):
     reach, t = n_layer * (window - 1), 11
     T = 340 if window > 5 else t + reach + 5  # past 320 tokens attention goes by blocks
     ours, x = vivid(window, T, n_layer), tokens(1, T)
@@ -102,13 +112,14 @@ def test_a_token_reaches_as_many_tokens_as_the_windows_of_the_layers_and_no_furt
     assert (difference[:t] == 0).all() and (difference[t + reach + 1 :] == 0).all()
 
 
-# Dropout --------------------------------------------------------------------------------------------------------------
+# Dropout --------------------------------------------------------------------------------------
 
 
 def test_dropout_in_blocks_follows_the_seed_and_keeps_the_mean():
     q, k, _ = qkv(1000, 1000)
     a, b, other = (
-        torch.manual_seed(seed) and attention(64, 0.5).attend(q, k, torch.ones_like(k)) for seed in (3, 3, 4)
+        torch.manual_seed(seed) and attention(64, 0.5).attend(q, k, torch.ones_like(k))
+        for seed in (3, 3, 4)
     )
     assert torch.equal(a, b) and not torch.allclose(a, other)
     assert a.mean().item() == pytest.approx(1, abs=0.05) and a.std() > 0.1
@@ -120,14 +131,16 @@ def test_a_model_trains_in_blocks_with_dropout():
     assert all(p.grad.isfinite().all() and p.grad.norm() > 0 for p in ours.parameters())
 
 
-# model.py -------------------------------------------------------------------------------------------------------------
+# model.py -------------------------------------------------------------------------------------
 
 
 def same_weights(window, T):
     """model_swa.py and model.py."""
     ours = vivid(window, T)
     c = ours.config
-    base = model.GPT(model.GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)).eval()
+    base = model.GPT(
+        model.GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
+    ).eval()
     base.load_state_dict(ours.state_dict())
     return ours, base
 
@@ -151,13 +164,15 @@ def test_a_window_one_shorter_than_the_sequence_changes_the_last_logits_alone():
     assert (difference[:, :-1] < 1e-5).all() and (difference[:, -1] > 1e-4).all()
 
 
-# The cache ------------------------------------------------------------------------------------------------------------
+# The cache ------------------------------------------------------------------------------------
 
 
 def test_a_cache_has_the_same_bytes_however_long_the_text():
     ours = vivid(5, 600)
     sizes = {ours.make_cache(2, max_len).nbytes for max_len in (5, 10, 500, None)}
-    assert sizes == {2 * 3 * 2 * 4 * 5 * 8 * 4}  # keys and values, layers, rows, heads, window, head size, bytes
+    assert sizes == {
+        2 * 3 * 2 * 4 * 5 * 8 * 4
+    }  # keys and values, layers, rows, heads, window, head size, bytes
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 8])
@@ -188,7 +203,7 @@ def test_chunks_that_are_attended_in_blocks_give_the_logits_of_a_full_forward(wi
     close(feed(ours, ours.make_cache(1), *x.split(sizes, dim=1)), ours(x)[:, ends])
 
 
-# Memory ---------------------------------------------------------------------------------------------------------------
+# Memory ---------------------------------------------------------------------------------------
 
 
 class Largest(TorchDispatchMode):
@@ -198,14 +213,18 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        made_tensors = [t for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, torch.Tensor)]
+        made_tensors = [
+            t for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, torch.Tensor)
+        ]
         self.numel = max([self.numel, *(t.numel() for t in made_tensors)])
         return made
 
 
 def largest_tensor(T, window):
     """In a training step; under dropout, as scores and probabilities are tensors of their own then."""
-    ours = make_vivid(model_swa, n_layer=1, n_head=1, n_embd=4, window=window, block_size=T, dropout=0.1).train()
+    ours = make_vivid(
+        model_swa, n_layer=1, n_head=1, n_embd=4, window=window, block_size=T, dropout=0.1
+    ).train()
     with Largest() as largest:
         ours(tokens(1, T), tokens(1, T)).backward()
     return largest.numel
@@ -213,7 +232,9 @@ def largest_tensor(T, window):
 
 def test_a_training_step_makes_no_tensor_of_all_pairs_of_tokens():
     assert largest_tensor(2048, window=2048) >= 2048 * 2048  # where all pairs are in sight
-    assert largest_tensor(2048, window=64) <= 2 * 2048 * 64  # a query with its own block of keys and one more
+    assert (
+        largest_tensor(2048, window=64) <= 2 * 2048 * 64
+    )  # a query with its own block of keys and one more
 
 
 def test_the_largest_tensor_of_a_training_step_is_linear_in_the_sequence():

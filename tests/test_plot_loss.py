@@ -10,7 +10,9 @@ from tools import plot_loss
 
 def test_the_runs_are_drawn_into_one_png_that_the_output_names(tiny_run, workdir, capsys):
     (workdir / "out/other").mkdir()
-    (workdir / "out/other/log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in read_log(tiny_run)[:8]))
+    (workdir / "out/other/log.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in read_log(tiny_run)[:8])
+    )
     plot_loss.main(["out/tiny", "out/other", "--out=out/curves.png"])
     assert capsys.readouterr().out == "out/curves.png\n"
     assert (workdir / "out/curves.png").read_bytes().startswith(b"\x89PNG")
@@ -33,7 +35,9 @@ def test_every_value_of_the_log_is_in_the_curves(tiny_run, monkeypatch, workdir)
         x, y = drawn["out/tiny, training"][panel]
         assert (x, y) == ([r[key] for r in records[1:]], [r["train_loss"] for r in records[1:]])
         x, y = drawn["out/tiny, validation"][panel]
-        assert (x, y) == tuple([r[k] for r in records if "val_loss" in r] for k in (key, "val_loss"))
+        assert (x, y) == tuple(
+            [r[k] for r in records if "val_loss" in r] for k in (key, "val_loss")
+        )
 
 
 @pytest.mark.parametrize(

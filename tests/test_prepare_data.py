@@ -62,7 +62,7 @@ def refused(capsys):
     return run
 
 
-# Text in --------------------------------------------------------------------------------------------------------------
+# Text in --------------------------------------------------------------------------------------
 
 
 def test_the_files_of_a_pattern_are_documents_in_sorted_order():
@@ -78,13 +78,17 @@ def test_a_pattern_reaches_into_folders():
     assert ids(make(input="deep/**/*.txt")) == [*b"aa", EOT, *b"bb"]
 
 
-@pytest.mark.parametrize("name", ["text [1].txt", "fineweb"], ids=["like a pattern", "like a dataset"])
+@pytest.mark.parametrize(
+    "name", ["text [1].txt", "fineweb"], ids=["like a pattern", "like a dataset"]
+)
 def test_a_file_is_found_whatever_its_name_looks_like(name):
     write(name, "some text")
     assert ids(make(input=name)) == list(b"some text")
 
 
-@pytest.mark.parametrize(("name", "expected"), [("byte", [*b"ab", EOT, *b"ba"]), ("char", [0, 1, 2, 1, 0])])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("byte", [*b"ab", EOT, *b"ba"]), ("char", [0, 1, 2, 1, 0])]
+)
 def test_field_names_the_text_of_jsonl(name, expected):
     write("lines.jsonl", '{"text": "no", "body": "ab"}\n{"text": "no", "body": "ba"}\n')
     assert ids(make(input="lines.jsonl", field="body", tokenizer=name)) == expected
@@ -96,7 +100,7 @@ def test_your_own_text_is_tokenized_for_gpt2(gpt2_tokenizer):
     assert ids(folder) == gpt2_tokenizer.encode_ordinary("Hello world, hello again. " * 20)
 
 
-# Bins and meta.json ---------------------------------------------------------------------------------------------------
+# Bins and meta.json ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("val_fraction", [0.1, 0.25, 0.5])
@@ -105,7 +109,10 @@ def test_the_last_val_fraction_of_the_tokens_is_val(val_fraction):
     write("text.txt", content)
     folder = make(input="text.txt", val_fraction=val_fraction)
     n_train = round(1000 * (1 - val_fraction))
-    assert (ids(folder, "train"), ids(folder, "val")) == (list(content[:n_train]), list(content[n_train:]))
+    assert (ids(folder, "train"), ids(folder, "val")) == (
+        list(content[:n_train]),
+        list(content[n_train:]),
+    )
 
 
 def test_your_own_text_has_a_hundredth_for_validation():
@@ -141,7 +148,10 @@ def test_meta_names_a_tokenizer_that_decodes_the_bins_and_counts_the_bytes_of_te
 @pytest.fixture
 def described():
     """A dataset of three documents and what its meta.json says."""
-    write("lines.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in ("naïve", "日本語 👍", "the end")))
+    write(
+        "lines.jsonl",
+        "".join(json.dumps({"text": text}) + "\n" for text in ("naïve", "日本語 👍", "the end")),
+    )
     folder = make(input="lines.jsonl", val_fraction=0.4)
     return folder, meta_of(folder)
 
@@ -149,26 +159,40 @@ def described():
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_meta_has_the_tokens_the_largest_id_and_the_sha256_of_the_bins(described, split):
     folder, meta = described
-    there, sha256 = ids(folder, split), hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()
+    there, sha256 = (
+        ids(folder, split),
+        hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest(),
+    )
     expected = {"tokens": len(there), "largest_id": max(there), "sha256": sha256}
     assert {name: meta[split][name] for name in expected} == expected
 
 
 def test_meta_tells_tokenizer_vocabulary_source_and_fraction(described):
-    told = {name: described[1][name] for name in ("tokenizer", "vocab_size", "source", "val_fraction")}
-    assert told == {"tokenizer": "byte", "vocab_size": 257, "source": "lines.jsonl", "val_fraction": 0.4}
+    told = {
+        name: described[1][name] for name in ("tokenizer", "vocab_size", "source", "val_fraction")
+    }
+    assert told == {
+        "tokenizer": "byte",
+        "vocab_size": 257,
+        "source": "lines.jsonl",
+        "val_fraction": 0.4,
+    }
 
 
 def test_prepare_returns_what_it_wrote(described):
     folder, meta = described
-    assert prepare(PrepareConfig("mine", "lines.jsonl", tokenizer="byte", val_fraction=0.4)) == meta == meta_of(folder)
+    assert (
+        prepare(PrepareConfig("mine", "lines.jsonl", tokenizer="byte", val_fraction=0.4))
+        == meta
+        == meta_of(folder)
+    )
 
 
 def test_a_dataset_is_two_bins_and_meta(described):
     assert sorted(contents(described[0])) == ["meta.json", "train.bin", "val.bin"]
 
 
-# All or nothing -------------------------------------------------------------------------------------------------------
+# All or nothing -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -188,7 +212,9 @@ def test_an_error_in_the_middle_leaves_what_was_there(request, refused, monkeypa
     assert contents(Path("data/mine")) == before
 
 
-def test_a_kill_during_the_renames_leaves_no_train_bin_that_meta_does_not_describe(former, monkeypatch):
+def test_a_kill_during_the_renames_leaves_no_train_bin_that_meta_does_not_describe(
+    former, monkeypatch
+):
     def killed(folder, meta):
         raise KeyboardInterrupt
 
@@ -203,7 +229,9 @@ def test_the_same_call_again_takes_up_a_changed_text(former):
     assert ids(make(input="text.txt")) == list(b"the new text")
 
 
-def test_a_folder_made_from_something_else_is_refused_naming_it_and_stays_as_it_was(former, refused):
+def test_a_folder_made_from_something_else_is_refused_naming_it_and_stays_as_it_was(
+    former, refused
+):
     folder, before = former
     write("other.txt", "other text")
     line = refused("mine", "--input=other.txt", "--tokenizer=byte")
@@ -214,7 +242,9 @@ def test_bins_of_other_making_are_refused_and_stay_as_they_were(former, refused)
     folder, before = former
     (folder / "meta.json").unlink()
     assert "--overwrite=True" in refused(*OWN)
-    assert contents(folder) == {name: content for name, content in before.items() if name != "meta.json"}
+    assert contents(folder) == {
+        name: content for name, content in before.items() if name != "meta.json"
+    }
 
 
 def test_overwrite_replaces_a_folder_made_from_something_else(former):
@@ -222,13 +252,15 @@ def test_overwrite_replaces_a_folder_made_from_something_else(former):
     assert ids(make(input="other.txt", overwrite=True)) == list(b"other text")
 
 
-# Bad input ------------------------------------------------------------------------------------------------------------
+# Bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char"])
 def test_empty_text_is_refused(refused, tokenizer):
     write("text.txt", "")
-    assert "text.txt has 0 tokens" in refused("mine", "--input=text.txt", f"--tokenizer={tokenizer}")
+    assert "text.txt has 0 tokens" in refused(
+        "mine", "--input=text.txt", f"--tokenizer={tokenizer}"
+    )
     assert not Path("data/mine").exists()
 
 
@@ -251,7 +283,9 @@ def test_a_folder_is_refused_with_the_pattern_to_write(refused):
 @pytest.mark.parametrize("value", ["0", "1", "-0.1", "nan"])
 def test_a_val_fraction_that_is_none_is_refused_with_its_value(refused, value):
     write("text.txt", "x" * 100)
-    assert f"val_fraction={float(value)} must be above 0 and below 1" in refused(*OWN, f"--val_fraction={value}")
+    assert f"val_fraction={float(value)} must be above 0 and below 1" in refused(
+        *OWN, f"--val_fraction={value}"
+    )
 
 
 def test_an_unknown_tokenizer_is_refused_naming_the_known_ones(refused):
@@ -268,7 +302,7 @@ def test_as_many_characters_as_uint16_holds_are_fine():
     assert ids(make(input="text.txt", tokenizer="char")) == list(range(65536))
 
 
-# --verify -------------------------------------------------------------------------------------------------------------
+# --verify -------------------------------------------------------------------------------------
 
 
 def test_verify_passes_what_was_prepared(described):
@@ -282,10 +316,15 @@ def test_verify_finds_one_flipped_bit_and_tells_both_hashes(described, refused, 
     content[len(content) // 2] ^= 1
     (folder / f"{split}.bin").write_bytes(content)
     line = refused("mine", "--verify=True")
-    assert all(part in line for part in (f"{split}.bin", hashlib.sha256(content).hexdigest(), meta[split]["sha256"]))
+    assert all(
+        part in line
+        for part in (f"{split}.bin", hashlib.sha256(content).hexdigest(), meta[split]["sha256"])
+    )
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda bin: bin.open("ab").write(b"x")], ids=["gone", "too long"])
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda bin: bin.open("ab").write(b"x")], ids=["gone", "too long"]
+)
 def test_verify_finds_a_bin_gone_or_one_byte_too_long(described, refused, damage):
     damage(described[0] / "val.bin")
     assert "val.bin" in refused("mine", "--verify=True")

@@ -53,7 +53,7 @@ def complaint(*names):
     return str(error.value)
 
 
-# Documents ------------------------------------------------------------------------------------------------------------
+# Documents ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["text.txt", "text.txt.gz", "text", "text.md"])
@@ -97,7 +97,7 @@ def test_empty_documents_get_no_separator():
     assert documents("a.txt", "b.txt", "c.jsonl", "a.txt") == ["text", "more"]
 
 
-# Pieces ---------------------------------------------------------------------------------------------------------------
+# Pieces ---------------------------------------------------------------------------------------
 
 
 def test_a_document_read_in_many_pieces_stays_whole(monkeypatch):
@@ -114,7 +114,22 @@ def test_a_piece_is_not_held_until_the_next_ones_are_read(monkeypatch):
 
 
 SPACES = [" ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", " \n", "\x1c", "\x85", "\u00a0", "\u2028"]
-FRAGMENTS = [*SPACES, "\u3000", "\u200b", "a", "word", "Don't", "'s", "'ll", "'", "é", "e\u0301", "ß", "日本", "👍🏽"]
+FRAGMENTS = [
+    *SPACES,
+    "\u3000",
+    "\u200b",
+    "a",
+    "word",
+    "Don't",
+    "'s",
+    "'ll",
+    "'",
+    "é",
+    "e\u0301",
+    "ß",
+    "日本",
+    "👍🏽",
+]
 FRAGMENTS += ["7", "1234", "...", "!?", "_", "<|endoftext|>", "<|", "\ufeff", "\x00"]
 
 
@@ -124,13 +139,15 @@ def test_pieces_give_the_gpt2_tokens_of_the_whole_text(gpt2_tokenizer, monkeypat
         monkeypatch.setattr(prepare_data, "PIECE_BYTES", rng.randint(1, 30))
         monkeypatch.setattr(prepare_data, "BATCH_CHARS", rng.randint(1, 100))
         spaced = rng.choice([0, 0.5])
-        text = "".join(rng.choice(SPACES if rng.random() < spaced else FRAGMENTS) for _ in range(120))
+        text = "".join(
+            rng.choice(SPACES if rng.random() < spaced else FRAGMENTS) for _ in range(120)
+        )
         write("text.txt", text)
         got = ids_of(read_pieces(["text.txt"], "text", ""), gpt2_tokenizer)
         assert got == gpt2_tokenizer.encode_ordinary(text), f"seed {seed}"
 
 
-# Ids ------------------------------------------------------------------------------------------------------------------
+# Ids ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("cores", "batch"), [(1, 1), (3, 1), (3, 10), (3, 1 << 20)])
@@ -153,7 +170,7 @@ def test_the_letters_of_endoftext_are_letters():
     assert ids_of(["a<|endoftext|>b"]) == list(b"a<|endoftext|>b")
 
 
-# Memory ---------------------------------------------------------------------------------------------------------------
+# Memory ---------------------------------------------------------------------------------------
 
 
 PEAK = """
@@ -167,17 +184,21 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc"
+)
 def test_the_memory_of_preparing_does_not_grow_with_the_corpus():
     peaks = []
     for lines in (100_000, 1_000_000):  # 4 and 38 MB
         write("text.txt", b"Some words of text, and a line's end.\n" * lines)
         command = [sys.executable, "-c", PEAK, "text.txt"]
-        peaks.append(int(subprocess.check_output(command, env=os.environ | {"PYTHONPATH": str(ROOT)})))
+        peaks.append(
+            int(subprocess.check_output(command, env=os.environ | {"PYTHONPATH": str(ROOT)}))
+        )
     assert peaks[1] - peaks[0] < 15_000  # kB; the larger text alone is 34 MB more, its ids 68 MB
 
 
-# Bad files ------------------------------------------------------------------------------------------------------------
+# Bad files ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["text.txt", "text.txt.gz"])
@@ -194,7 +215,12 @@ def test_a_character_cut_off_at_the_end_is_refused_with_its_offset():
     assert "byte 9 " in complaint("text.txt")
 
 
-BAD_LINES = {"not json": "{'text'", "no object": '["text"]', "a string": '"text"', "another field": '{"body": "x"}'}
+BAD_LINES = {
+    "not json": "{'text'",
+    "no object": '["text"]',
+    "a string": '"text"',
+    "another field": '{"body": "x"}',
+}
 BAD_LINES |= {"not a string": '{"text": 3}', "null": '{"text": null}'}
 
 

@@ -23,11 +23,21 @@ FILE = "openai-community/gpt2/resolve/main/model.safetensors"
 
 def random_gpt2(**shape):
     """A GPT-2 of transformers with random weights, larger than its initialization's so that errors show."""
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 128, "n_positions": 64, "vocab_size": 50257} | shape
+    shape = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 128,
+        "n_positions": 64,
+        "vocab_size": 50257,
+    } | shape
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**shape)).eval()
     for name, p in model.named_parameters():
-        p.data += 0.1 * torch.randn_like(p) if "ln_" in name or "bias" in name else 0.02 * torch.randn_like(p)
+        p.data += (
+            0.1 * torch.randn_like(p)
+            if "ln_" in name or "bias" in name
+            else 0.02 * torch.randn_like(p)
+        )
     return model
 
 
@@ -40,7 +50,9 @@ def logits(model, ids):
 
 def as_released(model):
     """The tensors of a model as the hub's files name them: no prefix, no lm_head, mask buffers."""
-    tensors = {name.removeprefix("transformer."): p.contiguous() for name, p in model.state_dict().items()}
+    tensors = {
+        name.removeprefix("transformer."): p.contiguous() for name, p in model.state_dict().items()
+    }
     tensors.pop("lm_head.weight")
     size = model.config.n_positions
     for layer in range(model.config.n_layer):
@@ -125,7 +137,10 @@ def test_no_network_is_one_line_of_sample_and_of_train(workdir, monkeypatch, cap
         with pytest.raises(SystemExit) as stopped:
             main(argv)
         assert stopped.value.code == 2
-        assert "error: no answer from http://127.0.0.1:9/openai-community/gpt2" in capsys.readouterr().err
+        assert (
+            "error: no answer from http://127.0.0.1:9/openai-community/gpt2"
+            in capsys.readouterr().err
+        )
     assert not (workdir / "out").exists() and not pretrained.FOLDER.exists()
 
 
@@ -133,10 +148,21 @@ def test_greedy_text_of_sample_is_that_of_transformers(tmp_path, capsys, gpt2_to
     theirs = random_gpt2(n_positions=256)
     theirs.save_pretrained(tmp_path / "long")
     prompt = "Once upon a time"
-    sample.main([f"--init_from={tmp_path / 'long'}", f"--prompt={prompt}", "--temperature=0", "--dtype=float32"])
+    sample.main(
+        [
+            f"--init_from={tmp_path / 'long'}",
+            f"--prompt={prompt}",
+            "--temperature=0",
+            "--dtype=float32",
+        ]
+    )
     ids = torch.tensor([gpt2_tokenizer.encode_ordinary(prompt)])
     expected = theirs.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, do_sample=False, pad_token_id=50256
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=200,
+        do_sample=False,
+        pad_token_id=50256,
     )
     text = capsys.readouterr().out
     assert text.startswith(gpt2_tokenizer.decode(expected[0].tolist()))
@@ -144,7 +170,15 @@ def test_greedy_text_of_sample_is_that_of_transformers(tmp_path, capsys, gpt2_to
 
 def test_training_goes_on_from_gpt2_with_a_shorter_context(served, workdir, capsys):
     (workdir / "data/tiny/meta.json").write_text('{"tokenizer": "gpt2"}')
-    options = dict(init_from="gpt2", n_layer=None, n_head=None, n_embd=None, max_steps=1, batch_size=1, eval_tokens=64)
+    options = dict(
+        init_from="gpt2",
+        n_layer=None,
+        n_head=None,
+        n_embd=None,
+        max_steps=1,
+        batch_size=1,
+        eval_tokens=64,
+    )
     train.main(arguments(**options, total_batch_size=16))
     assert load_model("out/tiny")[0].config.block_size == 16
     with pytest.raises(SystemExit):
@@ -153,7 +187,12 @@ def test_training_goes_on_from_gpt2_with_a_shorter_context(served, workdir, caps
 
 
 @pytest.mark.parametrize(
-    "key, value", [("model_type", "llama"), ("activation_function", "relu"), ("scale_attn_by_inverse_layer_idx", True)]
+    "key, value",
+    [
+        ("model_type", "llama"),
+        ("activation_function", "relu"),
+        ("scale_attn_by_inverse_layer_idx", True),
+    ],
 )
 def test_a_model_that_is_not_gpt2_is_refused_by_what_differs(tmp_path, key, value):
     random_gpt2(vocab_size=301).save_pretrained(tmp_path)
@@ -168,7 +207,9 @@ def test_a_missing_tensor_is_refused_by_name(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["transformer.h.1.mlp.c_fc.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"h.1.mlp.c_fc.bias is nothing there, \(512,\) in model.py"):
+    with pytest.raises(
+        UserError, match=r"h.1.mlp.c_fc.bias is nothing there, \(512,\) in model.py"
+    ):
         load_model(str(tmp_path))
 
 
@@ -176,10 +217,15 @@ def test_a_model_file_of_the_user_s_own_loads_what_has_its_names_and_shapes(tmp_
     theirs = random_gpt2(vocab_size=301)
     theirs.save_pretrained(tmp_path)
     mine = types.ModuleType("model_mine")
-    mine.GPT, mine.GPTConfig = pretrained.model_module("model").GPT, pretrained.model_module("model").GPTConfig
+    mine.GPT, mine.GPTConfig = (
+        pretrained.model_module("model").GPT,
+        pretrained.model_module("model").GPTConfig,
+    )
     monkeypatch.setattr(pretrained, "model_module", {"model_mine": mine}.get)
     ids = torch.randint(301, (1, 9))
-    assert (logits(load_model(str(tmp_path), "model_mine")[0], ids) - logits(theirs, ids)).abs().max() < 1e-4
+    assert (
+        logits(load_model(str(tmp_path), "model_mine")[0], ids) - logits(theirs, ids)
+    ).abs().max() < 1e-4
 
 
 def test_a_pickle_is_never_read(tmp_path):
@@ -226,7 +272,9 @@ def test_only_the_model_s_own_files_are_read(tmp_path):
     os.rename(tmp_path / "model.safetensors", tmp_path / "swapped")
     os.rename(tmp_path / "model_old.safetensors", tmp_path / "model.safetensors")
     os.rename(tmp_path / "swapped", tmp_path / "model_old.safetensors")
-    assert torch.equal(load_model(str(tmp_path))[0].transformer.ln_f.bias, theirs.transformer.ln_f.bias)
+    assert torch.equal(
+        load_model(str(tmp_path))[0].transformer.ln_f.bias, theirs.transformer.ln_f.bias
+    )
 
 
 def test_quantized_weights_are_refused(tmp_path):
@@ -239,7 +287,10 @@ def test_quantized_weights_are_refused(tmp_path):
 
 def test_a_head_of_its_own_is_refused(tmp_path):
     random_gpt2(vocab_size=301).save_pretrained(tmp_path)
-    changed(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}))
+    changed(
+        tmp_path,
+        lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}),
+    )
     with pytest.raises(UserError, match=r"lm_head.weight other than wte.weight"):
         load_model(str(tmp_path))
 
@@ -254,7 +305,9 @@ def test_an_exported_run_has_its_logits_in_transformers(workdir, options):
     theirs = AutoModelForCausalLM.from_pretrained("exported")
     assert theirs.config.vocab_size == 257
     ids = torch.randint(257, (2, 13))
-    assert (logits(load_model("out/tiny")[0], ids)[..., :257] - logits(theirs, ids)).abs().max() < 1e-5
+    assert (
+        logits(load_model("out/tiny")[0], ids)[..., :257] - logits(theirs, ids)
+    ).abs().max() < 1e-5
 
 
 def test_an_export_can_be_loaded_back_with_its_tokenizer(tiny_run, capsys):
@@ -267,10 +320,14 @@ def test_an_export_can_be_loaded_back_with_its_tokenizer(tiny_run, capsys):
 
 def test_an_exported_gpt2_run_brings_its_tokenizer(served, workdir, gpt2_tokenizer):
     (workdir / "data/tiny/meta.json").write_text('{"tokenizer": "gpt2"}')
-    train.main(arguments(vocab_size=50304, max_steps=1, batch_size=1, total_batch_size=16, eval_tokens=64))
+    train.main(
+        arguments(vocab_size=50304, max_steps=1, batch_size=1, total_batch_size=16, eval_tokens=64)
+    )
     export("out/tiny", "exported")
     text = "Hello world, naïve café\n\n  don't"
-    assert AutoTokenizer.from_pretrained("exported")(text)["input_ids"] == gpt2_tokenizer.encode_ordinary(text)
+    assert AutoTokenizer.from_pretrained("exported")(text)[
+        "input_ids"
+    ] == gpt2_tokenizer.encode_ordinary(text)
     assert AutoModelForCausalLM.from_pretrained("exported").config.vocab_size == 50257
 
 
@@ -291,13 +348,24 @@ def test_export_asks_for_what_is_missing(tiny_run, capsys):
 
 
 @pytest.mark.network
-def test_the_released_gpt2_continues_a_prompt_as_in_transformers(tmp_path, monkeypatch, capsys, gpt2_tokenizer):
+def test_the_released_gpt2_continues_a_prompt_as_in_transformers(
+    tmp_path, monkeypatch, capsys, gpt2_tokenizer
+):
     monkeypatch.chdir(tmp_path)
     try:
-        sample.main(["--init_from=gpt2", "--prompt=The capital of France is", "--temperature=0", "--dtype=float32"])
+        sample.main(
+            [
+                "--init_from=gpt2",
+                "--prompt=The capital of France is",
+                "--temperature=0",
+                "--dtype=float32",
+            ]
+        )
     except SystemExit:
         pytest.skip(f"no network: {capsys.readouterr().err}")
     theirs = GPT2LMHeadModel.from_pretrained("openai-community/gpt2")
     ids = torch.tensor([gpt2_tokenizer.encode_ordinary("The capital of France is")])
-    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, do_sample=False)
+    expected = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, do_sample=False
+    )
     assert capsys.readouterr().out.startswith(gpt2_tokenizer.decode(expected[0].tolist()))

@@ -19,9 +19,18 @@ BAD = {
         dict(total_batch_size=100),
         ["total_batch_size=100", "batch_size x block_size = 4 x 16 = 64", "64 and 128"],
     ),
-    "a missing dataset": (dict(dataset="none"), ["data/none", "python prepare_data.py none --input="]),
-    "missing fineweb": (dict(dataset="fineweb"), ["python prepare_data.py fineweb", "config/quickstart.py"]),
-    "a vocabulary smaller than the data's": (dict(vocab_size=100), ["vocab_size=100", "257", "data/tiny"]),
+    "a missing dataset": (
+        dict(dataset="none"),
+        ["data/none", "python prepare_data.py none --input="],
+    ),
+    "missing fineweb": (
+        dict(dataset="fineweb"),
+        ["python prepare_data.py fineweb", "config/quickstart.py"],
+    ),
+    "a vocabulary smaller than the data's": (
+        dict(vocab_size=100),
+        ["vocab_size=100", "257", "data/tiny"],
+    ),
     "a block_size longer than the text": (
         dict(block_size=65536, total_batch_size=262144),
         ["train.bin", "9080", "block_size=65536"],
@@ -54,7 +63,9 @@ def test_bad_input_is_one_line_and_writes_nothing(workdir, capsys, options, name
         (dict(dataset="twin"), ["dataset", "tiny", "twin"]),
     ],
 )
-def test_an_out_dir_that_holds_another_run_is_refused_and_kept(tiny_run, workdir, capsys, options, named):
+def test_an_out_dir_that_holds_another_run_is_refused_and_kept(
+    tiny_run, workdir, capsys, options, named
+):
     ids = list(b"other text " * 100)
     write_dataset(workdir / "data/twin", ids, ids, {"tokenizer": "byte"})
     before = (tiny_run / "log.jsonl").read_text()
@@ -98,6 +109,11 @@ def test_a_truncated_checkpoint_is_refused_and_names_the_file_and_both_sizes(tin
 
 
 def test_weights_of_another_tokenizer_are_refused(tiny_run, workdir, capsys):
-    write_dataset(workdir / "data/char", [0, 1] * 300, [0, 1] * 300, {"tokenizer": "char", "chars": ["a", "b"]})
+    write_dataset(
+        workdir / "data/char",
+        [0, 1] * 300,
+        [0, 1] * 300,
+        {"tokenizer": "char", "chars": ["a", "b"]},
+    )
     line = refused(capsys, arguments(dataset="char", init_from="out/tiny", out_dir="out/new"))
     assert all(text in line for text in ("out/tiny", "byte", "data/char", "char"))

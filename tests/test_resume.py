@@ -20,7 +20,10 @@ ROOT = Path(train.__file__).parent
 
 
 def losses(run):
-    return [(r["step"], r.get("train_loss"), r.get("grad_norm"), r.get("val_loss")) for r in read_log(run)]
+    return [
+        (r["step"], r.get("train_loss"), r.get("grad_norm"), r.get("val_loss"))
+        for r in read_log(run)
+    ]
 
 
 def weights(run):
@@ -80,7 +83,9 @@ def test_a_signal_between_micro_steps_drops_the_unfinished_step(tiny_run, workdi
     assert_same_weights(workdir / "out/stopped", tiny_run)
 
 
-def test_a_signal_during_an_evaluation_loses_neither_steps_nor_the_evaluation(tiny_run, workdir, monkeypatch):
+def test_a_signal_during_an_evaluation_loses_neither_steps_nor_the_evaluation(
+    tiny_run, workdir, monkeypatch
+):
     original = train.evaluate
 
     def signalled(run):
@@ -96,7 +101,9 @@ def test_a_signal_during_an_evaluation_loses_neither_steps_nor_the_evaluation(ti
     assert losses(workdir / "out/stopped") == losses(tiny_run)
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint_and_drops_the_log_beyond(tiny_run, workdir, monkeypatch):
+def test_a_killed_run_goes_on_from_its_last_checkpoint_and_drops_the_log_beyond(
+    tiny_run, workdir, monkeypatch
+):
     original = train.train_step
 
     def die_in_step_7(run):
@@ -108,7 +115,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_drops_the_log_beyond(
     with pytest.raises(ZeroDivisionError):
         train.main(arguments(out_dir="out/killed"))
     killed = workdir / "out/killed"
-    assert read_log(killed)[-1]["step"] == 7  # the last checkpoint is of step 5, where it was evaluated
+    assert (
+        read_log(killed)[-1]["step"] == 7
+    )  # the last checkpoint is of step 5, where it was evaluated
     with open(killed / "log.jsonl", "a") as log:
         log.write('{"step": 8, "train_l')  # a line that the crash cut off
     monkeypatch.setattr(train, "train_step", original)
@@ -118,11 +127,17 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_drops_the_log_beyond(
 
 
 def test_sigterm_ends_the_program_with_status_0_after_a_whole_step(tiny_run, workdir):
-    command = [sys.executable, ROOT / "train.py", *arguments(out_dir="out/program", max_steps=3000, eval_interval=1000)]
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        *arguments(out_dir="out/program", max_steps=3000, eval_interval=1000),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         log, limit = workdir / "out/program/log.jsonl", time.monotonic() + 60
-        while (not log.exists() or len(log.read_text().splitlines()) < 4) and time.monotonic() < limit:
+        while (
+            not log.exists() or len(log.read_text().splitlines()) < 4
+        ) and time.monotonic() < limit:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         out = process.communicate(timeout=60)[0]
@@ -140,7 +155,9 @@ def test_a_second_signal_ends_the_program_at_once(workdir):
         "stop = train.StopSignal(); stop.__enter__(); signal.raise_signal(signal.SIGINT); assert stop.received\n"
         "signal.raise_signal(signal.SIGINT); print('still here')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 128 + signal.SIGINT and "still here" not in done.stdout
 
 
@@ -156,7 +173,9 @@ def test_naming_an_option_s_own_value_is_no_change(tiny_run):
     assert read_log(tiny_run)[-1]["step"] == 13
 
 
-def test_a_signal_in_the_last_evaluation_leaves_it_to_the_next_start(tiny_run, workdir, monkeypatch):
+def test_a_signal_in_the_last_evaluation_leaves_it_to_the_next_start(
+    tiny_run, workdir, monkeypatch
+):
     original = train.evaluate
 
     def signalled(run):
@@ -202,5 +221,7 @@ def test_overwrite_starts_over_and_leaves_other_files_alone(tiny_run):
 
 
 def test_intervals_batch_size_and_the_like_may_change_when_a_run_goes_on(tiny_run):
-    train.main(arguments(max_steps=14, batch_size=8, eval_interval=7, log_interval=1, keep_checkpoints=1))
+    train.main(
+        arguments(max_steps=14, batch_size=8, eval_interval=7, log_interval=1, keep_checkpoints=1)
+    )
     assert read_log(tiny_run)[-1]["step"] == 14

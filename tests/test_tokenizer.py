@@ -9,7 +9,14 @@ from conftest import decode
 
 from common.errors import UserError
 from common.files import write_json
-from common.tokenizer import CharTokenizer, byte_tokenizer, encode, get_tokenizer, read_meta, token_bytes
+from common.tokenizer import (
+    CharTokenizer,
+    byte_tokenizer,
+    encode,
+    get_tokenizer,
+    read_meta,
+    token_bytes,
+)
 
 TEXTS = {
     "ascii": "Hello, world! It's 2024.\n\n\tdef f(x):\r\n    return x\n",
@@ -28,7 +35,11 @@ TOKENIZERS = ["gpt2", "byte", "char"]
 def tokenizer(request):
     if request.param == "gpt2":
         return request.getfixturevalue("gpt2_tokenizer")
-    return byte_tokenizer() if request.param == "byte" else CharTokenizer([*ALL_CHARACTERS, "<|endoftext|>"])
+    return (
+        byte_tokenizer()
+        if request.param == "byte"
+        else CharTokenizer([*ALL_CHARACTERS, "<|endoftext|>"])
+    )
 
 
 @pytest.fixture(params=TEXTS.values(), ids=TEXTS.keys())
@@ -96,7 +107,9 @@ def test_bytes_that_are_not_utf8_decode_to_the_replacement_character():
 
 
 def test_gpt2_ids_are_tiktokens(gpt2_tokenizer, text):
-    assert encode(gpt2_tokenizer, text).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+    assert encode(gpt2_tokenizer, text).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(
+        text
+    )
 
 
 def test_gpt2_ids_are_the_published_ones(gpt2_tokenizer):
@@ -108,14 +121,18 @@ def test_byte_ids_are_the_utf8_bytes(text):
 
 
 def test_char_ids_are_places_in_the_list(text):
-    assert encode(CharTokenizer(ALL_CHARACTERS), text).tolist() == [ALL_CHARACTERS.index(c) for c in text]
+    assert encode(CharTokenizer(ALL_CHARACTERS), text).tolist() == [
+        ALL_CHARACTERS.index(c) for c in text
+    ]
 
 
 def test_char_takes_its_characters_in_any_order():
     assert encode(CharTokenizer("bca"), "abc").tolist() == [2, 0, 1]
 
 
-@pytest.mark.parametrize("unknown", ["0", "z", "👍", "\n"])  # below, above and between the known ones
+@pytest.mark.parametrize(
+    "unknown", ["0", "z", "👍", "\n"]
+)  # below, above and between the known ones
 def test_char_names_the_character_that_it_does_not_know(unknown):
     with pytest.raises(UserError) as refused:
         encode(CharTokenizer("aX"), f"aX{unknown}Q")
@@ -128,12 +145,19 @@ def test_char_without_end_of_text_has_no_such_token():
 
 @pytest.mark.parametrize(("name", "size"), [("gpt2", 50257), ("byte", 257)])
 def test_vocabulary_sizes(request, name, size):
-    tokenizer = request.getfixturevalue("gpt2_tokenizer") if name == "gpt2" else get_tokenizer({"tokenizer": name})
+    tokenizer = (
+        request.getfixturevalue("gpt2_tokenizer")
+        if name == "gpt2"
+        else get_tokenizer({"tokenizer": name})
+    )
     assert tokenizer.n_vocab == size
 
 
 def test_char_is_found_again_from_its_meta():
-    assert encode(get_tokenizer({"tokenizer": "char", "chars": ["b", "a"]}), "ab").tolist() == [1, 0]
+    assert encode(get_tokenizer({"tokenizer": "char", "chars": ["b", "a"]}), "ab").tolist() == [
+        1,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("meta", [{"tokenizer": "char"}, {"tokenizer": "char", "chars": []}])
@@ -165,11 +189,17 @@ def test_a_meta_that_only_names_the_tokenizer_is_enough(tmp_path, tokenizer, siz
 
 
 def test_the_vocab_size_of_char_is_the_number_of_its_characters(tmp_path):
-    assert read_meta(meta_file(tmp_path, '{"tokenizer": "char", "chars": ["é", "b"]}'))["vocab_size"] == 2
+    assert (
+        read_meta(meta_file(tmp_path, '{"tokenizer": "char", "chars": ["é", "b"]}'))["vocab_size"]
+        == 2
+    )
 
 
 def test_a_vocab_size_in_meta_wins(tmp_path):
-    assert read_meta(meta_file(tmp_path, '{"tokenizer": "gpt2", "vocab_size": 50304}'))["vocab_size"] == 50304
+    assert (
+        read_meta(meta_file(tmp_path, '{"tokenizer": "gpt2", "vocab_size": 50304}'))["vocab_size"]
+        == 50304
+    )
 
 
 def test_a_missing_meta_is_refused_with_the_line_that_is_enough(tmp_path):
@@ -180,10 +210,22 @@ def test_a_missing_meta_is_refused_with_the_line_that_is_enough(tmp_path):
 def test_a_written_meta_is_read_again(tmp_path):
     meta = {"tokenizer": "char", "chars": ["\n", "é", "👍"], "vocab_size": 3}
     write_json(tmp_path / "meta.json", meta)
-    assert read_meta(tmp_path) == meta and [path.name for path in tmp_path.iterdir()] == ["meta.json"]
+    assert read_meta(tmp_path) == meta and [path.name for path in tmp_path.iterdir()] == [
+        "meta.json"
+    ]
 
 
-DAMAGED = ["", "{", '{"tokenizer": ', "[]", "null", '"gpt2"', "{}", '{"tokenizer": "llama"}', '{"tokenizer": ["gpt2"]}']
+DAMAGED = [
+    "",
+    "{",
+    '{"tokenizer": ',
+    "[]",
+    "null",
+    '"gpt2"',
+    "{}",
+    '{"tokenizer": "llama"}',
+    '{"tokenizer": ["gpt2"]}',
+]
 
 
 @pytest.mark.parametrize("content", DAMAGED)

@@ -19,8 +19,22 @@ import sample
 
 MODELS = sorted(path.stem for path in Path(__file__).parent.parent.glob("model*.py"))
 WINDOW = 5
-SMALL = {"block_size": 16, "vocab_size": 61, "n_layer": 3, "n_head": 4, "n_embd": 32, "n_kv_head": 2, "window": WINDOW}
-PROMPTS = [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 1]  # shorter than, equal to and longer than a window
+SMALL = {
+    "block_size": 16,
+    "vocab_size": 61,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_embd": 32,
+    "n_kv_head": 2,
+    "window": WINDOW,
+}
+PROMPTS = [
+    1,
+    WINDOW - 1,
+    WINDOW,
+    WINDOW + 1,
+    2 * WINDOW + 1,
+]  # shorter than, equal to and longer than a window
 
 
 @pytest.fixture(params=MODELS)
@@ -68,7 +82,7 @@ def close(a, b):
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-# Shapes and dtypes ----------------------------------------------------------------------------------------------------
+# Shapes and dtypes ----------------------------------------------------------------------------
 
 
 def test_a_forward_returns_float32_logits_or_a_loss_or_the_last_logits(module):
@@ -99,7 +113,7 @@ def test_a_model_without_biases_has_none(module):
     assert model(tokens(2, 7)).isfinite().all()
 
 
-# Who attends to whom --------------------------------------------------------------------------------------------------
+# Who attends to whom --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("t", [1, WINDOW, 15])
@@ -124,7 +138,9 @@ def test_in_a_later_chunk_changing_a_token_changes_nothing_before_it(module, pas
     changed = x.clone()
     changed[:, past + t] = (x[:, past + t] + 1) % SMALL["vocab_size"]
     streams = []
-    model.transformer.h[-1].register_forward_hook(lambda block, inputs, output: streams.append(output))
+    model.transformer.h[-1].register_forward_hook(
+        lambda block, inputs, output: streams.append(output)
+    )
     for idx in (x, changed):
         feed(model, model.make_cache(2), idx[:, :past], idx[:, past:])
     _, before, _, after = streams
@@ -136,7 +152,7 @@ def test_rows_of_a_batch_do_not_see_each_other(module):
     close(model(x), torch.cat([model(row[None]) for row in x]))
 
 
-# The cache ------------------------------------------------------------------------------------------------------------
+# The cache ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("B", "prompt"), [(1, WINDOW), *((3, prompt) for prompt in PROMPTS)])
@@ -167,7 +183,9 @@ def test_two_generations_in_a_row_with_caches_of_their_own_are_equal(module):
 def test_two_caches_in_use_at_once_do_not_disturb_each_other(module):
     model, x, other = make_vivid(module), tokens(2, 16), tokens(2, 16, seed=2)
     a, b = model.make_cache(2), model.make_cache(2)
-    pairs = [(feed(model, a, x[:, t : t + 1]), feed(model, b, other[:, t : t + 1])) for t in range(16)]
+    pairs = [
+        (feed(model, a, x[:, t : t + 1]), feed(model, b, other[:, t : t + 1])) for t in range(16)
+    ]
     close(torch.cat([logits for logits, _ in pairs], dim=1), last_logits(model, x))
     close(torch.cat([logits for _, logits in pairs], dim=1), last_logits(model, other))
 
@@ -177,7 +195,9 @@ def test_a_batch_of_one_prefills_a_cache_of_several_rows(module, prompt):
     model, x = make_vivid(module), tokens(3, 16)
     x[:, :prompt] = x[:1, :prompt]
     cached = feed(model, cache := model.make_cache(3), x[:1, :prompt])
-    cached = torch.cat([cached.expand(3, -1, -1), feed(model, cache, *x[:, prompt:].split(1, dim=1))], dim=1)
+    cached = torch.cat(
+        [cached.expand(3, -1, -1), feed(model, cache, *x[:, prompt:].split(1, dim=1))], dim=1
+    )
     close(cached, last_logits(model, x)[:, prompt - 1 :])
 
 
@@ -207,7 +227,9 @@ def test_a_cache_counts_the_tokens_that_it_has_seen(module):
 def test_a_cache_has_the_dtype_and_the_device_of_its_model(module):
     model = make(module).to("meta")
     cache, half = model.make_cache(1), make(module).bfloat16().make_cache(1)
-    assert {value.device.type for value in vars(cache).values() if torch.is_tensor(value)} == {"meta"}
+    assert {value.device.type for value in vars(cache).values() if torch.is_tensor(value)} == {
+        "meta"
+    }
     assert half.nbytes * 2 == cache.nbytes
 
 
@@ -217,7 +239,9 @@ def test_the_bytes_of_a_cache_are_those_of_its_keys_and_values(module, max_len):
     slots = min(slots, WINDOW) if "window" in fields(module) else slots
     heads = SMALL["n_kv_head"] if "n_kv_head" in fields(module) else SMALL["n_head"]
     head_dim = SMALL["n_embd"] // SMALL["n_head"]
-    by_hand = 2 * SMALL["n_layer"] * 3 * heads * slots * head_dim * 4  # keys and values, 3 rows, float32
+    by_hand = (
+        2 * SMALL["n_layer"] * 3 * heads * slots * head_dim * 4
+    )  # keys and values, 3 rows, float32
     assert make(module).make_cache(3, max_len).nbytes == by_hand
 
 
@@ -229,7 +253,9 @@ def test_tokens_that_do_not_fit_the_cache_raise_value_error_and_leave_it_unchang
     with pytest.raises(ValueError, match=r"4.*5"):
         model(tokens(2, 2), cache=cache)
     after = vars(cache)
-    assert all(torch.equal(after[k], v) if torch.is_tensor(v) else after[k] == v for k, v in before.items())
+    assert all(
+        torch.equal(after[k], v) if torch.is_tensor(v) else after[k] == v for k, v in before.items()
+    )
 
 
 def test_a_cache_can_be_filled_to_its_last_place(module):

@@ -54,7 +54,7 @@ def take_turns(rounds, device, contestants):
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-# Attention ----------------------------------------------------------------------------------------------------------
+# Attention ------------------------------------------------------------------------------------
 
 WINDOW, N_HEAD, HEAD_DIM = 256, 12, 64
 
@@ -102,21 +102,37 @@ def attention(config, device):
     for dtype in (torch.float32, torch.bfloat16):
         for B, T in [(2, 256), (2, 384), (2, 512), (2, 768), (2, 1000), (2, 1024), (1, 8192)]:
             given = inputs(B, T, device, dtype)
-            contestants = {"sliding": attend, "full": full} | ({"dense": dense} if T <= 1024 else {})
-            runs = {name: functools.partial(forward_backward, f, *given) for name, f in contestants.items()}
+            contestants = {"sliding": attend, "full": full} | (
+                {"dense": dense} if T <= 1024 else {}
+            )
+            runs = {
+                name: functools.partial(forward_backward, f, *given)
+                for name, f in contestants.items()
+            }
             seconds = take_turns(config.rounds, device, runs)
             row = {"dtype": str(dtype).removeprefix("torch."), "batch": B, "T": T, "window": WINDOW}
             row |= {f"{name}_ms": 1000 * s for name, s in seconds.items()}
-            row |= {f"{name}_over_sliding": s / seconds["sliding"] for name, s in seconds.items() if name != "sliding"}
+            row |= {
+                f"{name}_over_sliding": s / seconds["sliding"]
+                for name, s in seconds.items()
+                if name != "sliding"
+            }
             rows.append(show(row))
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            sizes = pool.starmap(extra_memory, [(T, device, dtype) for T in (4096, 16384)], chunksize=1)
-        row = {"dtype": str(dtype).removeprefix("torch."), "batch": 1, "window": WINDOW, "gb_at_4096": sizes[0]}
+            sizes = pool.starmap(
+                extra_memory, [(T, device, dtype) for T in (4096, 16384)], chunksize=1
+            )
+        row = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "batch": 1,
+            "window": WINDOW,
+            "gb_at_4096": sizes[0],
+        }
         rows.append(show(row | {"gb_at_16384": sizes[1], "ratio": sizes[1] / sizes[0]}))
     return rows
 
 
-# Decode -------------------------------------------------------------------------------------------------------------
+# Decode ---------------------------------------------------------------------------------------
 
 
 def fill_cache(model, cache, length):
@@ -138,34 +154,53 @@ def decode(config, device):
         for length, cache in caches.items():
             fill_cache(model, cache, length)
         token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        steps = {length: functools.partial(model, token, cache=cache) for length, cache in caches.items()}
+        steps = {
+            length: functools.partial(model, token, cache=cache) for length, cache in caches.items()
+        }
         for length, s in take_turns(10 * config.rounds, device, steps).items():
             row = {"model": module.__name__, "batch": 1, "position": length}
             rows.append(show(name | row | {"ms": 1000 * s, "cache_bytes": caches[length].nbytes}))
         rows[-1]["over_window"] = rows[-1]["ms"] / rows[-2]["ms"]
-        print(f"position {config.position} over position {model.config.window}: {rows[-1]['over_window']:.3f}")
+        print(
+            f"position {config.position} over position {model.config.window}: {rows[-1]['over_window']:.3f}"
+        )
         contestants = {}
         for variant in ("model", "model_gqa", "model_swa"):
             module = model_module(variant)
             model = module.GPT(module.GPTConfig()).to(device, dtype).eval()
             cache = model.make_cache(samples)
             fill_cache(model, cache, 512)
-            contestants[variant] = (functools.partial(model, token.expand(samples, 1), cache=cache), cache.nbytes)
-        seconds = take_turns(10 * config.rounds, device, {key: run for key, (run, _) in contestants.items()})
+            contestants[variant] = (
+                functools.partial(model, token.expand(samples, 1), cache=cache),
+                cache.nbytes,
+            )
+        seconds = take_turns(
+            10 * config.rounds, device, {key: run for key, (run, _) in contestants.items()}
+        )
         for variant, s in seconds.items():
-            row = {"model": variant, "batch": samples, "position": 512, "cache_bytes": contestants[variant][1]}
-            rows.append(show(name | row | {"ms": 1000 * s, "model_over_this": seconds["model"] / s}))
+            row = {
+                "model": variant,
+                "batch": samples,
+                "position": 512,
+                "cache_bytes": contestants[variant][1],
+            }
+            rows.append(
+                show(name | row | {"ms": 1000 * s, "model_over_this": seconds["model"] / s})
+            )
     return rows
 
 
-# The program --------------------------------------------------------------------------------------------------------
+# The program ----------------------------------------------------------------------------------
 
 BENCHMARKS = {"attention": attention, "decode": decode}
 
 
 def show(row):
     """Print a row and return it."""
-    cells = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+    cells = (
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in row.items()
+    )
     print(" | ".join(cells), flush=True)
     return row
 

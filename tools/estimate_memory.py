@@ -53,25 +53,46 @@ def rank_bytes(params, blocks, copies, size, S, config):
     N, whole = config.world_size, 4 * shard_numel(params, 1)
     part, weights, unshared, sent = whole, copies, 0, 2 * (N - 1) / N * whole
     if S:
-        part, shares, R = 4 * shard_numel(params, S), sorted(shard_numel(block, S) for block in blocks), N // S
+        part, shares, R = (
+            4 * shard_numel(params, S),
+            sorted(shard_numel(block, S) for block in blocks),
+            N // S,
+        )
         weights = size * S * (part // 4 - sum(shares[:-2]))
-        unshared = size * (shard_numel(params, 1) - sum(sorted(shard_numel(block, 1) for block in blocks)[:-1]))
+        unshared = size * (
+            shard_numel(params, 1) - sum(sorted(shard_numel(block, 1) for block in blocks)[:-1])
+        )
         unshared += whole if config.micro_steps > 1 else 0
-        sent = (S - 1) * (config.micro_steps * size * (part // 4 + sum(shares)) + part) + 2 * (R - 1) / R * part
-    names = ("parameters", "gradients", "AdamW's moments", "weights in dtype", "unsharded gradients")
+        sent = (S - 1) * (config.micro_steps * size * (part // 4 + sum(shares)) + part) + 2 * (
+            R - 1
+        ) / R * part
+    names = (
+        "parameters",
+        "gradients",
+        "AdamW's moments",
+        "weights in dtype",
+        "unsharded gradients",
+    )
     return dict(zip(names, (part, part, 2 * part, weights, unshared), strict=True)), sent
 
 
 def storages(args):
     """{identity: storage} of tensors, alone or in tuples: views of one another have one."""
-    tensors = (t for arg in args for t in (arg if isinstance(arg, tuple) else (arg,)) if t is not None)
+    tensors = (
+        t for arg in args for t in (arg if isinstance(arg, tuple) else (arg,)) if t is not None
+    )
     return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
 
 
 def is_copy(tensor):
     """Whether a tensor is a parameter, cast and viewed: a copy that autocast has made."""
     node = tensor.grad_fn
-    while node and node.name() in ("ToCopyBackward0", "TBackward0", "TransposeBackward0", "ViewBackward0"):
+    while node and node.name() in (
+        "ToCopyBackward0",
+        "TBackward0",
+        "TransposeBackward0",
+        "ViewBackward0",
+    ):
         node = node.next_functions[0][0]
     return bool(tensor.grad_fn and node and "AccumulateGrad" in node.name())
 
@@ -83,19 +104,35 @@ def activations(model, tokens, dtype):
     2016, section 4): all blocks' inputs, what lies outside, and one block. torch.compile may keep less. Dropout takes
     attention from its T x 1 to T x T on CPUs, and so here."""
     parameters, calls, saved = storages(model.parameters()), [], []
-    for module in (*model.transformer.h, model.transformer.ln_f):  # where a block begins, and what follows the last
+    for module in (
+        *model.transformer.h,
+        model.transformer.ln_f,
+    ):  # where a block begins, and what follows the last
         module.register_forward_pre_hook(lambda module, args: calls.append(args))
 
     def nbytes(*groups):
-        return sum(storage.nbytes() for key, storage in ChainMap(*groups).items() if key not in parameters)
+        return sum(
+            storage.nbytes() for key, storage in ChainMap(*groups).items() if key not in parameters
+        )
 
     autocast = torch.autocast("cpu", dtype, enabled=next(model.parameters()).dtype != dtype)
-    with autocast, torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((len(calls), t)) or t, lambda t: t):
+    with (
+        autocast,
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append((len(calls), t)) or t, lambda t: t
+        ),
+    ):
         model(tokens, tokens)
     copies = storages(t for _, t in saved if is_copy(t))
-    groups = [storages(t for i, t in saved if i == n and not is_copy(t)) for n in range(len(calls) + 1)]
+    groups = [
+        storages(t for i, t in saved if i == n and not is_copy(t)) for n in range(len(calls) + 1)
+    ]
     (before, *blocks, after), inputs = groups, storages(arg for args in calls for arg in args)
-    return nbytes(*groups), max(nbytes(before, inputs, block, after) for block in blocks), nbytes(copies)
+    return (
+        nbytes(*groups),
+        max(nbytes(before, inputs, block, after) for block in blocks),
+        nbytes(copies),
+    )
 
 
 def estimate(config, options):
@@ -110,11 +147,16 @@ def estimate(config, options):
         raise UserError(str(error)) from error
     with FakeTensorMode():
         model, cast = module.GPT(shape), module.GPT(shape)
-        cast.load_state_dict({name: p.to(dtype) for name, p in cast.state_dict().items()}, assign=True)
+        cast.load_state_dict(
+            {name: p.to(dtype) for name, p in cast.state_dict().items()}, assign=True
+        )
         tokens = torch.zeros(config.batch_size, shape.block_size, dtype=torch.int64)
         *ddp, copies = activations(model, tokens, dtype)
         *fsdp, _ = activations(cast, tokens, dtype)
-    params, blocks = list(model.parameters()), [list(block.parameters()) for block in model.transformer.h]
+    params, blocks = (
+        list(model.parameters()),
+        [list(block.parameters()) for block in model.transformer.h],
+    )
     tokens_per_step = f"{config.micro_steps} x {config.batch_size} x {shape.block_size} tokens"
     print(
         f"{config.model}, {shard_numel(params, 1):,} parameters, {config.dtype}, {N} ranks with {tokens_per_step} each "
@@ -134,7 +176,11 @@ def estimate(config, options):
     for name in columns[0]:
         unit, size = ("MB", 1e6) if "token" in name else ("GB", 1e9)
         values = [column[name] for column in columns]
-        cells = values if name == "mode" else [f"{value / size:#,.3g}".rstrip(".") + f" {unit}" for value in values]
+        cells = (
+            values
+            if name == "mode"
+            else [f"{value / size:#,.3g}".rstrip(".") + f" {unit}" for value in values]
+        )
         print(f"{name:30}" + "".join(f"{cell:>16}" for cell in cells))
     return columns
 

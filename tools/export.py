@@ -53,7 +53,9 @@ GPT2_FILES = {  # name in transformers: (name there, SHA-256)
 
 @dataclass
 class ExportConfig:
-    init_from: str | None = None  # a run, one of its checkpoints, or what train.py's init_from takes
+    init_from: str | None = (
+        None  # a run, one of its checkpoints, or what train.py's init_from takes
+    )
     out_dir: str | None = None  # the directory to make
 
 
@@ -70,7 +72,9 @@ def gpt2_format(weights, config):
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
     }
-    weights = {key: w.t().contiguous() if CONV1D.fullmatch(key) else w for key, w in weights.items()}
+    weights = {
+        key: w.t().contiguous() if CONV1D.fullmatch(key) else w for key, w in weights.items()
+    }
     return weights, FIXED | theirs
 
 
@@ -186,7 +190,9 @@ def write_gpt2_tokenizer(folder, block_size):
 def main(argv):
     config = configure(ExportConfig, argv, __doc__)
     if not config.init_from or not config.out_dir:
-        raise UserError("name a model and a new directory: python -m tools.export --init_from=RUN --out_dir=DIR")
+        raise UserError(
+            "name a model and a new directory: python -m tools.export --init_from=RUN --out_dir=DIR"
+        )
     export(config.init_from, config.out_dir)
     load = f'transformers.AutoModelForCausalLM.from_pretrained("{config.out_dir}")'
     print(f"{config.out_dir}: {load}")

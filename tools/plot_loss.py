@@ -52,10 +52,20 @@ def draw(runs, path):
         for (label, records), colour in zip(runs.items(), colours, strict=True):
             train = [(r[key], r["train_loss"]) for r in records if r.get("train_loss") is not None]
             val = [(r[key], r["val_loss"]) for r in records if "val_loss" in r]
-            panel.plot(*zip(*train, strict=True), color=colour, linewidth=0.8, alpha=0.5, label=f"{label}, training")
+            panel.plot(
+                *zip(*train, strict=True),
+                color=colour,
+                linewidth=0.8,
+                alpha=0.5,
+                label=f"{label}, training",
+            )
             if val:
                 panel.plot(
-                    *zip(*val, strict=True), color=colour, marker="o", markersize=4, label=f"{label}, validation"
+                    *zip(*val, strict=True),
+                    color=colour,
+                    marker="o",
+                    markersize=4,
+                    label=f"{label}, validation",
                 )
         panel.set_xlabel(key)
         panel.grid(alpha=0.3)
