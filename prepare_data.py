@@ -1,12 +1,13 @@
 """Prepare a dataset: text or a named dataset -> data/NAME/{train,val}.bin and meta.json.
 
-    python prepare_data.py stdlib                     Python's own standard library as bytes; no download
-    python prepare_data.py shakespeare                tinyshakespeare (1 MB), GPT-2 BPE
-    python prepare_data.py shakespeare_char           the same, by characters
-    python prepare_data.py fineweb --shards=10        FineWeb, tokenized for GPT-2: 100 million tokens
-                                                      (200 MB) per shard, 103 shards in all
-    python prepare_data.py mine --input='corpus/*.txt'    your own text: .txt, .jsonl (--field=text),
-                                                          .gz of either
+    python prepare_data.py stdlib               Python's standard library as bytes; no download
+    python prepare_data.py shakespeare          tinyshakespeare (1 MB), GPT-2 BPE
+    python prepare_data.py shakespeare_char     the same, by characters
+    python prepare_data.py fineweb --shards=10  FineWeb, tokenized for GPT-2: 100 million tokens
+                                                (200 MB) per shard, 103 shards in all
+    python prepare_data.py mine --input='corpus/*.txt'
+                                                your own text: .txt, .jsonl (--field=text), .gz of
+                                                either
 
 The bins are raw little-endian uint16 token ids, nanoGPT's format. A .txt file is a document, and so
 is a line of a .jsonl file; <|endoftext|> separates documents. The last val_fraction of all tokens
@@ -359,7 +360,8 @@ def append_shard(name, bin_path, tokens_before):
         size = bin_file.tell() // 2
         if size < tokens_before:
             raise UserError(
-                f"{bin_path} has {size} tokens, meta.json says {tokens_before}: --overwrite=True makes it again"
+                f"{bin_path} has {size} tokens, meta.json says {tokens_before}: --overwrite=True "
+                "makes it again"
             )
         bin_file.truncate(2 * tokens_before)  # an interrupted call may have added more
         file.seek(4 * SHARD_HEADER)
@@ -389,7 +391,7 @@ def stdlib_files():
 
 
 def input_files(pattern):
-    """Return the files that a path or a pattern names, sorted. Raises UserError if there are none."""
+    """Return the files of a path or a pattern, sorted. Raises UserError if there are none."""
     if os.path.isfile(pattern):
         return [pattern]
     files = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
@@ -405,7 +407,8 @@ def prepare(config, root="data"):
     """Make the dataset that a PrepareConfig describes in root/NAME; return its meta.json."""
     if not re.fullmatch(r"\w[\w.-]*", config.name):
         raise UserError(
-            f"name a dataset: {', '.join(DATASETS)}, or one of your own with --input (--help explains)"
+            f"name a dataset: {', '.join(DATASETS)}, or one of your own with --input (--help "
+            "explains)"
         )
     if not config.input and config.name not in DATASETS:
         raise UserError(
@@ -416,12 +419,14 @@ def prepare(config, root="data"):
         before = read_meta(folder).get("source")
         if before != source:
             raise UserError(
-                f"{folder} was made from {before}: choose another name, or replace it with --overwrite=True"
+                f"{folder} was made from {before}: choose another name, or replace it with "
+                "--overwrite=True"
             )
     if config.name == "fineweb" and not config.input:
         if config.tokenizer not in (None, "gpt2") or config.val_fraction is not None:
             raise UserError(
-                "fineweb is tokenized for gpt2 and split already: --tokenizer and --val_fraction do not apply"
+                "fineweb is tokenized for gpt2 and split already: --tokenizer and --val_fraction "
+                "do not apply"
             )
         return prepare_fineweb(folder, config.shards, config.overwrite)
     has_foreign_bins = (folder / "train.bin").exists() and not (folder / "meta.json").exists()
@@ -491,7 +496,8 @@ def verify(folder):
         actual = file_sha256(path) if path.exists() else "of no file"
         if actual != expected:
             raise UserError(
-                f"{path} has SHA-256 {actual}, meta.json says {expected}: --overwrite=True makes it again"
+                f"{path} has SHA-256 {actual}, meta.json says {expected}: --overwrite=True makes "
+                "it again"
             )
         print(f"{path}: SHA-256 as in meta.json")
 

@@ -28,7 +28,7 @@ from configurator import check_range, configure
 @dataclass
 class SampleConfig:
     # Model and prompt
-    init_from: str = "gpt2"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, a run, a checkpoint, a directory
+    init_from: str = "gpt2"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a directory
     prompt: str = ""  # text to continue; empty: start a document
     # How much
     num_samples: int = 1  # generated together, as one batch
@@ -45,11 +45,11 @@ class SampleConfig:
 
 
 def sample_next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one token id per row of the logits (B, V); return (B,) int64. Temperature 0 is greedy."""
+    """Draw one token id per row of the logits (B, V): (B,) int64. Temperature 0 is greedy."""
     if temperature < 1e-6:  # dividing by it could overflow
         return logits.argmax(dim=-1)
     logits = logits.float()
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # at most 0, so that dividing cannot overflow
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: dividing cannot overflow
     logits = logits / temperature
     if top_k is not None and top_k < logits.size(-1):
         values, ids = logits.topk(top_k)
@@ -104,7 +104,7 @@ def generate(
             logits = model(token[:, None], cache=cache)
             continue
         if on_overflow is not None:
-            on_overflow(f"the text exceeds block_size={limit}: continuing from the last {half} tokens")
+            on_overflow(f"the text exceeds block_size={limit}: using its last {half} tokens")
             on_overflow = None
         cache = model.make_cache(num_samples, limit)
         logits = model(recent, cache=cache)

@@ -1,7 +1,7 @@
 """Train a GPT: one loop for one CPU or GPU, and for several processes with DDP or FSDP.
 
     python train.py config/quickstart.py                a minute on two CPU cores, no download
-    python train.py config/gpt2.py config/small_gpu.py  GPT-2 124M on FineWeb, on a GPU of 8 to 16 GB
+    python train.py config/gpt2.py config/small_gpu.py  GPT-2 124M on FineWeb, a GPU of 8 to 16 GB
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py               8 GPUs, DDP
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py --fsdp=True   8 GPUs, FSDP
     python train.py config/quickstart.py --model=model_mine --n_layer=4
@@ -194,7 +194,8 @@ def check_config(config, group):
         raise UserError(f"shard_degree={config.shard_degree} needs --fsdp=True; DDP does not shard")
     if config.shard_degree and group.world_size % config.shard_degree:
         raise UserError(
-            f"shard_degree={config.shard_degree} must divide the number of processes, {group.world_size}"
+            f"shard_degree={config.shard_degree} must divide the number of processes, "
+            f"{group.world_size}"
         )
 
 
@@ -228,11 +229,12 @@ def check_batch(config, block_size, world_size):
 
 
 def initial_model(config, module, options, meta):
-    """Return the model of a new run, on the CPU: initialized by the seed, or with loaded weights."""
+    """Return the model of a new run, on the CPU: initialized, or with loaded weights."""
     data_vocab_size = meta["vocab_size"]
     if options.get("vocab_size", data_vocab_size) < data_vocab_size:
         raise UserError(
-            f"vocab_size={options['vocab_size']} is below the {data_vocab_size} of data/{config.dataset}"
+            f"vocab_size={options['vocab_size']} is below the {data_vocab_size} of "
+            f"data/{config.dataset}"
         )
     if config.init_from == "scratch":
         torch.manual_seed(config.seed)
@@ -242,11 +244,13 @@ def initial_model(config, module, options, meta):
     data = (meta["tokenizer"], meta.get("chars"))
     if source[0] != data[0]:
         raise UserError(
-            f"{config.init_from} was trained with the tokenizer {source[0]}, data/{config.dataset} has {data[0]}"
+            f"{config.init_from} was trained with the tokenizer {source[0]}, "
+            f"data/{config.dataset} has {data[0]}"
         )
     if source != data:
         raise UserError(
-            f"{config.init_from} was trained with a char tokenizer of other characters than data/{config.dataset}"
+            f"{config.init_from} was trained with a char tokenizer of other characters than "
+            f"data/{config.dataset}"
         )
     return model
 
@@ -470,7 +474,7 @@ def train_step(run):
 
 
 def seed_dropout(seed, step, rank):
-    """Make the dropout masks a function of (seed, step, rank): resuming needs no generator state."""
+    """Make dropout masks a function of (seed, step, rank): resuming needs no generator state."""
     sequence = np.random.SeedSequence((seed, step, rank))
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
@@ -515,7 +519,7 @@ def advice(run):
 
 @torch.no_grad()
 def evaluate(run):
-    """Collective. Return the mean validation loss in nats per token, or None after a stop signal."""
+    """Collective. Return the mean validation loss in nats per token; None after a stop signal."""
     config, group = run.config, run.group
     total, count = 0.0, 0  # of losses and of targets, on this rank
     stopping = False
@@ -648,7 +652,7 @@ def save(run):
 
 
 def describe_loss(loss, meta):
-    """Return a validation loss with its perplexity, and bits per byte if meta.json has the bytes."""
+    """Return a validation loss as text, with perplexity and, if known, bits per byte."""
     text = f"val loss {loss:.4f} | perplexity {math.exp(min(loss, 700)):.2f}"
     val = meta.get("val", {})
     if "bytes" in val:

@@ -1,10 +1,10 @@
 """Checkpoints: save, find, verify, load. One process, DDP and FSDP write and read the same format.
 
     out/run/step_00000120/
-        shard-*.safetensors    model and optimizer state: each rank writes its shards to files of its
-                               own, by torch.distributed.checkpoint
-        config.json            step, metrics, options, model, tokenizer, data; size and CRC-32 of
-                               each shard and CRC-32 of itself
+        shard-*.safetensors    model and optimizer state; each rank writes files of its own,
+                               by torch.distributed.checkpoint
+        config.json            step, metrics, options, model, tokenizer, data; size and CRC-32
+                               of each shard, and CRC-32 of itself
     out/run/best.json          names the checkpoint with the lowest validation loss
 
 A checkpoint appears under its final name only when it is complete and on disk. Before it is used,
@@ -296,7 +296,8 @@ def check_same_data(data, stored, out_dir):
 
 def _refuse_other_run(out_dir, difference):
     raise UserError(
-        f"{out_dir} holds another run ({difference}): choose another --out_dir, or start over with --overwrite=True"
+        f"{out_dir} holds another run ({difference}): choose another --out_dir, or start over "
+        "with --overwrite=True"
     )
 
 

@@ -51,7 +51,8 @@ class Loader:
         tokens = size // 2
         if expected.get("tokens", tokens) != tokens:
             raise UserError(
-                f"{path} has {tokens} tokens, its meta.json says {expected['tokens']}: prepare the dataset again"
+                f"{path} has {tokens} tokens, its meta.json says {expected['tokens']}: prepare "
+                "the dataset again"
             )
         if tokens < min_tokens:
             raise UserError(
@@ -64,7 +65,8 @@ class Loader:
 
     def _refuse_id(self, path, token_id):
         raise UserError(
-            f"{path} holds the token id {token_id}: vocab_size={self.vocab_size} must be at least {token_id + 1}"
+            f"{path} holds the token id {token_id}: vocab_size={self.vocab_size} must be at least "
+            f"{token_id + 1}"
         )
 
     def _read(self, split, start, count):

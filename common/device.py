@@ -70,7 +70,8 @@ def _device_of_rank(name, local_rank):
     count = torch.cuda.device_count()
     if 0 < count <= local_rank:
         raise UserError(
-            f"{count} GPUs are not enough for local rank {local_rank}: use --nproc_per_node={count} at most"
+            f"{count} GPUs are not enough for local rank {local_rank}: use "
+            f"--nproc_per_node={count} at most"
         )
     return f"cuda:{local_rank}"
 

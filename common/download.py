@@ -1,8 +1,8 @@
-"""Downloads that can be trusted: resumed where they broke, checked for size and hash, visible only when complete.
+"""Download files: resume interrupted ones, verify size and hash, and show only complete files.
 
-    download(hub_url("openai-community/gpt2/resolve/main/model.safetensors"), "data/pretrained/gpt2/model.safetensors")
+    download(hub_url("openai-community/gpt2/resolve/main/model.safetensors"), "model.safetensors")
 
-HF_ENDPOINT names a mirror of the Hugging Face hub; the usual proxy variables are honoured (requests does that).
+HF_ENDPOINT names a mirror of the Hugging Face hub. requests honours the usual proxy variables.
 """
 
 import hashlib
@@ -16,21 +16,23 @@ from tqdm import tqdm
 
 from common.errors import UserError
 
-BLOCK = 1 << 16  # bytes at a time: what a broken connection loses at most
+BLOCK = 1 << 16  # bytes per read: what a broken connection loses at most
 TIMEOUT = 30  # seconds without a byte after which a connection counts as broken
-RETRIES, RETRY_WAIT = (
-    4,
-    1.0,
-)  # tries in a row without progress; seconds before the second, doubled from then on
+RETRIES = 4  # attempts in a row without progress
+RETRY_WAIT = 1.0  # seconds before the second attempt; doubled for each further one
 
 
 def hub_url(path):
-    """URL of a file on the hub; path is REPO/resolve/main/FILE, with datasets/ before it for a dataset's."""
-    return f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{path}"
+    """Return the URL of a file on the hub.
+
+    path   REPO/resolve/main/FILE; for a dataset's file with datasets/ before it
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    return f"{endpoint.rstrip('/')}/{path}"
 
 
 def file_sha256(path):
-    """SHA-256 of a file, as hex digits."""
+    """Return the SHA-256 of a file, as hex digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
@@ -39,85 +41,103 @@ def file_sha256(path):
 
 
 def download(url, path, sha256=None):
-    """Fetch a URL to a path; what an interrupted download left in PATH.part is continued.
+    """Download a URL to a path; an interrupted download, PATH.part, is continued.
 
-    Checked are the size that the server tells, and the SHA-256: the one given, or the one that the hub sends along.
-    UserError where the file cannot be had, or is not what it should be.
+    Verifies the size that the server announces and the SHA-256: the given one, or the one that the
+    hub sends. Raises UserError if the file is not available or not what it should be.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
     failures = 0
     while True:
-        had = part.stat().st_size if part.exists() else 0
+        size_before = _size(part)
         try:
-            size, told = _fetch(url, part, had)
+            size, hub_sha256 = _fetch(url, part, size_before)
             break
         except requests.RequestException as error:
-            grown = part.exists() and part.stat().st_size > had
-            failures = 1 if grown else failures + 1
+            made_progress = _size(part) > size_before
+            failures = 1 if made_progress else failures + 1
             if failures == RETRIES:
-                kept = (
-                    f"; {part} keeps what came, and the same command goes on from there"
-                    if part.exists()
-                    else ""
-                )
-                why = (
-                    type(error).__name__
-                    if error.response is None
-                    else f"status {error.response.status_code}"
-                )
-                raise UserError(f"no answer from {url} in {RETRIES} tries ({why}){kept}") from error
+                raise UserError(_unreachable(url, part, error)) from error
             time.sleep(RETRY_WAIT * 2 ** (failures - 1))
-    sha256 = sha256 or told
-    got_size, got = part.stat().st_size, file_sha256(part)
-    if got_size != size or (sha256 and got != sha256):
-        part.unlink()
-        expected = f"{size} bytes" + (f" of SHA-256 {sha256}" if sha256 else "")
-        raise UserError(
-            f"{url}: truncated or altered: {got_size} bytes of SHA-256 {got} came, not {expected}; try again"
-        )
+    _verify(url, part, size, sha256 or hub_sha256)
     part.replace(path)
 
 
-def _fetch(url, part, had):
-    """Add what is missing to the `had` bytes of a part; returns the size of the whole and the hub's SHA-256 or None."""
-    etag_file = part.with_name(
-        part.name + ".etag"
-    )  # so that parts of two versions of a file are never joined
-    etag = etag_file.read_text() if had and etag_file.exists() else None
+def _size(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def _unreachable(url, part, error):
+    reason = type(error).__name__
+    if error.response is not None:
+        reason = f"status {error.response.status_code}"
+    message = f"no answer from {url} in {RETRIES} attempts ({reason})"
+    if part.exists():
+        message += f"; {part} keeps what arrived, and the same command resumes the download"
+    return message
+
+
+def _verify(url, part, size, sha256):
+    """Delete the part and raise UserError unless it has this size and hash (None: any hash)."""
+    actual_size, actual_sha256 = _size(part), file_sha256(part)
+    if actual_size == size and sha256 in (None, actual_sha256):
+        return
+    part.unlink()
+    expected = f"{size} bytes"
+    if sha256:
+        expected += f" with SHA-256 {sha256}"
+    raise UserError(
+        f"{url}: truncated or altered: received {actual_size} bytes with SHA-256 {actual_sha256}, "
+        f"expected {expected}; try again"
+    )
+
+
+def _fetch(url, part, size_before):
+    """Append what is missing to the part; return the full size and the hub's SHA-256 or None."""
+    # The ETag identifies the version of the file, so that parts of two versions are never joined.
+    etag_file = part.with_name(part.name + ".etag")
+    etag = etag_file.read_text() if size_before and etag_file.exists() else None
     headers = {"Accept-Encoding": "identity"}
-    if had:
-        headers |= {"Range": f"bytes={had}-"} | ({"If-Range": etag} if etag else {})
+    if size_before:
+        headers["Range"] = f"bytes={size_before}-"
+    if etag:
+        headers["If-Range"] = etag
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == 429 or response.status_code >= 500:
             raise requests.HTTPError(response=response)
-        tags = [
-            r.headers.get("X-Linked-ETag", "").strip('"') for r in (*response.history, response)
-        ]
-        sha256 = next((tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)), None)
-        fits = etag in (None, response.headers.get("ETag", etag))
-        if (
-            response.status_code == 416
-            and fits
-            and response.headers.get("Content-Range") == f"bytes */{had}"
-        ):
-            etag_file.unlink(missing_ok=True)
-            return had, sha256  # the part has all bytes already
-        if response.status_code == 416 or (response.status_code == 206 and not fits):
+        sha256 = _hub_sha256(response)
+        same_version = etag in (None, response.headers.get("ETag", etag))
+        if response.status_code == 416 and same_version:
+            if response.headers.get("Content-Range") == f"bytes */{size_before}":
+                etag_file.unlink(missing_ok=True)
+                return size_before, sha256  # the part is complete already
+        if response.status_code == 416 or (response.status_code == 206 and not same_version):
             part.unlink()
-            raise requests.ConnectionError("the part is not of this file")
+            raise requests.ConnectionError("the part belongs to another version of the file")
         if not response.ok:
             raise UserError(f"{url}: the server answers {response.status_code} {response.reason}")
-        had = had if response.status_code == 206 else 0
+        start = size_before if response.status_code == 206 else 0
         length = response.headers.get("Content-Length")
-        size = had + int(length) if length else None
-        part.parent.mkdir(parents=True, exist_ok=True)  # not before there is something to keep
+        size = start + int(length) if length else None
+        part.parent.mkdir(parents=True, exist_ok=True)  # only now that there is something to keep
         if "ETag" in response.headers:
             etag_file.write_text(response.headers["ETag"])
-        bar = tqdm(total=size, initial=had, unit="B", unit_scale=True, desc=part.stem, disable=None)
-        with open(part, "ab" if had else "wb") as file, bar:
-            for chunk in response.iter_content(BLOCK):
-                file.write(chunk)
-                bar.update(len(chunk))
+        bar = tqdm(
+            total=size, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=None
+        )
+        with open(part, "ab" if start else "wb") as file, bar:
+            for block in response.iter_content(BLOCK):
+                file.write(block)
+                bar.update(len(block))
     etag_file.unlink(missing_ok=True)
-    return size or part.stat().st_size, sha256
+    return size or _size(part), sha256
+
+
+def _hub_sha256(response):
+    """Return the SHA-256 that the hub sends for large files, or None."""
+    for answer in (*response.history, response):
+        tag = answer.headers.get("X-Linked-ETag", "").strip('"')
+        if re.fullmatch("[0-9a-f]{64}", tag):
+            return tag
+    return None

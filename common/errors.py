@@ -1,4 +1,4 @@
-"""UserError: a problem that the person at the terminal can fix. It ends a program with one line, not a traceback."""
+"""UserError ends a program with one line for the person at the terminal, not a traceback."""
 
 import functools
 import os
@@ -6,11 +6,11 @@ import sys
 
 
 class UserError(Exception):
-    """A problem that the person at the terminal can fix; the message says what is wrong and what to do."""
+    """A problem that the user can fix; the message says what is wrong and what to do."""
 
 
 def program(main):
-    """Decorate a main(): print a UserError or an OSError as one line on stderr and exit with status 2."""
+    """Decorate a main(): a UserError or OSError becomes one line on stderr and exit status 2."""
 
     @functools.wraps(main)
     def run(*args, **kwargs):

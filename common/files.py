@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_json(path, value):
-    """Replace a JSON file in one step: a reader sees the old file or the new one, never a part of it."""
+    """Replace a JSON file in one step: a reader sees the old or the new file, never a part."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     with open(part, "w", encoding="utf-8") as file:

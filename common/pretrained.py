@@ -135,7 +135,8 @@ def _convert(source, loaded, expected, config):
         )
     if WPE in expected and WPE not in weights:
         raise UserError(
-            f"{source} has no learned positions (wpe), which this model needs: choose another --model"
+            f"{source} has no learned positions (wpe), which this model needs: choose another "
+            "--model"
         )
     if WPE in expected:
         weights[WPE] = weights[WPE][: config.block_size].clone()

@@ -1,6 +1,7 @@
-"""The validation loss of the released GPT-2: python train.py config/eval_gpt2.py --init_from=gpt2-xl for another size.
+"""Evaluate the released GPT-2: its validation loss on FineWeb.
 
---dataset=shakespeare evaluates it on 1 MB of text instead of FineWeb.
+python train.py config/eval_gpt2.py --init_from=gpt2-xl
+python train.py config/eval_gpt2.py --dataset=shakespeare    1 MB of text instead
 """
 
 dataset = "fineweb"

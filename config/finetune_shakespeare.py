@@ -1,4 +1,7 @@
-"""GPT-2 124M, finetuned on Shakespeare: it stops where the validation loss has long turned, and keeps the best."""
+"""Finetune GPT-2 124M on Shakespeare.
+
+It trains past the lowest validation loss on purpose; the best checkpoint is kept.
+"""
 
 dataset = "shakespeare"
 init_from = "gpt2"

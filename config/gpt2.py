@@ -1,12 +1,12 @@
-"""GPT-2 124M on FineWeb, 10 billion tokens: python prepare_data.py fineweb --shards=103 (20 GB) has them all.
+"""GPT-2 124M on 10 billion tokens of FineWeb: python prepare_data.py fineweb --shards=103 (20 GB).
 
-batch_size fits 24 GB; small_gpu.py is a layer for less.
+batch_size fits 24 GB of GPU memory; add config/small_gpu.py for less.
 """
 
 dataset = "fineweb"
-vocab_size = (
-    50304  # 50257 and padding: a multiple of 128 is faster on GPUs, sampling and export cut it off
-)
+# 50257, padded to a multiple of 128, which is faster on GPUs. Sampling never chooses the padding,
+# and exports leave it out.
+vocab_size = 50304
 
 batch_size = 16
 total_batch_size = 16 * 1024 * 32  # sequences x tokens x micro-steps = 524,288 tokens

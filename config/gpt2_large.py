@@ -1,4 +1,4 @@
-"""GPT-2 large (774,030,080 parameters with 50257 tokens) on FineWeb; gpt2.py explains the numbers."""
+"""GPT-2 large (774,030,080 parameters) on FineWeb; gpt2.py explains the numbers."""
 
 dataset = "fineweb"
 vocab_size = 50304

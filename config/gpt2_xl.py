@@ -1,4 +1,4 @@
-"""GPT-2 xl (1,557,611,200 parameters with 50257 tokens) on FineWeb; gpt2.py explains the numbers."""
+"""GPT-2 xl (1,557,611,200 parameters) on FineWeb; gpt2.py explains the numbers."""
 
 dataset = "fineweb"
 vocab_size = 50304

@@ -1,4 +1,7 @@
-"""A small GPT-2 on the source text of Python's standard library, byte by byte: about a minute on two CPU cores."""
+"""A small GPT-2 on the source code of Python's standard library, by bytes.
+
+It takes about a minute on two CPU cores.
+"""
 
 dataset = "stdlib"
 

@@ -1,4 +1,4 @@
-"""Shakespeare by characters, in nanoGPT's setting for a CPU: a few minutes on two cores, validation loss below 1.89."""
+"""Shakespeare by characters, at the size of nanoGPT's CPU example: some minutes on two cores."""
 
 dataset = "shakespeare_char"
 

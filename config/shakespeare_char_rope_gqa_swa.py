@@ -1,4 +1,5 @@
-"""Shakespeare by characters with all three changes of attention; all else as in shakespeare_char.py."""
+"""Shakespeare by characters with all three attention changes; all else as in
+shakespeare_char.py."""
 
 from config.shakespeare_char import *
 

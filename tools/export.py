@@ -139,7 +139,8 @@ def export(source, out_dir):
     if name not in FORMATS:
         reason = NO_FORMAT.get(name, "it is not among its models")
         raise UserError(
-            f"{source} is a {name}, which cannot be exported to transformers: {reason}; {', '.join(FORMATS)} can"
+            f"{source} is a {name}, which cannot be exported to transformers: {reason}; "
+            f"{', '.join(FORMATS)} can"
         )
     if out_dir.exists():
         raise UserError(f"{out_dir} exists already: choose a new directory")
