@@ -53,7 +53,7 @@ class GPTConfig:
 class KVCache:
     """The keys and values of all layers for the tokens processed so far, preallocated.
 
-    k and v are (n_layer, B, G, max_len, D).  GQA: G heads instead of H
+    GQA: k and v are (n_layer, B, G, max_len, D).
     """
 
     def __init__(self, config, batch_size, max_len, device, dtype):
@@ -68,15 +68,15 @@ class KVCache:
     def extend(self, layer, k, v):
         """Store a layer's new keys and values (B, G, T, D); return all so far (B, G, S, D).
 
-        A batch of one fills every row of the cache, so that several samples of one prompt need
-        only one prefill. Raises ValueError if the tokens do not fit.
+        If B is 1, the tokens are broadcast to all rows of the cache, so that several samples of
+        one prompt need only one prefill. Raises ValueError if the tokens do not fit.
         """
         B, T = k.size(0), k.size(2)
         end = self.pos + T
         if end > self.max_len:
             raise ValueError(
                 f"the cache has room for {self.max_len} tokens, not for {end}: "
-                f"make_cache(batch_size, max_len={end})"
+                f"make it with make_cache(batch_size, max_len={end})"
             )
         self.k[layer, :, :, self.pos : end] = k
         self.v[layer, :, :, self.pos : end] = v
@@ -132,7 +132,7 @@ class CausalSelfAttention(nn.Module):
         v = v.repeat_interleave(H // G, dim=1)  # (B, H, S, D)
         if T == S:  # training, or prefill of a whole prompt
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        # chunked prefill: is_causal would align the first query, not the last, with its key
+        # chunked prefill: the mask is aligned bottom right; is_causal would align it top left
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
@@ -173,7 +173,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict()
+        self.transformer = nn.ModuleDict()  # the first part of all parameter names
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -182,10 +182,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Initialize as GPT-2: weights normal with std 0.02, biases 0, LayerNorm 1.
+        """Initialize as transformers' GPT-2: weights normal with std 0.02, biases 0.
 
         Each block adds to the residual stream twice, by its two c_proj. Their std is smaller by
-        sqrt(2 n_layer), so that the stream's variance does not grow with the depth.
+        sqrt(2 n_layer), so that the variance of the sum does not depend on n_layer. LayerNorm's
+        weights stay 1.
         """
         residual_std = 0.02 / (2 * self.config.n_layer) ** 0.5
         for name, p in self.named_parameters():
@@ -199,9 +200,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """Return logits or, with targets, the loss; both in float32, whatever the model's dtype.
 
-        idx (B, T)         -> logits (B, T, V)
-        and targets (B, T) -> loss, a scalar: the mean over the targets that are not -1, or 0
-        and a cache        -> logits of the last position (B, 1, V); idx is appended to the cache
+        idx (B, T)           -> logits (B, T, V)
+        idx, targets (B, T)  -> loss, a scalar: the mean over the targets other than -1 (0 if none)
+        idx, cache           -> logits of the last position (B, 1, V); idx is added to the cache
 
         Raises ValueError beyond block_size, where the learned positions end.
         """
@@ -218,7 +219,7 @@ class GPT(nn.Module):
             cache.pos = end
             x = x[:, -1:]  # sampling needs the last position only
         x = self.transformer.ln_f(x)
-        logits = F.linear(x, self.transformer.wte.weight).float()  # (B, T, V)
+        logits = F.linear(x, self.transformer.wte.weight).float()  # (B, T or 1, V)
         if targets is None:
             return logits
         logits, targets = logits.flatten(0, 1), targets.flatten()
@@ -238,6 +239,7 @@ class GPT(nn.Module):
         token has (T + 1) / 2 on average. "PaLM" (Chowdhery et al. 2022, appendix B) counts T keys.
         """
         config = self.config
+        # wte counts, as the output head; wpe is only looked up
         matrices = [p for name, p in self.named_parameters() if p.dim() == 2 and "wpe" not in name]
         weights = sum(p.numel() for p in matrices)
         return 6 * weights + 6 * config.n_layer * config.n_embd * (T + 1)

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# SWA: measured by python -m tools.bench attention
+# SWA: measured on a CPU by python -m tools.bench attention
 MIN_BLOCK, MAX_BLOCK = 64, 256  # queries in a block: as many as the window, within these bounds
 MAX_DENSE_QUERIES = 320  # with more queries, blocks are faster than a mask over all pairs
 
@@ -59,7 +59,7 @@ class GPTConfig:
 class KVCache:
     """The keys and values of all layers for the last `window` tokens: a preallocated ring buffer.
 
-    k and v are (n_layer, B, G, slots, D), with slots = min(window, max_len).  GQA, SWA
+    GQA, SWA: k and v are (n_layer, B, G, slots, D), with slots = min(window, max_len).
     """
 
     def __init__(self, config, batch_size, max_len, device, dtype):
@@ -75,15 +75,15 @@ class KVCache:
     def extend(self, layer, k, v):
         """Store a layer's new keys and values (B, G, T, D); return those needed (B, G, S, D).
 
-        A batch of one fills every row of the cache, so that several samples of one prompt need
-        only one prefill. Raises ValueError if the tokens do not fit.
+        If B is 1, the tokens are broadcast to all rows of the cache, so that several samples of
+        one prompt need only one prefill. Raises ValueError if the tokens do not fit.
         """
         B, T = k.size(0), k.size(2)
         end = self.pos + T
         if end > self.max_len:
             raise ValueError(
                 f"the cache has room for {self.max_len} tokens, not for {end}: "
-                f"make_cache(batch_size, max_len={end})"
+                f"make it with make_cache(batch_size, max_len={end})"
             )
         layer_k, layer_v = self.k[layer], self.v[layer]
         slots = layer_k.size(2)  # SWA: position p is in slot p % slots
@@ -91,13 +91,14 @@ class KVCache:
             layer_k[:, :, self.pos % slots] = k[:, :, 0]
             layer_v[:, :, self.pos % slots] = v[:, :, 0]
             return layer_k[:B, :, :end], layer_v[:B, :, :end]  # end may exceed the slots
-        # SWA: the first new query needs the window - 1 keys before it, in order of their positions
+        # SWA: the first new query needs the slots - 1 keys before it, in order of their positions
         past = torch.arange(max(0, self.pos - slots + 1), self.pos, device=k.device) % slots
         k = torch.cat([layer_k[:B, :, past], k], dim=2)
         v = torch.cat([layer_v[:B, :, past], v], dim=2)
-        kept = torch.arange(max(0, end - slots), end, device=k.device) % slots
-        layer_k[:, :, kept] = k[:, :, -slots:]
-        layer_v[:, :, kept] = v[:, :, -slots:]
+        # Later tokens will need the last `slots` of them.
+        last = torch.arange(max(0, end - slots), end, device=k.device) % slots
+        layer_k[:, :, last] = k[:, :, -slots:]
+        layer_v[:, :, last] = v[:, :, -slots:]
         return k, v
 
 
@@ -168,7 +169,7 @@ class CausalSelfAttention(nn.Module):
         # GQA: repeating is as fast as enable_gqa=True, which has no fast kernel in some cases
         k = k.repeat_interleave(H // G, dim=1)  # (B, H, S, D)
         v = v.repeat_interleave(H // G, dim=1)  # (B, H, S, D)
-        if T == S <= W:  # SWA: no window is full yet
+        if T == S <= W:  # SWA: no window cuts anything off
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         if T > MAX_DENSE_QUERIES:  # SWA
             return self.attend_blocks(q, k, v)
@@ -185,7 +186,8 @@ class CausalSelfAttention(nn.Module):
         """SWA: do the same in O(T W) time, for many queries.
 
         The last n * size queries form n blocks. A block attends to its own keys and to those of the
-        m blocks before it, into which its windows reach. The queries before the blocks are few.
+        m blocks before it, into which its windows reach. The other queries, the first m * size or a
+        few more of a whole sequence, go through attend_dense.
         """
         B, H, T, D = q.shape
         S, W = k.size(2), self.window
@@ -194,14 +196,14 @@ class CausalSelfAttention(nn.Module):
         n = min(T, S - m * size) // size
         if n < 1:
             return self.attend_dense(q, k, v)
-        S_before, T_before = S - n * size, T - n * size
+        S_before, T_before = S - n * size, T - n * size  # T_before may be 0
         k_before, v_before = k[:, :, :S_before], v[:, :, :S_before]
         y_before = self.attend_dense(q[:, :, :T_before], k_before, v_before)
         q = q[:, :, T_before:].unflatten(2, (n, size)).flatten(0, 1)  # (BH, n, size, D)
         k = with_earlier_blocks(k, n, m, size)  # (BH, n, (m + 1) size, D)
         v = with_earlier_blocks(v, n, m, size)
-        y = self.attend_dense(q, k, v)  # (BH, n, size, D): a block is to it what a head is
-        y = y.view(B, H, n * size, D)
+        y = self.attend_dense(q, k, v)  # (BH, n, size, D): blocks in the place of heads
+        y = y.reshape(B, H, n * size, D)
         return torch.cat([y_before, y], dim=2)
 
 
@@ -241,7 +243,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict()
+        self.transformer = nn.ModuleDict()  # the first part of all parameter names
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.transformer.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -249,10 +251,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Initialize as GPT-2: weights normal with std 0.02, biases 0, LayerNorm 1.
+        """Initialize as transformers' GPT-2: weights normal with std 0.02, biases 0.
 
         Each block adds to the residual stream twice, by its two c_proj. Their std is smaller by
-        sqrt(2 n_layer), so that the stream's variance does not grow with the depth.
+        sqrt(2 n_layer), so that the variance of the sum does not depend on n_layer. LayerNorm's
+        weights stay 1.
         """
         residual_std = 0.02 / (2 * self.config.n_layer) ** 0.5
         for name, p in self.named_parameters():
@@ -277,9 +280,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """Return logits or, with targets, the loss; both in float32, whatever the model's dtype.
 
-        idx (B, T)         -> logits (B, T, V)
-        and targets (B, T) -> loss, a scalar: the mean over the targets that are not -1, or 0
-        and a cache        -> logits of the last position (B, 1, V); idx is appended to the cache
+        idx (B, T)           -> logits (B, T, V)
+        idx, targets (B, T)  -> loss, a scalar: the mean over the targets other than -1 (0 if none)
+        idx, cache           -> logits of the last position (B, 1, V); idx is added to the cache
         """
         start = 0 if cache is None else cache.pos
         end = start + idx.size(1)
@@ -293,7 +296,7 @@ class GPT(nn.Module):
             cache.pos = end
             x = x[:, -1:]  # sampling needs the last position only
         x = self.transformer.ln_f(x)
-        logits = F.linear(x, self.transformer.wte.weight).float()  # (B, T, V)
+        logits = F.linear(x, self.transformer.wte.weight).float()  # (B, T or 1, V)
         if targets is None:
             return logits
         logits, targets = logits.flatten(0, 1), targets.flatten()
@@ -313,6 +316,7 @@ class GPT(nn.Module):
         SWA: token i attends to min(i + 1, W) keys; their sum over T tokens is W T - W (W - 1) / 2.
         """
         config = self.config
+        # wte counts, as the output head; wpe is only looked up
         matrices = [p for name, p in self.named_parameters() if p.dim() == 2 and "wpe" not in name]
         weights = sum(p.numel() for p in matrices)
         W = min(config.window, T)

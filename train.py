@@ -11,7 +11,10 @@ for bit the uninterrupted one (on CUDA with --deterministic=True), because the d
 dropout masks and the learning rate are functions of the seed, the step and the rank.
 out_dir/log.jsonl gets one line per optimizer step.
 
-The file reads top to bottom: options, setup, one training step, the loop, main.
+The file reads top to bottom: options, setup, one training step, the loop, main. Every rank must
+call a function that is marked "Collective". `group` (common/distributed.py) has the collectives:
+an error on any rank inside `with group.exit_together()` ends all ranks with one message, and
+`group.exit(message)`, called by all ranks, ends the run.
 """
 
 import contextlib
@@ -84,7 +87,7 @@ class TrainConfig:
     min_lr: float = 6e-5  # at the end of the schedule
     warmup_steps: int = 700  # steps of linear increase from 0
     lr_schedule: str = "cosine"  # cosine; wsd: constant, then linear decay over the last fifth
-    weight_decay: float = 0.1  # per unit of learning rate
+    weight_decay: float = 0.1  # a step multiplies matrices by 1 - learning_rate * weight_decay
     beta1: float = 0.9  # decay of the mean of the gradient
     beta2: float = 0.95  # decay of the mean of its square
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
@@ -92,7 +95,7 @@ class TrainConfig:
     eval_interval: int = 250  # steps between evaluations
     eval_tokens: int = 2**20  # validation tokens, rounded up to whole sequences
     log_interval: int = 10  # steps between lines on the console
-    checkpoint_interval: int = 1000  # steps between checkpoints
+    checkpoint_interval: int = 1000  # steps; a better validation loss is saved at once, too
     keep_checkpoints: int = 2  # the last ones; the best is kept besides
     # Device
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -150,7 +153,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype  # of the computation; weights and optimizer state are float32
     loader: Loader
-    model: torch.nn.Module  # parameters with plain names; under FSDP sharded
+    model: torch.nn.Module  # no prefix of DDP or torch.compile in names; under FSDP sharded
     wrapped: torch.nn.Module  # the module to call: the model, or DDP around it
     forward: Callable  # `wrapped`, compiled or not
     optimizer: torch.optim.Optimizer
@@ -162,7 +165,7 @@ class Run:
     overflows: int = 0  # float16 steps in a row with an infinite gradient
 
     def autocast(self):
-        """Compute in the run's dtype. Under FSDP the parameters themselves have that dtype."""
+        """Compute in the run's dtype. FSDP needs no autocast: it gathers shards in that dtype."""
         enabled = self.dtype != torch.float32 and not self.config.fsdp
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
@@ -275,7 +278,7 @@ def resumed_model_config(config, module, options, meta, stored):
     """Return the model config that the options ask for, to be compared with the stored one."""
     if config.init_from == "scratch":
         return asdict(module.GPTConfig(**scratch_options(options, meta)))
-    return stored["model_config"] | options  # what the options leave open comes from init_from
+    return stored["model_config"] | options  # init_from set the rest when the run began
 
 
 def setup(config, options, argv, group):
@@ -283,9 +286,9 @@ def setup(config, options, argv, group):
 
     options   the model options of the command line and the config files
 
-    Writes nothing, except for a small dataset that is missing. Returns a Run. Rank 0 alone
-    initializes or reads the weights and the other ranks receive them, so that one process, DDP and
-    FSDP start with the same bits and no rank needs memory for more than it trains.
+    Returns a Run. Writes nothing, except that one process prepares a small dataset if it is
+    missing. Rank 0 initializes or reads the weights, on its CPU, and the other ranks receive them.
+    So one process, DDP and FSDP start with the same bits, and no device holds more than it trains.
     """
     module = model_module(config.model)
     out_dir = Path(config.out_dir or default_out_dir(argv))
@@ -297,10 +300,11 @@ def setup(config, options, argv, group):
         dtype = pick_dtype(config.dtype, device)
         if config.fsdp and dtype == torch.float16:
             raise UserError("dtype=float16 does not work with fsdp=True: use bfloat16 or float32")
-        try:
-            module.GPTConfig(**options)  # check the numbers before anything that takes long
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        if config.init_from == "scratch":
+            try:
+                module.GPTConfig(**options)  # check the numbers before anything that takes long
+            except ValueError as error:
+                raise UserError(str(error)) from error
         folder, meta = open_dataset(config.dataset, prepare_missing=not group.launched)
         resolved = {"out_dir": str(out_dir), "dtype": str(dtype).removeprefix("torch.")}
         info = {"options": asdict(config) | resolved, "meta": meta}
@@ -316,9 +320,8 @@ def setup(config, options, argv, group):
     path, stored, model_config = group.broadcast((path, stored, model_config))
 
     with group.exit_together():
-        with torch.device(
-            "meta"
-        ):  # no memory yet: under FSDP a rank may have room for its shard only
+        # No memory yet: under FSDP a device may have room for its shard only.
+        with torch.device("meta"):
             model = module.GPT(module.GPTConfig(**model_config))
         loader = Loader(folder, model.config.block_size, model.config.vocab_size, config.seed)
         tokens = [loader.n_train, loader.n_val]
@@ -367,7 +370,10 @@ def setup(config, options, argv, group):
 
 
 def prepare_blocks(model, config, group, device, dtype):
-    """Prepare the blocks of a model on the meta device: checkpoint activations, compile, shard."""
+    """Apply activation checkpointing, compilation and sharding to a model on the meta device.
+
+    Without FSDP the model is compiled as a whole, later, by compile_forward.
+    """
     if config.activation_checkpointing:
         for block in model.transformer.h:
             checkpoint_activations(block)
@@ -385,7 +391,8 @@ def checkpoint_activations(block):
 
     "Training Deep Nets with Sublinear Memory Cost" (Chen et al. 2016, section 4).
     """
-    forward = block.forward  # wrapped by a function: torch.compile does not trace functools.partial
+    forward = block.forward
+    # A lambda, because torch.compile does not trace a functools.partial as a module's forward.
     block.forward = lambda *inputs: recompute_in_backward(forward, *inputs, use_reentrant=False)
 
 
@@ -405,10 +412,10 @@ def compile_forward(run):
     x, y = run.loader.train_batch(0, run.config.batch_size)
     failure = None
     try:
-        # Without gradient sync, so that it can fail on one rank alone.
+        # Without gradient sync, so that a rank on which this fails leaves no other rank waiting.
         with gradient_sync(run.wrapped, enabled=False):
             with run.autocast():
-                loss = compiled(x.to(run.device), y.to(run.device))
+                loss = compiled(to_device(x, run.device), to_device(y, run.device))
             loss.backward()
     except Exception as error:  # backends and compilers raise types of their own
         if is_out_of_memory(error):
@@ -487,7 +494,7 @@ def to_device(tensor, device):
 
 
 def check_finite(run, loss, grad_norm):
-    """End the run before the weights change if the loss or the gradient norm is not finite.
+    """If the loss or the gradient norm is not finite, end the run before the weights change.
 
     In float16 the scaler skips such a step and halves its scale; only MAX_OVERFLOWS of them in a
     row end the run.
@@ -504,7 +511,7 @@ def check_finite(run, loss, grad_norm):
 
 
 def advice(run):
-    """What to try after a loss that is not finite."""
+    """Return what to try after a loss that is not finite."""
     text = "; try a new run with a lower --learning_rate or --dtype=float32"
     checkpoints = checkpoint.list_checkpoints(run.out_dir)
     if not checkpoints:
@@ -524,7 +531,7 @@ def evaluate(run):
     total, count = 0.0, 0  # of losses and of targets, on this rank
     stopping = False
     run.model.eval()
-    # Each rank has its own windows, and all have the same number of batches, because under FSDP
+    # Each rank has its own sequences, and all have the same number of batches, because under FSDP
     # every forward pass is a collective.
     batches = run.loader.val_batches(
         config.eval_tokens, config.batch_size, group.rank, group.world_size
@@ -535,7 +542,7 @@ def evaluate(run):
             break
         targets = int((y != -1).sum())
         with run.autocast():
-            loss = run.forward(x.to(run.device), y.to(run.device))
+            loss = run.forward(to_device(x, run.device), to_device(y, run.device))
         total += loss.item() * targets
         count += targets
     run.model.train()
@@ -558,7 +565,7 @@ def train_loop(run):
     while True:
         is_last = run.step >= config.max_steps
 
-        # Once in a while: evaluate, log, save.
+        # Log every step; once in a while evaluate and save.
         if (run.step % config.eval_interval == 0 or is_last) and "val_loss" not in run.metrics:
             val_loss = evaluate(run)
             if val_loss is not None:
@@ -611,12 +618,12 @@ def train_loop(run):
 
 
 def mfu_flops_per_token(model, T):
-    """Return the FLOPs per token that MFU counts by convention (forward + backward).
+    """Return the FLOPs per token (forward + backward) that MFU counts by convention.
 
     6 per parameter (without position embeddings) and 12 * n_layer * n_embd per attended key, all
     T keys included: "PaLM" (Chowdhery et al. 2022, appendix B), as nanoGPT and llm.c report it.
-    Causal attention needs only half of those keys; model.flops_per_token counts exactly. With a
-    sliding window the keys are at most `window`.
+    Causal attention needs only half of those keys: model.flops_per_token, for comparing models,
+    counts exactly. With a sliding window the keys are at most `window`.
     """
     config = model.config
     parameters = [p for name, p in model.named_parameters() if not name.endswith("wpe.weight")]
@@ -636,7 +643,7 @@ def append_log(run):
 
 
 def save(run):
-    """Collective. Save the state after the last finished step; before the first there is none."""
+    """Collective. Save the state after the last finished step; nothing before the first step."""
     if run.step == 0:
         return
     state = {"step": run.step, "metrics": run.metrics, "scaler": run.scaler.state_dict()}
@@ -653,7 +660,8 @@ def save(run):
 
 def describe_loss(loss, meta):
     """Return a validation loss as text, with perplexity and, if known, bits per byte."""
-    text = f"val loss {loss:.4f} | perplexity {math.exp(min(loss, 700)):.2f}"
+    perplexity = math.exp(min(loss, 700))  # exp overflows above 709
+    text = f"val loss {loss:.4f} | perplexity {perplexity:.2f}"
     val = meta.get("val", {})
     if "bytes" in val:
         bits_per_byte = loss / math.log(2) * val["tokens"] / val["bytes"]
@@ -688,7 +696,7 @@ def train(run):
         try:
             train_loop(run)
         except OSError:  # for example: stdout is a closed pipe
-            if run.group.world_size == 1:
+            if run.group.world_size == 1:  # save is a collective; other ranks may be elsewhere
                 save(run)
             raise
     if run.step < run.config.max_steps:
@@ -726,7 +734,7 @@ def main(argv):
             argv,
             __doc__,
             model_config=lambda config: model_module(config.model).GPTConfig,
-            hint=models_with_option,
+            hint=models_with_option,  # for an option of another model
         )
         check_range(config, 1, "dist_timeout")
     except UserError as error:
@@ -737,7 +745,7 @@ def main(argv):
             raise option_error
     if group.restarted:
         config.overwrite = False  # torchrun restarted this worker: out_dir holds this very run
-    keep_freed_memory()
+    keep_freed_memory()  # a quarter of a step's time on a CPU
     run = None
     try:
         run = setup(config, options, argv, group)

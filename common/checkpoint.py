@@ -3,8 +3,9 @@
     out/run/step_00000120/
         shard-*.safetensors    model and optimizer state; each rank writes files of its own,
                                by torch.distributed.checkpoint
-        config.json            step, metrics, options, model, tokenizer, data; size and CRC-32
-                               of each shard, and CRC-32 of itself
+        config.json            step, metrics, scaler, options, model_config, data, meta (which
+                               names the tokenizer); files: the size and CRC-32 of each shard;
+                               crc32: of all this
     out/run/best.json          names the checkpoint with the lowest validation loss
 
 A checkpoint appears under its final name only when it is complete and on disk. Before it is used,
@@ -37,16 +38,16 @@ from torch.distributed.tensor import DTensor
 from common.errors import UserError
 from common.files import fsync_directory, write_json
 
-STEP = "step_" + 8 * "[0-9]"  # glob pattern of complete checkpoints
-FILE_BYTES = 64e6  # of one file of a checkpoint
+CHECKPOINT_GLOB = "step_" + 8 * "[0-9]"  # of complete checkpoints
+FILE_BYTES = 64e6  # largest file of several tensors
 LAST_PICKLE_COMMIT = "5e9f7b2"  # the last commit that reads checkpoints with a .metadata pickle
 # One flat name per tensor, such as state.transformer.wte.weight.exp_avg.
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
-# Options that may differ when a run is resumed. They change when something is saved or printed, or
-# how the same global batch is computed. The results stay equal up to rounding, with two exceptions:
-# max_steps stretches the learning rate schedule, and with dropout > 0 the dropout masks depend on
-# batch_size and the world size.
+# Options that may differ when a run is resumed: they say at which steps something is saved or
+# printed, or how the same global batch is computed. The results stay equal up to rounding, with two
+# exceptions: max_steps stretches the learning rate schedule, and with dropout > 0 the dropout masks
+# depend on batch_size and the world size.
 RESUMABLE_CHANGES = {
     "out_dir",
     "overwrite",
@@ -85,7 +86,7 @@ def save_checkpoint(out_dir, model, optimizer, config, keep, group):
             _remove_unfinished(out_dir)
             if not final.exists():
                 part.mkdir(parents=True)
-    is_new = group.broadcast(part.exists())
+    is_new = group.broadcast(part.exists())  # as rank 0 sees it: it has just made `part`
     if is_new:
         _write_shards(part, model, optimizer, group)
         files = _describe_files(part, group)
@@ -98,12 +99,12 @@ def save_checkpoint(out_dir, model, optimizer, config, keep, group):
 
 
 def _remove_unfinished(out_dir):
-    for part in Path(out_dir).glob(STEP + ".part"):
+    for part in Path(out_dir).glob(CHECKPOINT_GLOB + ".part"):
         shutil.rmtree(part)
 
 
 def _write_shards(part, model, optimizer, group):
-    """Collective. Write each rank's tensors to a file of its own, flushed to disk."""
+    """Collective. Write each rank's tensors to files of its own; the writer fsyncs each file."""
     tensors, _, _ = _training_tensors(model, optimizer)
     writer = HuggingFaceStorageWriter(
         path=str(part), fqn_to_index_mapping=_file_indices(tensors), save_distributed=True
@@ -120,9 +121,10 @@ def _write_shards(part, model, optimizer, group):
 
 
 def _file_indices(tensors):
-    """Return {tensor name: file number, from 1}: files of FILE_BYTES per rank, or of one tensor.
+    """Return {tensor name: number of its file, from 1}.
 
-    The writer holds two copies of a file in memory while it writes it, so files must be small.
+    On each rank a file has at most FILE_BYTES, or one tensor that is larger: the writer holds two
+    copies of a file in memory while it writes it.
     """
     indices, index, size = {}, 1, 0
     for name, tensor in tensors.items():
@@ -187,7 +189,7 @@ def remove_run(out_dir):
 
 def list_checkpoints(out_dir):
     """Return the paths of a run's complete checkpoints, oldest first."""
-    return sorted(Path(out_dir).glob(STEP))
+    return sorted(Path(out_dir).glob(CHECKPOINT_GLOB))
 
 
 def best_loss(out_dir):
@@ -291,7 +293,10 @@ def check_same_data(data, stored, out_dir):
     """Raise UserError if the dataset of the run in out_dir has changed."""
     if data != stored["data"]:
         before = stored["data"]["tokens"]
-        _refuse_other_run(out_dir, f"the data had {before} tokens, now {data['tokens']}, or others")
+        now = data["tokens"]
+        if now == before:
+            _refuse_other_run(out_dir, "the data have the same size but another SHA-256")
+        _refuse_other_run(out_dir, f"[training, validation] tokens were {before}, are {now}")
 
 
 def _refuse_other_run(out_dir, difference):
@@ -330,7 +335,9 @@ def load_checkpoint(path, model, optimizer=None):
             dcp.load(tensors, storage_reader=reader)
         else:
             tensors, model_state, optimizer_state = _training_tensors(model, optimizer)
-            dcp.load(tensors, storage_reader=reader)  # in place: the two state dicts have changed
+            dcp.load(tensors, storage_reader=reader)
+            # `tensors` are those of the two state dicts, which now have the loaded values. The
+            # model's are its parameters; the optimizer's state must be set.
             set_state_dict(
                 model,
                 optimizer,
@@ -345,11 +352,13 @@ def _training_tensors(model, optimizer):
 
     The tensors are those of the state dicts, not copies; under FSDP they are sharded DTensors. The
     rest of the optimizer state (param_groups) follows from the options. A new optimizer gets its
-    state here: get_state_dict takes a step with zero gradients and learning rate.
+    state here: get_state_dict takes a step with zero gradients and lr = 0, which changes no weight.
     """
     model_state, optimizer_state = get_state_dict(model, optimizer, options=FLAT)
-    moments = {name: t for name, t in optimizer_state.items() if isinstance(t, torch.Tensor)}
-    tensors = _with_prefix("model", model_state) | _with_prefix("optimizer", moments)
+    optimizer_tensors = {
+        name: value for name, value in optimizer_state.items() if isinstance(value, torch.Tensor)
+    }
+    tensors = _with_prefix("model", model_state) | _with_prefix("optimizer", optimizer_tensors)
     return tensors, model_state, optimizer_state
 
 

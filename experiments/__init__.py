@@ -1,4 +1,7 @@
-"""What each change costs and buys: one question per file, python -m experiments.NAME --preset=cpu."""
+"""What does each variant cost, and what does it bring? One question per file.
+
+python -m experiments.NAME --preset=cpu
+"""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Is my loss normal? The validation loss of the configs as they are, over their steps.
+"""Is my loss normal? The validation loss of the configs in config/, unchanged, over their steps.
 
 python -m experiments.curves --preset=cpu
 """
@@ -9,62 +9,65 @@ from dataclasses import dataclass
 from common.errors import program
 from common.models import model_module, models_with_option
 from configurator import configure, configure_with_model
-from experiments.runs import trained, val_losses
-from experiments.study import COLOURS, Study, StudyConfig, label, markdown
+from experiments.runs import train_run, val_losses
+from experiments.study import COLOURS, Study, StudyConfig, label_points, markdown_table
 from train import TrainConfig
-
-CHARACTERS = [
-    f"shakespeare_char{variant}" for variant in ("", "_rope", "_gqa", "_swa", "_rope_gqa_swa")
-]
 
 
 @dataclass
 class Config:
-    configs: tuple
+    configs: tuple  # names of files in config/
 
 
 PRESETS = {
-    "cpu": Config(("quickstart", *CHARACTERS)),
+    "cpu": Config(
+        (
+            "quickstart",
+            "shakespeare_char",
+            "shakespeare_char_rope",
+            "shakespeare_char_gqa",
+            "shakespeare_char_swa",
+            "shakespeare_char_rope_gqa_swa",
+        )
+    ),
     "gpu": Config(("gpt2", "gpt2_rope", "gpt2_gqa", "gpt2_swa", "gpt2_rope_gqa_swa")),
 }
 
 
-def curve(name):
-    """[step, validation loss] of a run of config/NAME.py."""
+def measure_curve(name):
+    """Train config/NAME.py; return [step, validation loss] of each evaluation."""
     path = f"config/{name}.py"
     config, _ = configure_with_model(
         TrainConfig,
         [path],
         "",
-        lambda config: model_module(config.model).GPTConfig,
-        models_with_option,
+        model_config=lambda config: model_module(config.model).GPTConfig,
+        hint=models_with_option,
     )
-    return val_losses(trained(name, {"max_steps": config.max_steps}, path))
+    return val_losses(train_run(name, {"max_steps": config.max_steps}, path))
 
 
 def losses(state):
-    """Markdown: the validation loss of each config at the steps where it is evaluated."""
-    rows = [
-        [
-            f"[{name}](../config/{name}.py)",
-            ", ".join(f"{loss:.3f} at {step}" for step, loss in curve),
-        ]
-        for name, curve in state["points"].items()
-    ]
-    return markdown(["config", "validation loss at step"], rows)
+    """Return a table of the validation loss of each config, wherever it is evaluated."""
+    rows = []
+    for name, curve in state["points"].items():
+        evaluations = [f"{loss:.3f} at {step}" for step, loss in curve]
+        rows.append([f"[{name}](../config/{name}.py)", ", ".join(evaluations)])
+    return markdown_table(["config", "validation loss at step"], rows)
 
 
 def draw(state, panel):
-    ends = []
+    """Plot validation loss over steps, a line for each config."""
+    ends = {}  # {last step: labels of the lines that end there}
     for (name, curve), colour in zip(state["points"].items(), COLOURS, strict=False):
-        steps, values = zip(
-            *curve[1:], strict=True
-        )  # the untrained model's would press the others together
+        trained = curve[1:]  # the untrained model's loss would compress all others
+        steps = [step for step, _ in trained]
+        values = [loss for _, loss in trained]
         panel.plot(steps, values, color=colour, marker="o", markersize=4)
-        ends.append((name, steps[-1], values[-1], colour))
-    for last in {x for _, x, *_ in ends}:
-        label(panel, *(end for end in ends if end[1] == last))
-    panel.set_xlim(right=1.4 * steps[-1])
+        ends.setdefault(steps[-1], []).append((name, steps[-1], values[-1], colour))
+    for labels in ends.values():
+        label_points(panel, *labels)
+    panel.set_xlim(right=1.4 * max(ends))  # room for the labels
     panel.set_xlabel("steps")
     panel.set_ylabel("validation loss (nats per token)")
 
@@ -73,7 +76,7 @@ def draw(state, panel):
 def main(argv):
     study = Study("curves", configure(StudyConfig, argv, __doc__), PRESETS)
     for name in study.config.configs:
-        study.point(name, curve, name)
+        study.measure_once(name, measure_curve, name)
     study.finish(draw)
 
 

@@ -1,4 +1,4 @@
-"""What do long sequences cost? Time and memory of training, time and cache of decoding, from 1k to 32k tokens.
+"""What do long sequences cost? Training and decoding from 1k to 32k tokens: time, memory, KV cache.
 
 python -m experiments.long_sequences --preset=cpu
 """
@@ -8,8 +8,13 @@ from dataclasses import dataclass
 
 from common.errors import program
 from configurator import configure
-from experiments.steps import decoding_step, in_new_process, step_memory, training_step
-from experiments.study import COLOURS, Study, StudyConfig, label, markdown
+from experiments.steps import (
+    make_decoding_step,
+    make_training_step,
+    measure_step_memory,
+    run_in_new_process,
+)
+from experiments.study import COLOURS, Study, StudyConfig, label_points, markdown_table
 from tools.bench import take_turns
 
 
@@ -20,102 +25,123 @@ class Config:
     n_embd: int = 256
     vocab_size: int = 257
     window: int = 256
-    lengths: tuple = (1024, 2048, 4096, 8192, 16384, 32768)
-    rounds: int = 3  # of training steps taking turns; ten times as many of decoding
+    lengths: tuple = (1024, 2048, 4096, 8192, 16384, 32768)  # T
+    rounds: int = 3  # timed training steps of each model; ten times as many of decoding
 
 
 PRESETS = {
     "cpu": Config(),
     "gpu": Config(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, rounds=5),
 }
+NAMES = ("base", "GQA 1/4", "SWA", "all three")
+LINE_COLOURS = (COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[5])
 
 
-def contestants(config, T):
-    shape = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")} | {
-        "block_size": T
+def model_shapes(config, T):
+    """Return {name: shape} of the models compared, for sequences of T tokens."""
+    shape = {
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "vocab_size": config.vocab_size,
+        "block_size": T,
     }
-    quarter, window = {"n_kv_head": config.n_head // 4}, {"window": config.window}
+    n_kv_head, window = config.n_head // 4, config.window
     return {
-        "base": shape | {"model": "model"},
-        "GQA 1/4": shape | {"model": "model_gqa"} | quarter,
-        "SWA": shape | {"model": "model_swa"} | window,
-        "all three": shape | {"model": "model_rope_gqa_swa"} | quarter | window,
+        "base": {**shape, "model": "model"},
+        "GQA 1/4": {**shape, "model": "model_gqa", "n_kv_head": n_kv_head},
+        "SWA": {**shape, "model": "model_swa", "window": window},
+        "all three": {
+            **shape,
+            "model": "model_rope_gqa_swa",
+            "n_kv_head": n_kv_head,
+            "window": window,
+        },
     }
 
 
-def training(config, T, device, dtype):
-    steps = {
-        name: training_step(shape, 1, T, device, dtype)
-        for name, shape in contestants(config, T).items()
-    }
+# Measurements, by name of the model -----------------------------------------------------------
+
+
+def measure_training(config, T, device, dtype):
+    """Return {name: seconds of a training step on one sequence of T tokens}."""
+    steps = {}
+    for name, shape in model_shapes(config, T).items():
+        steps[name] = make_training_step(shape, 1, T, device, dtype)
     return take_turns(config.rounds, device, steps)
 
 
-def decoding(config, T, device, dtype):
-    made = {
-        name: decoding_step(shape, T - 1, device, dtype)
-        for name, shape in contestants(config, T).items()
-    }
-    seconds = take_turns(
-        10 * config.rounds, device, {name: step for name, (step, _) in made.items()}
-    )
-    return {
-        name: {"seconds": seconds[name], "cache_bytes": nbytes}
-        for name, (_, nbytes) in made.items()
-    }
+def measure_memory(config, T, device, dtype):
+    """Return {name: peak GB of training on one sequence of T tokens}."""
+    memory = {}
+    for name, shape in model_shapes(config, T).items():
+        arguments = (shape, 1, T, device, dtype)
+        memory[name] = run_in_new_process(measure_step_memory, *arguments)
+    return memory
 
 
-def memory(config, T, device, dtype):
-    shapes = contestants(config, T)
-    return {
-        name: in_new_process(step_memory, shape, 1, T, device, dtype)
-        for name, shape in shapes.items()
-    }
+def measure_decoding(config, T, device, dtype):
+    """Return {name: seconds of decoding the token at position T - 1, bytes of the KV cache}."""
+    steps, cache_bytes = {}, {}
+    for name, shape in model_shapes(config, T).items():
+        steps[name], cache_bytes[name] = make_decoding_step(shape, T - 1, device, dtype)
+    seconds = take_turns(10 * config.rounds, device, steps)
+    return {name: {"seconds": seconds[name], "cache_bytes": cache_bytes[name]} for name in steps}
+
+
+# Table and plot -------------------------------------------------------------------------------
 
 
 def costs(state):
-    """Markdown: time and memory of a training step, time of decoding a token."""
-    points, rows = state["points"], []
+    """Return a table of time and memory of a training step, and time of decoding a token."""
+    rows = []
     for T in state["config"]["lengths"]:
-        train, gb, decode = (points[f"{T}, {key}"] for key in ("training", "memory", "decoding"))
-        cells = [
-            f"{train[n]:.2f} s, {gb[n]:.2f} GB; {1e3 * d['seconds']:.2f} ms"
-            for n, d in decode.items()
-        ]
-        rows.append([f"{T // 1024}k", *cells, f"{train['base'] / train['SWA']:.1f}x"])
-    return markdown(["T", *contestants(Config(), 1), "base / SWA, training"], rows)
+        training = state["points"][f"{T}, training"]
+        memory = state["points"][f"{T}, memory"]
+        decoding = state["points"][f"{T}, decoding"]
+        row = [f"{T // 1024}k"]
+        for name in NAMES:
+            milliseconds = 1000 * decoding[name]["seconds"]
+            row.append(f"{training[name]:.2f} s, {memory[name]:.2f} GB; {milliseconds:.2f} ms")
+        row.append(f"{training['base'] / training['SWA']:.1f}x")
+        rows.append(row)
+    return markdown_table(["T", *NAMES, "base / SWA, training"], rows)
 
 
 def draw(state, training, memory, decoding):
-    points, lengths = state["points"], state["config"]["lengths"]
-    panels = {
-        "training": (training, "training step (s)"),
-        "memory": (memory, "memory of training (GB)"),
-    }
-    for key, (panel, text) in (panels | {"decoding": (decoding, "decoding a token (ms)")}).items():
-        ends = []
-        for name, colour in zip(contestants(Config(), 1), (0, 1, 2, 5), strict=True):
-            y = [points[f"{T}, {key}"][name] for T in lengths]
-            y = [1000 * value["seconds"] for value in y] if key == "decoding" else y
-            panel.plot(lengths, y, color=COLOURS[colour], marker="o", markersize=4)
-            ends.append((name, lengths[-1], y[-1], COLOURS[colour]))
-        label(panel, *ends)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_xlim(right=5 * lengths[-1])
-        panel.set_xticks(lengths, [f"{T // 1024}k" for T in lengths])
-        panel.set_xlabel("T (tokens)")
-        panel.set_ylabel(text)
+    """Plot the costs over the sequence length, a line for each model."""
+    draw_costs(state, training, "training", "training step (s)")
+    draw_costs(state, memory, "memory", "memory of training (GB)")
+    draw_costs(state, decoding, "decoding", "decoding a token (ms)")
+
+
+def draw_costs(state, panel, key, text):
+    """Draw one kind of points into a panel."""
+    lengths = state["config"]["lengths"]
+    ends = []
+    for name, colour in zip(NAMES, LINE_COLOURS, strict=True):
+        values = [state["points"][f"{T}, {key}"][name] for T in lengths]
+        if key == "decoding":
+            values = [1000 * value["seconds"] for value in values]
+        panel.plot(lengths, values, color=colour, marker="o", markersize=4)
+        ends.append((name, lengths[-1], values[-1], colour))
+    label_points(panel, *ends)
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xlim(right=5 * lengths[-1])  # room for the labels
+    panel.set_xticks(lengths, [f"{T // 1024}k" for T in lengths])
+    panel.set_xlabel("T (tokens)")
+    panel.set_ylabel(text)
 
 
 @program
 def main(argv):
     study = Study("long_sequences", configure(StudyConfig, argv, __doc__), PRESETS)
     for T in study.config.lengths:
-        for measure in (training, memory, decoding):
-            study.point(
-                f"{T}, {measure.__name__}", measure, study.config, T, study.device, study.dtype
-            )
+        arguments = (study.config, T, study.device, study.dtype)
+        study.measure_once(f"{T}, training", measure_training, *arguments)
+        study.measure_once(f"{T}, memory", measure_memory, *arguments)
+        study.measure_once(f"{T}, decoding", measure_decoding, *arguments)
     study.finish(draw)
 
 

@@ -1,9 +1,10 @@
-"""Who sees whom? Measured by gradients: which inputs move the output at a position; with parameters, cache and FLOPs.
+"""Which positions does a model attend to, and what does it cost? A picture of the receptive field.
 
     python -m experiments.look --model=model_swa --window=4 --n_layer=2
 
-The quickest way to check an idea of your own (--model=model_mine). Without a model or options of one: all models, tiny,
-into docs/.
+Prints the receptive field, measured by gradients, the number of parameters, the FLOPs and the size
+of the KV cache: the quickest way to check a model file of your own (--model=model_mine). Without a
+model and model options it describes all models, at a tiny size, and writes the texts into docs/.
 """
 
 import sys
@@ -21,8 +22,8 @@ VARIANTS = {
     "model_rope": {},
     "model_gqa": {"n_kv_head": 2},
     "model_swa": {"window": 4},
+    "model_rope_gqa_swa": {"n_kv_head": 2, "window": 4},
 }
-VARIANTS |= {"model_rope_gqa_swa": {"n_kv_head": 2, "window": 4}}
 
 
 @dataclass
@@ -39,45 +40,56 @@ PRESETS = {"cpu": Config(), "gpu": Config()}
 
 @dataclass
 class LookConfig:
-    model: str | None = None  # the model file, without .py, and options of its GPTConfig
+    model: str | None = None  # the model file, without .py
     tokens: int = 12  # positions to draw
     # Without a model
     preset: str = "cpu"  # cpu, gpu: the device
-    overwrite: bool = False  # forget the points of an unfinished study, and measure them anew
+    overwrite: bool = False  # measure the stored points of this study again
 
 
-def sight(model, tokens):
-    """(tokens, tokens) bool: row i has the inputs that move the logits at position i."""
-    seen, idx = (
-        [],
-        torch.zeros(1, tokens, dtype=torch.int64, device=model.transformer.wte.weight.device),
-    )
-    model.transformer.wte.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    logits = model.double()(idx)[0]  # in float64 nothing rounds to zero
-    weights = torch.randn(
-        logits.size(1), dtype=logits.dtype, device=logits.device
-    )  # their plain sum may not move
-    rows = [
-        torch.autograd.grad(row @ weights, seen[0], retain_graph=True)[0][0].abs().sum(1) > 0
-        for row in logits
-    ]
+def receptive_field(model, tokens):
+    """Return a bool matrix (tokens, tokens): row i marks the inputs that affect output i.
+
+    An input affects an output if the gradient of the logits with respect to its embedding is not
+    zero. The model is converted to float64, in which small gradients do not round to zero.
+    """
+    model.double()
+    embedding = model.transformer.wte
+    embeddings = []  # what the embedding layer returns: (1, tokens, C)
+    embedding.register_forward_hook(lambda module, inputs, output: embeddings.append(output))
+    idx = torch.zeros(1, tokens, dtype=torch.int64, device=embedding.weight.device)
+    logits = model(idx)[0]  # (tokens, V)
+    # Random weights, because the gradient of a plain sum of the logits could vanish.
+    weights = torch.randn(logits.size(1), dtype=logits.dtype, device=logits.device)
+    rows = []
+    for output in logits:
+        (gradient,) = torch.autograd.grad(output @ weights, embeddings[0], retain_graph=True)
+        rows.append(gradient[0].abs().sum(1) > 0)  # (tokens,)
     return torch.stack(rows)
 
 
-def describe(name, options, tokens, device="cpu"):
-    """The picture and the numbers of a model, as text."""
+def describe_model(name, options, tokens, device="cpu"):
+    """Return the receptive field and the costs of a new model as text.
+
+    options   of the model's GPTConfig
+    """
     module = model_module(name)
     config = module.GPTConfig(**options)
     torch.manual_seed(0)
     model = module.GPT(config).to(device).eval()
-    T, parameters = config.block_size, sum(p.numel() for p in model.parameters())
-    per_token, cache = (model.make_cache(1, length).nbytes for length in (1, T))
+    T = config.block_size
+    parameters = sum(p.numel() for p in model.parameters())
     flops = model.flops_per_token(T)
-    lines = [f"{name}, " + ", ".join(f"{key}={value}" for key, value in options.items()), ""]
-    for i, row in enumerate(sight(model, tokens).tolist()):
-        lines.append(f"output {i:2d}   " + " ".join("x" if sees else "." for sees in row))
-    lines += ["", f"{parameters:,} parameters, {flops:,} FLOPs per token of training on {T}"]
-    lines += [f"{per_token:,} bytes of float32 cache for a token, {cache:,} for {T}"]
+    bytes_per_token = model.make_cache(1, 1).nbytes
+    cache_bytes = model.make_cache(1, T).nbytes
+    settings = [f"{key}={value}" for key, value in options.items()]
+    lines = [f"{name}, {', '.join(settings)}", ""]
+    for i, row in enumerate(receptive_field(model, tokens).tolist()):
+        marks = ["x" if is_attended else "." for is_attended in row]
+        lines.append(f"output {i:2d}   {' '.join(marks)}")
+    lines.append("")
+    lines.append(f"{parameters:,} parameters, {flops:,} FLOPs per token of training on {T}")
+    lines.append(f"{bytes_per_token:,} bytes of float32 cache for a token, {cache_bytes:,} for {T}")
     return "\n".join(lines)
 
 
@@ -93,18 +105,15 @@ def main(argv):
     check_range(config, 1, "tokens")
     if config.model or options:
         try:
-            print(describe(config.model or "model", options, config.tokens))
+            print(describe_model(config.model or "model", options, config.tokens))
         except ValueError as error:
             raise UserError(str(error)) from error
         return
     study = Study("look", config, PRESETS)
-    for name, own in VARIANTS.items():
-        print(
-            study.point(
-                name, describe, name, asdict(study.config) | own, config.tokens, study.device
-            ),
-            end="\n\n",
-        )
+    for name, own_options in VARIANTS.items():
+        options = asdict(study.config) | own_options
+        arguments = (name, options, config.tokens, study.device)
+        print(study.measure_once(name, describe_model, *arguments), end="\n\n")
     study.finish()
 
 

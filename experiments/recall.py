@@ -1,9 +1,11 @@
-"""How far back does it remember? Accuracy over distance: full attention, grouped queries, windows of several sizes.
+"""From how far back can a model recall a token? Full attention, GQA, and windows of several sizes.
 
     python -m experiments.recall --preset=cpu
 
-The task: noise, and in it one token of another kind, to be copied at every position from there on. Stacked windows see
-n_layer (window - 1) tokens back, if every layer passes on what it has seen to the next: do they learn to?
+The task: a sequence of noise holds one token of another kind, which is the target at its position
+and at all later ones. n_layer layers with a sliding window have a receptive field of
+n_layer * (window - 1) earlier tokens, if each layer passes on what the one below attended to. Does
+training find that?
 """
 
 import sys
@@ -15,21 +17,29 @@ import torch
 from common.errors import program
 from common.optimizer import learning_rate, make_optimizer
 from configurator import configure
-from experiments.steps import build
-from experiments.study import COLOURS, Study, StudyConfig, label, markdown, seeds_of
+from experiments.steps import build_model
+from experiments.study import (
+    COLOURS,
+    Study,
+    StudyConfig,
+    label_points,
+    markdown_table,
+    points_of_seeds,
+)
+
+SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 32, "block_size": 64}
+MEDIUM = {"n_layer": 4, "n_head": 8, "n_embd": 512, "block_size": 1024}
 
 
 @dataclass
 class Config:
-    shape: dict = field(
-        default_factory=lambda: {"n_layer": 4, "n_head": 4, "n_embd": 32, "block_size": 64}
-    )
-    vocab_size: int = 64  # half of it noise, half of it tokens to copy
+    shape: dict = field(default_factory=lambda: dict(SMALL))
+    vocab_size: int = 64  # the lower half is noise, the upper half are tokens to recall
     batch_size: int = 16
-    tested: int = 2048  # sequences
+    tested: int = 2048  # sequences of the test
     windows: tuple = (4, 8, 16)
     seeds: tuple = (1, 2)
-    # As train.py has them
+    # Options of train.py
     max_steps: int = 1500
     learning_rate: float = 4e-3
     min_lr: float = 0.0
@@ -40,35 +50,49 @@ class Config:
     beta2: float = 0.98
 
 
-WIDE = {"n_layer": 4, "n_head": 8, "n_embd": 512, "block_size": 1024}
 PRESETS = {
     "cpu": Config(),
-    "gpu": Config(shape=WIDE, windows=(32, 64, 128), max_steps=5000, learning_rate=3e-4),
+    "gpu": Config(shape=MEDIUM, windows=(32, 64, 128), max_steps=5000, learning_rate=3e-4),
 }
 
 
-def contestants(config):
-    models = {"full": {"model": "model"}, "GQA, 1 head": {"model": "model_gqa", "n_kv_head": 1}}
-    return models | {f"window {w}": {"model": "model_swa", "window": w} for w in config.windows}
+def variants(windows):
+    """Return {name: model and its own options} of the models compared."""
+    models = {
+        "full": {"model": "model"},
+        "GQA, 1 head": {"model": "model_gqa", "n_kv_head": 1},
+    }
+    for window in windows:
+        models[f"window {window}"] = {"model": "model_swa", "window": window}
+    return models
 
 
-def batch(config, size, generator):
-    """Inputs and targets (size, T), and how far back the token to copy stands; the targets before it are -1."""
-    T, half = config.shape["block_size"], config.vocab_size // 2
+def make_batch(config, size, generator):
+    """Return inputs, targets and distances, (size, T) each, int64.
+
+    A distance is how far back the token to recall is; where it is negative the target is -1.
+    """
+    T = config.shape["block_size"]
+    half = config.vocab_size // 2
     x = torch.randint(half, (size, T), generator=generator)
-    place, token = (torch.randint(n, (size, 1), generator=generator) for n in (T, half))
-    x.scatter_(1, place, half + token)
-    distance = torch.arange(T) - place
-    return x, (half + token).expand(size, T).masked_fill(distance < 0, -1), distance
+    position = torch.randint(T, (size, 1), generator=generator)
+    token = half + torch.randint(half, (size, 1), generator=generator)
+    x.scatter_(1, position, token)
+    distance = torch.arange(T) - position
+    y = token.expand(size, T).masked_fill(distance < 0, -1)
+    return x, y, distance
 
 
-def accuracies(config, shape, seed, device, dtype):
-    """Train a model; returns the share of tokens that it then copies, by distance (T values)."""
+def measure_accuracies(config, options, seed, device, dtype):
+    """Train a model; return the fraction of tokens that it recalls at each distance, T values."""
+    T = config.shape["block_size"]
     torch.manual_seed(seed)
-    model = build(config.shape | shape | {"vocab_size": config.vocab_size}).to(device)
-    optimizer, generator = make_optimizer(model, config), torch.Generator().manual_seed(seed)
+    shape = {**config.shape, **options, "vocab_size": config.vocab_size}
+    model = build_model(shape).to(device)
+    optimizer = make_optimizer(model, config)
+    generator = torch.Generator().manual_seed(seed)
     for step in range(config.max_steps):
-        x, y, _ = batch(config, config.batch_size, generator)
+        x, y, _ = make_batch(config, config.batch_size, generator)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model(x.to(device), y.to(device))
         loss.backward()
@@ -77,57 +101,69 @@ def accuracies(config, shape, seed, device, dtype):
             group["lr"] = learning_rate(config, step)
         optimizer.step()
         optimizer.zero_grad()
-    x, y, distance = batch(config, config.tested, generator)
+    x, y, distance = make_batch(config, config.tested, generator)
     with torch.inference_mode():
-        right = model(x.to(device)).argmax(-1).cpu() == y
-    return [right[distance == d].float().mean().item() for d in range(config.shape["block_size"])]
+        predictions = model(x.to(device)).argmax(-1).cpu()
+    correct = predictions == y
+    return [correct[distance == d].float().mean().item() for d in range(T)]
 
 
-def reach(shape, window):
-    """How far back stacked windows see at most: each layer window - 1 tokens further."""
+def farthest_distance(shape, window):
+    """Return the largest distance in the receptive field: window - 1 tokens for each layer."""
     return shape["n_layer"] * (window - 1)
 
 
+def mean_of_seeds(state, name):
+    """Return the accuracies of a model by distance, each the mean over the seeds."""
+    at_distances = zip(*points_of_seeds(state, name), strict=True)
+    return [mean(accuracies) for accuracies in at_distances]
+
+
 def shares(state):
-    """Markdown: the share that is right at some distances, among them the last in reach of a window, and the next."""
-    shape, rows = state["config"]["shape"], []
-    edges = [
-        reach(shape, window) + more for window in state["config"]["windows"] for more in (0, 1)
-    ]
-    distances = sorted({1, shape["block_size"] // 4, shape["block_size"] // 2, *edges})
-    for name in contestants(Config(**state["config"])):
-        means = [mean(at) for at in zip(*seeds_of(state, name), strict=True)]
-        rows.append([name, *(f"{means[distance]:.2f}" for distance in distances)])
-    return markdown(["distance", *distances], rows)
+    """Return a table of the fraction of tokens recalled, by model and distance.
+
+    Two distances are chosen for each window: the farthest in its receptive field, and the next.
+    """
+    shape, windows = state["config"]["shape"], state["config"]["windows"]
+    T = shape["block_size"]
+    distances = {1, T // 4, T // 2}
+    for window in windows:
+        farthest = farthest_distance(shape, window)
+        distances |= {farthest, farthest + 1}
+    distances = sorted(distances)
+    rows = []
+    for name in variants(windows):
+        accuracies = mean_of_seeds(state, name)
+        rows.append([name, *(f"{accuracies[distance]:.2f}" for distance in distances)])
+    return markdown_table(["distance", *distances], rows)
 
 
 def draw(state, panel):
+    """Plot accuracy over distance, with a dotted line at the end of each receptive field."""
     shape, windows = state["config"]["shape"], state["config"]["windows"]
-    ends = [shape["block_size"] - 1] * 2 + [reach(shape, window) for window in windows]
-    for i, (name, end) in enumerate(zip(contestants(Config(**state["config"])), ends, strict=True)):
-        means = [mean(at) for at in zip(*seeds_of(state, name), strict=True)]
-        panel.plot(means, color=COLOURS[i], linestyle="--" if name.startswith("GQA") else "-")
-        panel.axvline(end, color=COLOURS[i], linestyle=":", linewidth=1)
-        label(panel, (name, end, 0.9 - 0.12 * i, COLOURS[i]))
-    panel.set_xlim(right=1.25 * shape["block_size"])
+    T = shape["block_size"]
+    for i, (name, options) in enumerate(variants(windows).items()):
+        farthest = T - 1
+        if "window" in options:
+            farthest = farthest_distance(shape, options["window"])
+        accuracies = mean_of_seeds(state, name)
+        style = "--" if "n_kv_head" in options else "-"  # else GQA hides full attention
+        panel.plot(accuracies, color=COLOURS[i], linestyle=style)
+        panel.axvline(farthest, color=COLOURS[i], linestyle=":", linewidth=1)
+        label_points(panel, (name, farthest, 0.9 - 0.12 * i, COLOURS[i]))
+    panel.set_xlim(right=1.25 * T)  # room for the labels
     panel.set_xlabel(f"distance (tokens); dotted: {shape['n_layer']} (window - 1)")
-    panel.set_ylabel("share that is right")
+    panel.set_ylabel("fraction recalled")
 
 
 @program
 def main(argv):
     study = Study("recall", configure(StudyConfig, argv, __doc__), PRESETS)
-    for seed in study.config.seeds:
-        for name, shape in contestants(study.config).items():
-            study.point(
-                f"{name}, seed {seed}",
-                accuracies,
-                study.config,
-                shape,
-                seed,
-                study.device,
-                study.dtype,
-            )
+    config = study.config
+    for seed in config.seeds:
+        for name, options in variants(config.windows).items():
+            arguments = (config, options, seed, study.device, study.dtype)
+            study.measure_once(f"{name}, seed {seed}", measure_accuracies, *arguments)
     study.finish(draw)
 
 

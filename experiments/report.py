@@ -1,9 +1,13 @@
-"""Put the tables of README.md and docs/REPORT.md in step with the result files, and draw these anew.
+"""Write the tables of README.md and docs/REPORT.md from the result files, and redraw the plots.
 
     python -m experiments.report
 
-Between a line "<!-- begin WHAT -->" and "<!-- end -->" stands what a function below, or one of an experiment, makes of
-the results (table.sizes cpu: of docs/experiments/table_cpu.json). All other text is written by hand.
+A block between the lines "<!-- begin WHAT -->" and "<!-- end -->" is what a function returns:
+
+    table.sizes cpu     sizes() of experiments/table.py, for docs/experiments/table_cpu.json
+    changes model_gqa   changes("model_gqa") of this file; so are made, texts and bench
+
+All other text is written by hand.
 """
 
 import difflib
@@ -16,9 +20,10 @@ from pathlib import Path
 
 from common.errors import UserError, program
 from configurator import configure
-from experiments.study import DOCS, markdown, plot
+from experiments.study import DOCS, markdown_table, save_plot
 
 DOCUMENTS = (Path("README.md"), Path("docs/REPORT.md"))
+BLOCK = re.compile(r"<!-- begin ([^\n]*?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 @dataclass
@@ -26,96 +31,118 @@ class ReportConfig:
     """No options."""
 
 
-def results(name, preset):
-    """The state of a finished study."""
-    path = DOCS / f"{name}_{preset}.json"
-    if not path.exists():
-        raise UserError(f"no {path}: python -m experiments.{name} --preset={preset} makes it")
+def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_results(name, preset):
+    """Return the state of a finished study."""
+    path = DOCS / f"{name}_{preset}.json"
+    if not path.exists():
+        raise UserError(f"no {path}: python -m experiments.{name} --preset={preset} makes it")
+    return read_json(path)
+
+
+# Blocks ---------------------------------------------------------------------------------------
+
+
 def made(name, preset):
-    """Where a study's figures come from, and its plot."""
-    state, file = results(name, preset), f"experiments/{name}_{preset}"
-    machine, versions = state["machine"], state["versions"]
-    plot = f"![{name}]({file}.png)\n\n" if (DOCS / f"{name}_{preset}.png").exists() else ""
+    """Return the plot of a study, and how, where and with what its results were made."""
+    state = read_results(name, preset)
+    machine, versions, commit = state["machine"], state["versions"], state["commit"][:10]
+    file = f"{name}_{preset}"
+    image = ""
+    if (DOCS / f"{file}.png").exists():
+        image = f"![{name}](experiments/{file}.png)\n\n"
     return (
-        f"{plot}Made by `python -m experiments.{name} --preset={preset}` at commit `{state['commit'][:10]}`: "
-        f"[{name}_{preset}.json]({file}.json). {machine['device']}, {machine['threads']} threads, {machine['dtype']}, "
+        f"{image}Made by `python -m experiments.{name} --preset={preset}` at commit `{commit}`: "
+        f"[{file}.json](experiments/{file}.json). {machine['device']}, "
+        f"{machine['threads']} threads, {machine['dtype']}, "
         f"torch {versions['torch']}, Python {versions['python']}."
     )
 
 
 def texts(name, preset):
-    """The points of a study that are texts, as they are."""
-    return "\n\n".join(
-        f"{key}:\n\n```\n{text.rstrip()}\n```"
-        for key, text in results(name, preset)["points"].items()
-    )
+    """Return the points of a study whose points are texts."""
+    blocks = []
+    for key, text in read_results(name, preset)["points"].items():
+        blocks.append(f"{key}:\n\n```\n{text.rstrip()}\n```")
+    return "\n\n".join(blocks)
 
 
 def bench(name):
-    """The rows of docs/bench/NAME.json: a table for each kind of row."""
-    about, kinds = json.loads(Path(f"docs/bench/{name}.json").read_text(encoding="utf-8")), {}
-    for row in about["rows"]:
-        kinds.setdefault(tuple(row), []).append(
-            [f"{v:.4g}" if isinstance(v, float) else v for v in row.values()]
-        )
-    tables = [
-        markdown([key.replace("_", " ") for key in header], rows) for header, rows in kinds.items()
-    ]
-    where = f"{about['device']}, {about['threads']} threads, torch {about['torch']}"
-    note = f"Made by `python -m tools.bench {name}`, {where}."
-    return "\n\n".join([*tables, note])
+    """Return the rows of docs/bench/NAME.json: one table for all rows with the same columns."""
+    results = read_json(Path(f"docs/bench/{name}.json"))
+    tables = {}  # {columns: rows}
+    for row in results["rows"]:
+        cells = [f"{v:.4g}" if isinstance(v, float) else v for v in row.values()]
+        tables.setdefault(tuple(row), []).append(cells)
+    blocks = []
+    for columns, rows in tables.items():
+        header = [column.replace("_", " ") for column in columns]
+        blocks.append(markdown_table(header, rows))
+    where = f"{results['device']}, {results['threads']} threads, torch {results['torch']}"
+    blocks.append(f"Made by `python -m tools.bench {name}`, {where}.")
+    return "\n\n".join(blocks)
 
 
 def changes(name):
-    """The changed lines of a model file against model.py."""
-    old, new = (
-        Path(f).read_text(encoding="utf-8").splitlines() for f in ("model.py", f"{name}.py")
+    """Return the diff from model.py to another model file, without its file names."""
+    old = Path("model.py").read_text(encoding="utf-8").splitlines()
+    new = Path(f"{name}.py").read_text(encoding="utf-8").splitlines()
+    diff = difflib.unified_diff(old, new, n=0, lineterm="")
+    lines = [line for line in diff if not line.startswith(("---", "+++"))]
+    return "\n".join(
+        [
+            "<details><summary>The diff</summary>",
+            "",
+            "```diff",
+            *lines,
+            "```",
+            "",
+            "</details>",
+        ]
     )
-    lines = [
-        line
-        for line in difflib.unified_diff(old, new, n=0, lineterm="")
-        if not line.startswith(("---", "+++"))
-    ]
-    return (
-        "<details><summary>The diff</summary>\n\n```diff\n"
-        + "\n".join(lines)
-        + "\n```\n\n</details>"
-    )
+
+
+BLOCKS = {"made": made, "texts": texts, "bench": bench, "changes": changes}
+
+
+# Documents ------------------------------------------------------------------------------------
+
+
+def make_block(what, *arguments):
+    """Return the text of a block; what and arguments are the words of its first line."""
+    if "." not in what:
+        return BLOCKS[what](*arguments)
+    name, function = what.split(".")
+    module = importlib.import_module(f"experiments.{name}")
+    make_table = getattr(module, function)
+    return make_table(read_results(name, *arguments))
 
 
 def fill(text):
-    """A document with its blocks made anew."""
+    """Return a document with all of its blocks made again."""
 
-    def block(match):
-        what, *arguments = match[1].split()
-        if "." in what:
-            module, function = what.split(".")
-            new = getattr(importlib.import_module(f"experiments.{module}"), function)(
-                results(module, *arguments)
-            )
-        else:
-            new = {"made": made, "texts": texts, "bench": bench, "changes": changes}[what](
-                *arguments
-            )
-        return f"<!-- begin {match[1]} -->\n{new}\n<!-- end -->"
+    def replacement(match):
+        words = match[1]
+        return f"<!-- begin {words} -->\n{make_block(*words.split())}\n<!-- end -->"
 
-    return re.sub(r"<!-- begin ([^\n]*?) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+    return BLOCK.sub(replacement, text)
 
 
 @program
 def main(argv):
     configure(ReportConfig, argv, __doc__)
     for path in DOCUMENTS:
-        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+        text = fill(path.read_text(encoding="utf-8"))
+        path.write_text(text, encoding="utf-8")
         print(path)
     for path in sorted(DOCS.glob("*.json")):
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = read_json(path)
         module = importlib.import_module(f"experiments.{state['experiment']}")
         if hasattr(module, "draw"):
-            plot(state, module.draw)
+            save_plot(state, module.draw)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The models that the experiments compare, and their training runs.
 
-A run is one of train.py's, in out/experiments/runs; several experiments look at the same ones. What is timed has the
-shape of GPT-2 124M, whatever was trained.
+A run is one of train.py, in out/experiments/runs. Several experiments use the same runs, so each is
+trained only once. Size and speed are measured at the shape of GPT-2 124M, whatever was trained.
 """
 
 from dataclasses import dataclass, field
@@ -14,32 +14,35 @@ from experiments.study import OUT
 from prepare_data import open_dataset
 from tools.plot_loss import read_log
 
+GPT2_SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
+
 
 @dataclass
 class Config:
     run: dict  # options of train.py
     seeds: tuple = (1, 2)
-    shape: dict = field(
-        default_factory=lambda: {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
-    )
+    shape: dict = field(default_factory=lambda: dict(GPT2_SHAPE))  # for size and speed
     batch_size: int = 1  # sequences of block_size tokens in a timed training step
-    rounds: int = 3  # of training steps taking turns; ten times as many of decoding
+    rounds: int = 3  # timed training steps of each model; ten times as many of decoding
 
 
-SMALL = {"dataset": "stdlib", "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256}
-SMALL |= {
+SMALL = {
+    "dataset": "stdlib",
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 128,
+    "block_size": 256,
     "batch_size": 8,
     "total_batch_size": 2048,
     "max_steps": 800,
     "eval_interval": 100,
     "eval_tokens": 2**20,
-}
-SMALL |= {
     "learning_rate": 4e-3,
     "min_lr": 1e-5,
     "warmup_steps": 50,
     "lr_schedule": "wsd",
     "beta2": 0.99,
+    "log_interval": 100,
 }
 MEDIUM = {
     "dataset": "fineweb",
@@ -48,29 +51,31 @@ MEDIUM = {
     "n_embd": 512,
     "block_size": 1024,
     "vocab_size": 50304,
-}
-MEDIUM |= {
     "batch_size": 32,
     "total_batch_size": 2**17,
     "max_steps": 2000,
     "eval_interval": 250,
     "eval_tokens": 2**21,
+    "learning_rate": 1e-3,
+    "min_lr": 1e-5,
+    "warmup_steps": 100,
+    "lr_schedule": "wsd",
+    "log_interval": 50,
 }
-MEDIUM |= {"learning_rate": 1e-3, "min_lr": 1e-5, "warmup_steps": 100, "lr_schedule": "wsd"}
-PRESETS = {
-    "cpu": Config(run=SMALL | {"log_interval": 100}),
-    "gpu": Config(run=MEDIUM | {"log_interval": 50}, batch_size=16, rounds=10),
-}
+PRESETS = {"cpu": Config(run=SMALL), "gpu": Config(run=MEDIUM, batch_size=16, rounds=10)}
 
 
-def variants(n_head, block_size, **_):
-    """The models compared, for a shape, by name."""
-    half, quarter = n_head // 2, n_head // 4
+def variants(shape):
+    """Return {name: model and its own options} of the models compared.
+
+    shape   a dict with n_head and block_size, among others
+    """
+    n_head, block_size = shape["n_head"], shape["block_size"]
     return {
         "base": {"model": "model"},
         "RoPE": {"model": "model_rope"},
-        "GQA 1/2": {"model": "model_gqa", "n_kv_head": half},
-        "GQA 1/4": {"model": "model_gqa", "n_kv_head": quarter},
+        "GQA 1/2": {"model": "model_gqa", "n_kv_head": n_head // 2},
+        "GQA 1/4": {"model": "model_gqa", "n_kv_head": n_head // 4},
         "SWA 1/4": {"model": "model_swa", "window": block_size // 4},
         "SWA 1/16": {"model": "model_swa", "window": block_size // 16},
         "RoPE + SWA": {
@@ -78,40 +83,53 @@ def variants(n_head, block_size, **_):
             "n_kv_head": n_head,
             "window": block_size // 4,
         },
-        "all three": {"model": "model_rope_gqa_swa", "n_kv_head": half, "window": block_size // 4},
+        "all three": {
+            "model": "model_rope_gqa_swa",
+            "n_kv_head": n_head // 2,
+            "window": block_size // 4,
+        },
     }
 
 
-def run_of(config, name, seed):
-    """The finished run of a variant, trained where it is missing."""
-    return trained(
-        f"{config.run['dataset']}-{name}-{seed}",
-        config.run | variants(**config.run)[name] | {"seed": seed},
-    )
+def train_variant(config, name, seed):
+    """Train a variant unless that is done; return the directory of its run."""
+    options = {**config.run, **variants(config.run)[name], "seed": seed}
+    return train_run(f"{config.run['dataset']}-{name}-{seed}", options)
 
 
-def trained(name, options, *configs):
-    """The directory of a run of train.py with config files and options, finished; UserError where it was stopped."""
-    run = OUT / "runs" / name.replace(" ", "_").replace("/", "_of_")
-    torch.compiler.reset()  # of the run before: compiled variants of one function are limited in number
-    train.main(
-        [*configs, *(f"--{key}={value}" for key, value in options.items()), f"--out_dir={run}"]
-    )
-    if read_log(run)[-1]["step"] < options["max_steps"]:
-        raise UserError(f"{run} was stopped: the same command goes on from there")
-    return run
+def train_run(name, options, *config_files):
+    """Start or resume a run of train.py; return its directory.
+
+    Raises UserError if the run was stopped by a signal.
+    """
+    out_dir = OUT / "runs" / name.replace(" ", "_").replace("/", "_of_")
+    arguments = [f"--{key}={value}" for key, value in options.items()]
+    torch.compiler.reset()  # torch limits how often one function is compiled in a process
+    train.main([*config_files, *arguments, f"--out_dir={out_dir}"])
+    step, max_steps = read_log(out_dir)[-1]["step"], options["max_steps"]
+    if step < max_steps:
+        raise UserError(
+            f"{out_dir} was stopped at step {step} of {max_steps}: the same command resumes it"
+        )
+    return out_dir
 
 
-def val_losses(run):
-    """[step, validation loss] of a run, wherever it was evaluated."""
-    return [
-        [record["step"], record["val_loss"]] for record in read_log(run) if "val_loss" in record
-    ]
+def val_losses(out_dir):
+    """Return [step, validation loss] of each evaluation of a run."""
+    evaluations = [record for record in read_log(out_dir) if "val_loss" in record]
+    return [[record["step"], record["val_loss"]] for record in evaluations]
 
 
-def shape_of(run):
-    """The shape of the models that these options train, but for the model."""
-    shape = {key: run[key] for key in ("n_layer", "n_head", "n_embd", "block_size")}
-    return shape | {
-        "vocab_size": run.get("vocab_size") or open_dataset(run["dataset"])[1]["vocab_size"]
+def shape_of_run(options):
+    """Return the model options, common to all variants, that these options of train.py give."""
+    vocab_size = options.get("vocab_size")
+    if vocab_size is None:
+        _, meta = open_dataset(options["dataset"])
+        vocab_size = meta["vocab_size"]
+    return {
+        "n_layer": options["n_layer"],
+        "n_head": options["n_head"],
+        "n_embd": options["n_embd"],
+        "block_size": options["block_size"],
+        "vocab_size": vocab_size,
     }

@@ -1,8 +1,9 @@
-"""What do they write? One prompt, continued by every variant.
+"""What do the variants write? One prompt, continued by each of them.
 
     python -m experiments.samples --preset=cpu
 
-The runs are experiments.table's, of the first seed; sampled alike, with one seed of sampling.
+The runs are those of experiments.table, with the first seed. All are sampled with the same options
+and the same seed.
 """
 
 import sys
@@ -11,33 +12,39 @@ import torch
 
 from common.errors import program
 from common.pretrained import load_model
-from common.tokenizer import encode, get_tokenizer
+from common.tokenizer import get_tokenizer
 from configurator import configure
-from experiments.runs import PRESETS, run_of, variants
+from experiments.runs import PRESETS, train_variant, variants
 from experiments.study import Study, StudyConfig
-from sample import TextStream, generate
+from sample import generate_text
 
-PROMPTS = {"stdlib": "def read(self, size=-1):\n", "fineweb": "The best way to learn a language is"}
+PROMPTS = {  # by dataset
+    "stdlib": "def read(self, size=-1):\n",
+    "fineweb": "The best way to learn a language is",
+}
 
 
-def sample(config, name, device):
-    """The text of 200 tokens behind the prompt."""
-    model, meta = load_model(run_of(config, name, config.seeds[0]))
-    tokenizer = get_tokenizer(meta)
-    prompt = torch.tensor(
-        [encode(tokenizer, PROMPTS[config.run["dataset"]]).tolist()], device=device
+def continue_prompt(config, name, device):
+    """Return the text of 200 tokens that a variant writes after the prompt."""
+    model, meta = load_model(train_variant(config, name, config.seeds[0]))
+    prompt = PROMPTS[config.run["dataset"]]
+    text = generate_text(
+        model.to(device),
+        get_tokenizer(meta),
+        prompt,
+        max_new_tokens=200,
+        temperature=0.7,
+        top_k=200,
+        generator=torch.Generator(device).manual_seed(1),
     )
-    one, how = TextStream(tokenizer), {"temperature": 0.7, "top_k": 200}
-    how["generator"] = torch.Generator(device).manual_seed(1)
-    tokens = generate(model.to(device).eval(), prompt, 200, vocab_size=meta["vocab_size"], **how)
-    return "".join(one.add(int(token)) for token in tokens) + one.finish()
+    return text.removeprefix(prompt)
 
 
 @program
 def main(argv):
     study = Study("samples", configure(StudyConfig, argv, __doc__), PRESETS)
-    for name in variants(**study.config.run):
-        print(study.point(name, sample, study.config, name, study.device))
+    for name in variants(study.config.run):
+        print(study.measure_once(name, continue_prompt, study.config, name, study.device))
     study.finish()
 
 

@@ -1,4 +1,4 @@
-"""Steps of training and of decoding, to be timed, and the memory that they take."""
+"""Steps of training and of decoding, to be timed, and the memory of a training step."""
 
 import multiprocessing
 
@@ -9,17 +9,22 @@ from common.models import model_module
 from tools.bench import fill_cache
 
 
-def build(shape):
-    """A new model of a shape: `model`, the file's name, and options of its GPTConfig."""
-    module = model_module(shape["model"])
-    return module.GPT(
-        module.GPTConfig(**{key: value for key, value in shape.items() if key != "model"})
-    )
+def build_model(shape):
+    """Return a new model.
+
+    shape   "model", the name of the model file, and options of its GPTConfig
+    """
+    options = dict(shape)
+    module = model_module(options.pop("model"))
+    return module.GPT(module.GPTConfig(**options))
 
 
-def training_step(shape, B, T, device, dtype):
-    """A function that takes one training step (AdamW, autocast) of a new model on B x T random tokens."""
-    model = build(shape).to(device)
+def make_training_step(shape, B, T, device, dtype):
+    """Return a function that trains a new model for one step on B random sequences of T tokens.
+
+    A step is one forward and backward pass in `dtype` by autocast, and one step of AdamW.
+    """
+    model = build_model(shape).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(model.config.vocab_size, (B, T + 1), device=device)
     forward = torch.compile(model) if device.type == "cuda" else model
@@ -35,9 +40,12 @@ def training_step(shape, B, T, device, dtype):
 
 
 @torch.inference_mode()
-def decoding_step(shape, position, device, dtype):
-    """A function that decodes the token at a position, again and again; and the bytes of its cache."""
-    model = build(shape).to(device, dtype).eval()
+def make_decoding_step(shape, position, device, dtype):
+    """Return a function that decodes one token at this position, and the bytes of its KV cache.
+
+    Each call decodes at the same position, with the same cached tokens before it.
+    """
+    model = build_model(shape).to(device, dtype).eval()
     cache = model.make_cache(1, position + 1)
     fill_cache(model, cache, position)
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -50,16 +58,19 @@ def decoding_step(shape, position, device, dtype):
     return step, cache.nbytes
 
 
-def step_memory(shape, B, T, device, dtype):
-    """Peak GB of training steps; on a CPU beyond what the process had without a model."""
+def measure_step_memory(shape, B, T, device, dtype):
+    """Return the peak memory of training steps in GB, beyond what the process used before."""
     before = peak_memory(device)
-    step = training_step(shape, B, T, device, dtype)
-    for _ in range(2):  # the second has the optimizer's state too
+    step = make_training_step(shape, B, T, device, dtype)
+    for _ in range(2):  # the first step creates the optimizer state, the second begins with it
         step()
     return peak_memory(device) - before
 
 
-def in_new_process(function, *arguments):
-    """Call a function in a process of its own: a peak of memory knows no way back."""
+def run_in_new_process(function, *arguments):
+    """Return function(*arguments), called in a process of its own.
+
+    A process's peak memory never decreases, so each measurement of it needs a new process.
+    """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)

@@ -1,7 +1,8 @@
-"""What the experiments share: presets, points that are measured once, result files, plots.
+"""What all experiments use: points that are measured once, result files, plots and tables.
 
-A study measures point after point and keeps them in out/experiments/NAME_PRESET.json, so that the same command goes on
-where it stopped. When it is whole it becomes docs/experiments/NAME_PRESET.json, with its plot beside it.
+A study measures point after point and stores each in out/experiments/NAME_PRESET.json, so the same
+command resumes an interrupted study. The complete file is copied to docs/experiments/, and its plot
+is drawn beside it.
 """
 
 import inspect
@@ -20,74 +21,156 @@ from common.device import device_name, keep_freed_memory, pick_device, pick_dtyp
 from common.errors import UserError
 from common.files import write_json
 
-OUT, DOCS = Path("out/experiments"), Path("docs/experiments")
-# Okabe and Ito's colours, and a grey, neighbours far apart in lightness (Wong, Nature Methods 8, 441, 2011)
+OUT = Path("out/experiments")
+DOCS = Path("docs/experiments")
+# The colours of Okabe and Ito (Wong, Nature Methods 8, 441, 2011) and a grey, ordered so that
+# neighbours differ in lightness.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#888888")
+LINE_HEIGHT = 11  # of a label in a plot, in typographic points
 
 
 @dataclass
 class StudyConfig:
-    preset: str = "cpu"  # cpu: minutes on two cores; gpu: hours on one GPU, models of tens of millions of parameters
-    overwrite: bool = False  # forget the points of an unfinished study, and measure them anew
+    preset: str = "cpu"  # cpu: minutes on two cores; gpu: larger models, hours on one GPU
+    overwrite: bool = False  # measure the stored points of this study again
 
 
 class Study:
-    """One experiment, for a filled StudyConfig; `presets` has each preset's config, a dataclass."""
+    """One experiment: its config, its device, and the points measured so far.
+
+    name      the experiment is experiments/NAME.py
+    options   a filled StudyConfig
+    presets   {preset: config}; each config is a dataclass
+    """
 
     def __init__(self, name, options, presets):
         if options.preset not in presets:
-            raise UserError(f"preset={options.preset} is none of {', '.join(presets)}")
-        self.name, self.config = f"{name}_{options.preset}", presets[options.preset]
+            raise UserError(f"preset={options.preset} must be one of {', '.join(presets)}")
+        self.config = presets[options.preset]
         keep_freed_memory()
         self.device = pick_device("cuda" if options.preset == "gpu" else "cpu")
         self.dtype = pick_dtype("auto", self.device)
-        about = {"experiment": name, "preset": options.preset, "config": asdict(self.config)}
-        self.state = json.loads(json.dumps(about | where_and_when(self.device, self.dtype))) | {
-            "points": {}
+        self.path = OUT / f"{name}_{options.preset}.json"
+        state = {
+            "experiment": name,
+            "preset": options.preset,
+            "config": asdict(self.config),
+            **describe_environment(self.device, self.dtype),
+            "points": {},
         }
-        self.path = OUT / f"{self.name}.json"
+        self.state = json.loads(json.dumps(state))  # as a file has it: tuples become lists
         if self.path.exists() and not options.overwrite:
-            stored = json.loads(self.path.read_text())
-            changed = [
-                key for key in self.state if key != "points" and stored.get(key) != self.state[key]
-            ]
-            self.state["points"] = {} if changed else stored["points"]
-            if changed:
-                print(
-                    f"{self.path} was measured with another {' and '.join(changed)}: all points are measured anew"
-                )
+            self._load_points()
 
-    def point(self, key, measure, *arguments):
-        """The point of a key: what measure(*arguments) returns, in plain values, now or in an earlier call."""
-        if key not in self.state["points"]:
-            self.state["points"][key] = measure(*arguments)
+    def _load_points(self):
+        """Load the stored points, unless they were measured in another way than now."""
+        stored = json.loads(self.path.read_text(encoding="utf-8"))
+        about = [key for key in self.state if key != "points"]
+        changed = [key for key in about if stored.get(key) != self.state[key]]
+        if changed:
+            names = " and ".join(changed)
+            print(f"{self.path} was measured with another {names}: measuring all points again")
+            return
+        self.state["points"] = stored["points"]
+
+    def measure_once(self, key, measure, *arguments):
+        """Return the point `key`: measure(*arguments), now or in an earlier call.
+
+        The value must be one that JSON can hold.
+        """
+        points = self.state["points"]
+        if key not in points:
+            points[key] = measure(*arguments)
             OUT.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.state)
-            print(f"{key}: {json.dumps(self.state['points'][key])}"[:300], flush=True)
-        return self.state["points"][key]
+            line = f"{key}: {json.dumps(points[key])}"
+            print(line[:300], flush=True)
+        return points[key]
 
     def finish(self, draw=None):
-        """Write the result file, and the plot."""
+        """Write the result file and, with a draw function, its plot."""
         DOCS.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.path, DOCS / self.path.name)
-        print(DOCS / self.path.name)
-        if draw:
-            plot(self.state, draw)
+        result = DOCS / self.path.name
+        shutil.copyfile(self.path, result)
+        print(result)
+        if draw is not None:
+            save_plot(self.state, draw)
 
 
-def plot(state, draw):
-    """Draw a study's state beside its result file: draw(state, panel, ...) has as many panels as it asks for."""
+# Where a result comes from --------------------------------------------------------------------
+
+
+def describe_environment(device, dtype):
+    """Return the machine, the versions and the commit, for a result file."""
+    return {
+        "machine": {
+            "device": cpu_name() if device.type == "cpu" else device_name(device),
+            "threads": torch.get_num_threads(),
+            "dtype": str(dtype).removeprefix("torch."),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "commit": current_commit(),
+    }
+
+
+def cpu_name():
+    """Return the model name of the CPU: on Linux from /proc/cpuinfo, which is more exact."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        match = re.search(r"model name\s*: (.*)", path.read_text())
+        if match:
+            return match[1]
+    return platform.processor()
+
+
+def current_commit():
+    """Return the last commit that changed the code, with " and changes" if files differ from it.
+
+    Return "unknown" without git or outside a repository.
+    """
+    try:
+        commit = git_output("log", "-1", "--format=%H", "--", "*.py", ":!tests")
+        changes = git_output("status", "--porcelain", "--", "*.py")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit} and changes" if changes else commit
+
+
+def git_output(*arguments):
+    command = ["git", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return result.stdout.strip()
+
+
+# Plots and tables -----------------------------------------------------------------------------
+
+
+def points_of_seeds(state, name):
+    """Return the points of a model, one for each seed of the study."""
+    return [state["points"][f"{name}, seed {seed}"] for seed in state["config"]["seeds"]]
+
+
+def save_plot(state, draw):
+    """Draw a study's state into the PNG file beside its result file.
+
+    draw   function of the state and of one or more panels (matplotlib Axes, side by side); its
+           number of parameters says how many
+    """
     import matplotlib
 
     matplotlib.use("Agg")  # no screen needed
     import matplotlib.pyplot as plt
 
-    panels = len(inspect.signature(draw).parameters) - 1
-    figure, axes = plt.subplots(
-        1, panels, figsize=(8 if panels < 3 else 11, 4), layout="constrained", squeeze=False
-    )
-    draw(state, *axes[0])
-    for panel in axes[0]:
+    count = len(inspect.signature(draw).parameters) - 1
+    width = 8 if count < 3 else 11
+    figure, axes = plt.subplots(1, count, figsize=(width, 4), layout="constrained", squeeze=False)
+    panels = axes[0]
+    draw(state, *panels)
+    for panel in panels:
         panel.margins(y=0.12)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
@@ -95,56 +178,29 @@ def plot(state, draw):
     plt.close(figure)
 
 
-def label(panel, *points, offset=(6, -3)):
-    """Name points, each (text, x, y, colour), beside them; several at once are kept apart, in the order of y."""
-    for rank, (text, x, y, colour) in enumerate(sorted(points, key=lambda point: point[2])):
-        place = (offset[0], offset[1] + 11 * (rank - (len(points) - 1) / 2))
+def label_points(panel, *points, offset=(6, -3)):
+    """Write a text beside each point (text, x, y, colour), offset by typographic points.
+
+    Several texts are spread vertically, in the order of y, so that they do not overlap.
+    """
+    lowest = offset[1] - LINE_HEIGHT * (len(points) - 1) / 2
+    ordered = sorted(points, key=lambda point: point[2])
+    for i, (text, x, y, colour) in enumerate(ordered):
         panel.annotate(
-            text, (x, y), place, textcoords="offset points", color=colour, fontsize="small"
+            text,
+            xy=(x, y),
+            xytext=(offset[0], lowest + LINE_HEIGHT * i),
+            textcoords="offset points",
+            color=colour,
+            fontsize="small",
         )
 
 
-def where_and_when(device, dtype):
-    """Machine, versions and commit, for a result file."""
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next(iter(re.findall(r"model name\s*: (.*)", cpu)), platform.processor())
-    name = cpu if device.type == "cpu" else device_name(device)
-    what = {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-    git = (
-        ["git", "log", "-1", "--format=%H", "--", "*.py", ":!tests"],
-        ["git", "status", "--porcelain", "--", "*.py"],
-    )
-    try:
-        commit, changes = (
-            subprocess.run(g, capture_output=True, text=True, check=True).stdout.strip()
-            for g in git
-        )
-    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-        commit, changes = "unknown", ""
-    return {
-        "machine": what,
-        "versions": versions,
-        "commit": commit + (" and changes" if changes else ""),
-    }
-
-
-def seeds_of(state, key):
-    """The values of a point's seeds, of a study's state."""
-    return [state["points"][f"{key}, seed {seed}"] for seed in state["config"]["seeds"]]
-
-
-def markdown(header, rows):
-    """A table for the report."""
-    lines = [
-        " | ".join(map(str, row)) for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)
-    ]
-    return "\n".join(f"| {line} |" for line in lines)
+def markdown_table(header, rows):
+    """Return a Markdown table: the first column aligned to the left, the others to the right."""
+    alignment = ["---"] + ["---:"] * (len(header) - 1)
+    lines = []
+    for cells in [header, alignment, *rows]:
+        texts = [str(cell) for cell in cells]
+        lines.append(f"| {' | '.join(texts)} |")
+    return "\n".join(lines)

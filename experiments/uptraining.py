@@ -1,9 +1,10 @@
-"""Can a trained multi-head model become a grouped-query one? Mean pooling of key and value heads, then training on.
+"""Can a trained multi-head model become a GQA model? Mean-pool its KV heads, then train it further.
 
     python -m experiments.uptraining --preset=cpu
 
-The experiment of Ainslie et al. 2023 (section 2.1) in small: the base runs of experiments.table, converted, trained on
-for a fifth of their steps; beside them the base trained on for as long, and grouped queries from scratch.
+The experiment of Ainslie et al. 2023 (section 2.1) at a small size: the base runs of
+experiments.table, converted to GQA and trained for a fifth of their steps. For comparison: the base
+trained further for as many steps, and GQA trained from scratch.
 """
 
 import sys
@@ -11,74 +12,89 @@ from statistics import mean
 
 from common.errors import program
 from configurator import configure
-from experiments.runs import PRESETS, run_of, trained, val_losses, variants
-from experiments.study import COLOURS, Study, StudyConfig, label, markdown, seeds_of
+from experiments.runs import PRESETS, train_run, train_variant, val_losses, variants
+from experiments.study import (
+    COLOURS,
+    Study,
+    StudyConfig,
+    label_points,
+    markdown_table,
+    points_of_seeds,
+)
 from tools.plot_loss import read_log
 
 NAMES = ("base", "GQA 1/2", "GQA 1/4")
-SHARE = 5  # trained on for steps / SHARE
+LINE_COLOURS = (COLOURS[0], COLOURS[1], COLOURS[2])
+STEPS_DIVISOR = 5  # uptraining takes 1 / 5 of the steps from scratch
 
 
-def trained_on(config, name, seed):
-    """[steps, validation loss] of the base in the shape of a variant, from right after the conversion on."""
-    steps = config.run["max_steps"] // SHARE
-    options = (
-        config.run
-        | variants(**config.run)[name]
-        | {
-            "init_from": run_of(config, "base", seed),
-            "seed": 100 + seed,  # other batches than it has seen first
-            "max_steps": steps,
-            "eval_interval": max(1, steps // 8),
-            "learning_rate": config.run["learning_rate"] / 4,
-            "warmup_steps": max(1, steps // 16),
-        }
-    )
-    return val_losses(trained(f"uptrained-{config.run['dataset']}-{name}-{seed}", options))
+def uptrain(config, name, seed):
+    """Convert the base to a variant and train it further; return [step, validation loss] pairs.
+
+    Step 0 is right after the conversion.
+    """
+    steps = config.run["max_steps"] // STEPS_DIVISOR
+    options = {
+        **config.run,
+        **variants(config.run)[name],
+        "init_from": train_variant(config, "base", seed),
+        "seed": 100 + seed,  # another data order than in the run from scratch
+        "max_steps": steps,
+        "eval_interval": max(1, steps // 8),
+        "learning_rate": config.run["learning_rate"] / 4,
+        "warmup_steps": max(1, steps // 16),
+    }
+    return val_losses(train_run(f"uptrained-{config.run['dataset']}-{name}-{seed}", options))
 
 
-def from_scratch(config, name, seed):
-    return read_log(run_of(config, name, seed))[-1]["val_loss"]
+def train_from_scratch(config, name, seed):
+    """Train a variant; return its last validation loss."""
+    return read_log(train_variant(config, name, seed))[-1]["val_loss"]
+
+
+def mean_curve(curves):
+    """Return the steps of curves that were evaluated at the same steps, and their mean losses."""
+    steps = [step for step, _ in curves[0]]
+    mean_losses = [mean(curve[i][1] for curve in curves) for i in range(len(steps))]
+    return steps, mean_losses
 
 
 def losses(state):
-    """Markdown: validation loss from scratch, right after the conversion, and after training on: means of the seeds."""
+    """Return a table of mean losses: from scratch, after the conversion, and during uptraining."""
     rows = []
     for name in NAMES:
-        curves = seeds_of(state, f"{name}, trained on")
-        at = {curve[0]: mean(c[i][1] for c in curves) for i, curve in enumerate(curves[0])}
-        scratch = seeds_of(state, f"{name}, from scratch")
-        rows.append([name, f"{mean(scratch):.4f}", *(f"{loss:.4f}" for loss in at.values())])
-    return markdown(
-        ["", "from scratch", "converted", *(f"+{step} steps" for step in list(at)[1:])], rows
-    )
+        from_scratch = mean(points_of_seeds(state, f"{name}, from scratch"))
+        steps, uptrained = mean_curve(points_of_seeds(state, f"{name}, trained on"))
+        rows.append([name, f"{from_scratch:.4f}", *(f"{loss:.4f}" for loss in uptrained)])
+    header = ["", "from scratch", "converted", *(f"+{step} steps" for step in steps[1:])]
+    return markdown_table(header, rows)
 
 
 def draw(state, panel):
+    """Plot the mean loss over the steps after the conversion; dotted, the loss from scratch."""
     ends = []
-    for name, colour in zip(NAMES, (COLOURS[0], COLOURS[1], COLOURS[2]), strict=True):
-        curves = seeds_of(state, f"{name}, trained on")
-        steps = [step for step, _ in curves[0]]
-        losses = [mean(curve[i][1] for curve in curves) for i in range(len(steps))]
-        panel.plot(steps, losses, color=colour, marker="o", markersize=4)
-        ends.append((f"{name}, from the base", steps[-1], losses[-1], colour))
-        scratch = mean(seeds_of(state, f"{name}, from scratch"))
-        panel.axhline(scratch, color=colour, linestyle=":", linewidth=1.2)
-    label(panel, *ends)
-    panel.set_xlim(right=1.3 * steps[-1])
-    panel.set_xlabel("steps of training on (dotted: the end of training from scratch)")
+    for name, colour in zip(NAMES, LINE_COLOURS, strict=True):
+        steps, uptrained = mean_curve(points_of_seeds(state, f"{name}, trained on"))
+        panel.plot(steps, uptrained, color=colour, marker="o", markersize=4)
+        ends.append((f"{name}, from the base", steps[-1], uptrained[-1], colour))
+        from_scratch = mean(points_of_seeds(state, f"{name}, from scratch"))
+        panel.axhline(from_scratch, color=colour, linestyle=":", linewidth=1.2)
+    label_points(panel, *ends)
+    panel.set_xlim(right=1.3 * steps[-1])  # room for the labels
+    panel.set_xlabel("steps of uptraining (dotted: the end of training from scratch)")
     panel.set_ylabel("validation loss (nats per token)")
 
 
 @program
 def main(argv):
     study = Study("uptraining", configure(StudyConfig, argv, __doc__), PRESETS)
-    for seed in study.config.seeds:
+    config = study.config
+    for seed in config.seeds:
         for name in NAMES:
-            study.point(
-                f"{name}, from scratch, seed {seed}", from_scratch, study.config, name, seed
-            )
-            study.point(f"{name}, trained on, seed {seed}", trained_on, study.config, name, seed)
+            key = f"{name}, from scratch, seed {seed}"
+            study.measure_once(key, train_from_scratch, config, name, seed)
+            key = f"{name}, trained on, seed {seed}"
+            study.measure_once(key, uptrain, config, name, seed)
     study.finish(draw)
 
 

@@ -1,4 +1,4 @@
-"""experiments/: every one runs whole at tiny sizes, goes on where it stopped, and measures what it says."""
+"""experiments/: each runs in full at a tiny size, resumes, and measures what it says."""
 
 import importlib
 import json
@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from conftest import TINY, write_tiny
 
 from common.dataloader import Loader
+from common.errors import UserError
 from common.pretrained import load_model
 from experiments import (
+    convergence,
     curves,
     length,
     long_sequences,
@@ -38,7 +40,10 @@ EXPERIMENTS = [
     "look",
     "curves",
 ]
+WITHOUT_PLOT = ("samples", "look")  # their results are texts
+SHAPE = {"n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": 32}
 RUN = {
+    **TINY,
     "n_layer": 1,
     "n_head": 4,
     "n_embd": 32,
@@ -46,120 +51,174 @@ RUN = {
     "eval_interval": 4,
     "total_batch_size": 64,
 }
+del RUN["out_dir"]
+each_experiment = pytest.mark.parametrize("name", EXPERIMENTS)
+each_program = pytest.mark.parametrize("name", [*EXPERIMENTS, "report"])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A working directory that the experiments share, as a user's; trained models are found again."""
-    return tmp_path_factory.mktemp("experiments")
+    """A working directory with a dataset, for all tests: a run or a point is made only once."""
+    path = tmp_path_factory.mktemp("experiments")
+    write_tiny(path)
+    lines = [f"{key} = {value!r}\n" for key, value in RUN.items()]
+    (path / "config").mkdir()
+    (path / "config" / "tiny.py").write_text("".join(lines))
+    return path
 
 
 @pytest.fixture
 def tiny(folder, monkeypatch):
-    if not (folder / "data").exists():
-        write_tiny(folder)
+    """The working directory of the experiments, whose cpu presets become tiny."""
     monkeypatch.chdir(folder)
-    run = {key: value for key, value in (TINY | RUN).items() if key != "out_dir"}
-    shape = {"n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": 32}
-    monkeypatch.setitem(
-        runs.PRESETS, "cpu", runs.Config(run=run, seeds=(1,), shape=shape, rounds=1)
-    )
-    monkeypatch.setitem(
-        recall.PRESETS, "cpu", recall.Config(shape=shape, windows=(4, 8), max_steps=2, tested=64)
-    )
-    monkeypatch.setitem(
-        long_sequences.PRESETS,
-        "cpu",
-        long_sequences.Config(n_embd=32, lengths=(512, 1024), rounds=1),
-    )
-    (folder / "config").mkdir(exist_ok=True)
-    (folder / "config" / "tiny.py").write_text(
-        "".join(f"{key} = {value!r}\n" for key, value in run.items())
-    )
+    run_config = runs.Config(run=RUN, seeds=(1,), shape=SHAPE, rounds=1)
+    recall_config = recall.Config(shape=SHAPE, windows=(4, 8), max_steps=2, tested=64)
+    long_config = long_sequences.Config(n_embd=32, lengths=(512, 1024), rounds=1)
+    monkeypatch.setitem(runs.PRESETS, "cpu", run_config)
+    monkeypatch.setitem(recall.PRESETS, "cpu", recall_config)
+    monkeypatch.setitem(long_sequences.PRESETS, "cpu", long_config)
     monkeypatch.setitem(curves.PRESETS, "cpu", curves.Config(("tiny",)))
     monkeypatch.setitem(samples.PROMPTS, "tiny", "def ")
-    for module in (table, long_sequences):  # spawning takes seconds; one test below does it
-        monkeypatch.setattr(
-            module, "in_new_process", lambda function, *arguments: 0.001 + function(*arguments)
-        )
+    for module in (table, long_sequences):  # a new process takes seconds; one test below starts one
+        monkeypatch.setattr(module, "run_in_new_process", call_in_this_process)
     return folder
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_it_writes_a_result_file_that_says_how_it_was_made_and_a_plot(tiny, name):
+def call_in_this_process(function, *arguments):
+    return 0.001 + function(*arguments)  # the peak of this process may not grow; a plot needs > 0
+
+
+def run_experiment(name):
     importlib.import_module(f"experiments.{name}").main(["--preset=cpu"])
+
+
+# Every experiment -----------------------------------------------------------------------------
+
+
+@each_experiment
+def test_an_experiment_writes_a_result_file_with_points(tiny, name):
+    run_experiment(name)
+    text = (tiny / "docs" / "experiments" / f"{name}_cpu.json").read_text(encoding="utf-8")
+    assert json.loads(text)["points"]
+    assert "NaN" not in text
+
+
+@each_experiment
+def test_a_result_file_says_how_it_was_made(tiny, name):
+    run_experiment(name)
     state = json.loads((tiny / "docs" / "experiments" / f"{name}_cpu.json").read_text())
-    assert state["experiment"] == name and state["preset"] == "cpu" and state["config"]
-    assert (
-        state["machine"]["device"]
-        and state["versions"]["torch"] == torch.__version__
-        and state["commit"]
-    )
-    assert state["points"] and "NaN" not in json.dumps(state)
-    if name not in ("samples", "look"):
-        assert (tiny / "docs" / "experiments" / f"{name}_cpu.png").stat().st_size > 10_000
+    assert state["experiment"] == name
+    assert state["preset"] == "cpu"
+    assert state["config"]
+    assert state["machine"]["device"]
+    assert state["versions"]["torch"] == torch.__version__
+    assert state["commit"]
 
 
-def test_the_same_command_again_measures_nothing_anew(tiny, monkeypatch):
-    table.main(["--preset=cpu"])
-    for name in ("quality", "size", "speed", "step_memory"):
-        monkeypatch.setattr(table, name, lambda *arguments: pytest.fail("measured again"))
-    table.main(["--preset=cpu"])
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in WITHOUT_PLOT])
+def test_an_experiment_draws_a_plot(tiny, name):
+    run_experiment(name)
+    assert (tiny / "docs" / "experiments" / f"{name}_cpu.png").stat().st_size > 10_000
 
 
-def test_a_study_that_was_interrupted_goes_on_with_the_next_point(tiny):
-    def measured(fail):
-        one = study.Study("some", study.StudyConfig(), {"cpu": runs.Config(run={})})
-        calls = []
-        for key in "abc":
-            if key == fail:
-                return calls
-            one.point(key, lambda key=key: calls.append(key))
-        return calls
-
-    assert measured("c") == ["a", "b"]
-    assert measured(None) == ["c"]
-
-
-def test_points_of_another_commit_or_configuration_are_measured_anew(tiny, capsys):
-    for seeds in ((1,), (1, 2)):
-        one = study.Study("changed", study.StudyConfig(), {"cpu": runs.Config(run={}, seeds=seeds)})
-        assert one.point("a", lambda seeds=seeds: len(seeds)) == len(seeds)
-    assert "measured with another config" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", [*EXPERIMENTS, "report"])
-def test_what_it_does_not_know_is_one_line(tiny, capsys, name):
+@each_program
+@pytest.mark.parametrize(
+    "argument, named", [("--presett=cpu", "presett"), ("--preset=tpu", "preset")]
+)
+def test_an_unknown_option_or_preset_is_an_error_of_one_line(tiny, capsys, name, argument, named):
     main = importlib.import_module(f"experiments.{name}").main
-    for argument in ("--presett=cpu", "--preset=tpu"):
-        with pytest.raises(SystemExit) as stopped:
-            main([argument])
-        assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(SystemExit) as stopped:
+        main([argument])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
+
+
+# Studies --------------------------------------------------------------------------------------
+
+
+def test_the_same_command_again_measures_no_point(tiny, monkeypatch):
+    run_experiment("table")
+    for name in ("measure_quality", "compute_size", "measure_speed", "measure_step_memory"):
+        monkeypatch.setattr(table, name, lambda *arguments: pytest.fail("measured again"))
+    run_experiment("table")
+
+
+def measured_keys(keys):
+    """Take up a study, measure these points; return the keys for which a function was called."""
+    some_study = study.Study("some", study.StudyConfig(), {"cpu": runs.Config(run={})})
+    calls = []
+    for key in keys:
+        some_study.measure_once(key, calls.append, key)
+    return calls
+
+
+def test_an_interrupted_study_resumes_with_the_next_point(tiny):
+    assert measured_keys("ab") == ["a", "b"]
+    assert measured_keys("abc") == ["c"]
+
+
+def measure_number_of_seeds(seeds, **options):
+    presets = {"cpu": runs.Config(run={}, seeds=seeds)}
+    changed_study = study.Study("changed", study.StudyConfig(**options), presets)
+    return changed_study.measure_once("a", len, seeds)
+
+
+def test_points_of_another_config_are_measured_again(tiny, capsys):
+    assert measure_number_of_seeds((1,)) == 1
+    assert measure_number_of_seeds((1, 2)) == 2
+    assert "another config" in capsys.readouterr().out
+
+
+def test_points_of_another_commit_are_measured_again(tiny, capsys, monkeypatch):
+    assert measured_keys("x") == ["x"]
+    monkeypatch.setattr(study, "current_commit", lambda: "another")
+    assert measured_keys("x") == ["x"]
+    assert "another commit" in capsys.readouterr().out
+
+
+# Measurements ---------------------------------------------------------------------------------
 
 
 def test_loss_by_position_is_the_loss_of_the_windows(tiny):
     config = runs.PRESETS["cpu"]
-    parts = length.loss_by_position(config, "RoPE", 1, torch.device("cpu"))
-    model, T = load_model(runs.run_of(config, "RoPE", 1))[0].eval(), config.run["block_size"]
-    x, y = next(
-        Loader(Path("data/tiny"), 4 * T, 257, 0).val_batches(config.run["eval_tokens"], 100)
-    )
-    last = F.cross_entropy(model(x)[:, -2:].flatten(0, 1), y[:, -2:].flatten(), ignore_index=-1)
+    T = config.run["block_size"]
+    cpu = torch.device("cpu")
+    parts = length.measure_loss_by_position(config, "RoPE", 1, cpu)
+    model, _ = load_model(runs.train_variant(config, "RoPE", 1))
+    loader = Loader(Path("data/tiny"), 4 * T, vocab_size=257, seed=0)
+    x, y = next(loader.val_batches(config.run["eval_tokens"], 100))
+    logits = model.eval()(x)[:, -2:]  # the last part is two positions
+    loss = F.cross_entropy(logits.flatten(0, 1), y[:, -2:].flatten(), ignore_index=-1)
     assert len(parts) == 4 * length.PARTS
-    assert parts[-1] == pytest.approx(last.item(), abs=1e-5)
+    assert parts[-1] == pytest.approx(loss.item(), abs=1e-5)
 
 
-def test_what_is_to_be_recalled_stands_at_the_distance():
+def recall_batch():
+    """Return inputs, targets, distances and, for each row, where the token to recall is."""
     config = recall.Config()
-    x, y, distance = recall.batch(config, 64, torch.Generator().manual_seed(0))
-    for row in range(64):
-        (place,) = (
-            (x[row] >= config.vocab_size // 2).nonzero()[0].tolist()
-        )  # the only token of the other kind
-        assert distance[row].tolist() == [t - place for t in range(config.shape["block_size"])]
-        assert y[row].tolist() == [
-            x[row, place] if t >= place else -1 for t in range(config.shape["block_size"])
-        ]
+    x, y, distance = recall.make_batch(config, 64, torch.Generator().manual_seed(0))
+    is_recalled = x >= config.vocab_size // 2
+    return x, y, distance, is_recalled
+
+
+def test_a_sequence_holds_one_token_to_recall():
+    *_, is_recalled = recall_batch()
+    assert is_recalled.sum(1).tolist() == [1] * 64
+
+
+def test_the_token_to_recall_is_the_target_from_its_position_on():
+    x, y, _, is_recalled = recall_batch()
+    for row, position in enumerate(is_recalled.int().argmax(1).tolist()):
+        token = x[row, position].item()
+        after = x.size(1) - position
+        assert y[row].tolist() == [-1] * position + [token] * after
+
+
+def test_the_distance_counts_from_the_token_to_recall():
+    x, _, distance, is_recalled = recall_batch()
+    for row, position in enumerate(is_recalled.int().argmax(1).tolist()):
+        assert distance[row].tolist() == [t - position for t in range(x.size(1))]
 
 
 @pytest.mark.parametrize("layers, window", [(1, 1), (1, 4), (2, 3)])
@@ -173,13 +232,12 @@ def test_look_draws_the_receptive_field_of_stacked_windows(layers, window):
         "vocab_size": 50,
     }
     torch.manual_seed(0)
+    field = look.receptive_field(steps.build_model(shape), 12)
     i, j = torch.arange(12)[:, None], torch.arange(12)
-    assert torch.equal(
-        look.sight(steps.build(shape), 12), (i >= j) & (i - j <= layers * (window - 1))
-    )
+    assert torch.equal(field, (i >= j) & (i - j <= layers * (window - 1)))
 
 
-def test_more_heads_and_layers_take_more_memory_in_a_new_process():
+def test_step_memory_grows_by_weights_gradients_and_optimizer_state():
     shape = {
         "model": "model",
         "n_layer": 1,
@@ -188,16 +246,29 @@ def test_more_heads_and_layers_take_more_memory_in_a_new_process():
         "block_size": 64,
         "vocab_size": 257,
     }
-    given = (1, 64, torch.device("cpu"), torch.float32)
-    small = steps.step_memory(shape, *given)
-    large = steps.in_new_process(steps.step_memory, shape | {"n_embd": 1024}, *given)
-    weights = 1024 * 1024 * 12 * 4 * 4 / 1e9  # with gradients and the optimizer's two moments
-    assert large - small > 0.9 * weights
+    arguments = (1, 64, torch.device("cpu"), torch.float32)
+    small = steps.measure_step_memory(shape, *arguments)
+    wide = {**shape, "n_embd": 1024}
+    large = steps.run_in_new_process(steps.measure_step_memory, wide, *arguments)
+    weights = 12 * 1024 * 1024
+    gigabytes = 4 * 4 * weights / 1e9  # float32 weights, gradients and two moments of AdamW
+    assert large - small > 0.9 * gigabytes
 
 
-def test_a_difference_within_the_seeds_spread_is_none():
-    assert table.verdict([1.0, 1.2], [1.1, 1.15]) == "no difference shown"
-    assert table.verdict([1.0, 1.01], [1.1, 1.15]) == "-0.1200"
+def test_a_difference_within_the_range_of_the_seeds_is_none():
+    assert table.compare_losses([1.0, 1.2], [1.1, 1.15]) == "no difference shown"
+
+
+def test_a_difference_beyond_the_range_of_the_seeds_is_a_number():
+    assert table.compare_losses([1.0, 1.01], [1.1, 1.15]) == "-0.1200"
+
+
+def test_the_step_of_a_loss_is_interpolated_between_evaluations():
+    assert convergence.step_of_loss([[0, 5.0], [10, 4.0], [20, 2.0]], 3.0) == 15
+
+
+def test_a_loss_that_a_curve_never_reaches_has_no_step():
+    assert convergence.step_of_loss([[0, 5.0], [10, 4.0]], 3.0) is None
 
 
 # The report -----------------------------------------------------------------------------------
@@ -210,10 +281,15 @@ def test_the_tables_are_those_of_the_result_files(path, monkeypatch):
     assert report.fill(text) == text
 
 
+def test_a_table_without_its_result_file_names_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"experiments\.table --preset=gpu"):
+        report.fill("<!-- begin table.losses gpu -->\n<!-- end -->")
+
+
 def test_every_result_file_is_of_one_commit_without_changes():
     files = sorted((ROOT / "docs" / "experiments").glob("*.json"))
     assert files
     for file in files:
-        assert re.fullmatch(
-            "[0-9a-f]{40}", json.loads(file.read_text(encoding="utf-8"))["commit"]
-        ), file
+        state = json.loads(file.read_text(encoding="utf-8"))
+        assert re.fullmatch("[0-9a-f]{40}", state["commit"]), file
