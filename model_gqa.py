@@ -173,7 +173,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict()  # the first part of all parameter names
+        self.transformer = nn.ModuleDict()  # a namespace: the names begin as in transformers
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -184,9 +184,9 @@ class GPT(nn.Module):
     def init_weights(self):
         """Initialize as transformers' GPT-2: weights normal with std 0.02, biases 0.
 
-        Each block adds to the residual stream twice, by its two c_proj. Their std is smaller by
-        sqrt(2 n_layer), so that the variance of the sum does not depend on n_layer. LayerNorm's
-        weights stay 1.
+        Each block adds to the residual stream twice, through its two c_proj layers. Their std is
+        divided by sqrt(2 n_layer), so that the variance of the sum does not depend on n_layer.
+        LayerNorm's weights stay 1.
         """
         residual_std = 0.02 / (2 * self.config.n_layer) ** 0.5
         for name, p in self.named_parameters():

@@ -95,7 +95,7 @@ class KVCache:
         past = torch.arange(max(0, self.pos - slots + 1), self.pos, device=k.device) % slots
         k = torch.cat([layer_k[:B, :, past], k], dim=2)
         v = torch.cat([layer_v[:B, :, past], v], dim=2)
-        # Later tokens will need the last `slots` of them.
+        # Keep the last `slots` of them; the next token overwrites the oldest.
         last = torch.arange(max(0, end - slots), end, device=k.device) % slots
         layer_k[:, :, last] = k[:, :, -slots:]
         layer_v[:, :, last] = v[:, :, -slots:]
@@ -183,11 +183,11 @@ class CausalSelfAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
     def attend_blocks(self, q, k, v):
-        """SWA: do the same in O(T W) time, for many queries.
+        """SWA: compute attend_dense's result in O(T max(W, MIN_BLOCK)) time.
 
         The last n * size queries form n blocks. A block attends to its own keys and to those of the
-        m blocks before it, into which its windows reach. The other queries, the first m * size or a
-        few more of a whole sequence, go through attend_dense.
+        m blocks before it, into which its windows reach. The queries before them, fewer than
+        (m + 1) * size of a whole sequence, go through attend_dense.
         """
         B, H, T, D = q.shape
         S, W = k.size(2), self.window
@@ -196,7 +196,7 @@ class CausalSelfAttention(nn.Module):
         n = min(T, S - m * size) // size
         if n < 1:
             return self.attend_dense(q, k, v)
-        S_before, T_before = S - n * size, T - n * size  # T_before may be 0
+        S_before, T_before = S - n * size, T - n * size  # T_before may be 0: SDPA takes empty q
         k_before, v_before = k[:, :, :S_before], v[:, :, :S_before]
         y_before = self.attend_dense(q[:, :, :T_before], k_before, v_before)
         q = q[:, :, T_before:].unflatten(2, (n, size)).flatten(0, 1)  # (BH, n, size, D)
@@ -243,7 +243,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict()  # the first part of all parameter names
+        self.transformer = nn.ModuleDict()  # a namespace: the names begin as in transformers
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.transformer.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -253,9 +253,9 @@ class GPT(nn.Module):
     def init_weights(self):
         """Initialize as transformers' GPT-2: weights normal with std 0.02, biases 0.
 
-        Each block adds to the residual stream twice, by its two c_proj. Their std is smaller by
-        sqrt(2 n_layer), so that the variance of the sum does not depend on n_layer. LayerNorm's
-        weights stay 1.
+        Each block adds to the residual stream twice, through its two c_proj layers. Their std is
+        divided by sqrt(2 n_layer), so that the variance of the sum does not depend on n_layer.
+        LayerNorm's weights stay 1.
         """
         residual_std = 0.02 / (2 * self.config.n_layer) ** 0.5
         for name, p in self.named_parameters():

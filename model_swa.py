@@ -15,10 +15,11 @@ receptive field of L layers is L (window - 1) tokens into the past.
       4        x x x             own keys and to those of     order of the keys does not matter
       5          x x x           the block before it.         to softmax(QK^T) V.
 
-A mask alone would save nothing, as all T^2 scores are computed before it applies. Blocks compute
-about twice as many scores as needed for windows of 64 and more, and 25 times as many for a window
-of 5. (With T = 1024 and window = 256, 229,504 scores are needed and blocks compute 458,752; full
-causal attention computes 524,800.)
+A mask alone would save nothing: all T^2 scores are computed before it applies. (Without a mask,
+is_causal=True can skip the later keys: T (T + 1) / 2 scores.) For windows of 64 to 256, blocks
+compute about twice as many scores as needed; for a window of 5, 25 times as many. With T = 1024 and
+window = 256, 229,504 scores are needed. Blocks compute 458,752, is_causal 524,800, and a mask
+1,048,576. A block here is a block of queries, not a layer, and unrelated to block_size.
 
 Differences from model.py, marked SWA: the cache is a ring buffer of `window` slots, however long
 the sequence; queries attend to their windows, in blocks if they are many; the count of FLOPs.
@@ -100,7 +101,7 @@ class KVCache:
         past = torch.arange(max(0, self.pos - slots + 1), self.pos, device=k.device) % slots
         k = torch.cat([layer_k[:B, :, past], k], dim=2)
         v = torch.cat([layer_v[:B, :, past], v], dim=2)
-        # Later tokens will need the last `slots` of them.
+        # Keep the last `slots` of them; the next token overwrites the oldest.
         last = torch.arange(max(0, end - slots), end, device=k.device) % slots
         layer_k[:, :, last] = k[:, :, -slots:]
         layer_v[:, :, last] = v[:, :, -slots:]
@@ -169,11 +170,11 @@ class CausalSelfAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
     def attend_blocks(self, q, k, v):
-        """SWA: do the same in O(T W) time, for many queries.
+        """SWA: compute attend_dense's result in O(T max(W, MIN_BLOCK)) time.
 
         The last n * size queries form n blocks. A block attends to its own keys and to those of the
-        m blocks before it, into which its windows reach. The other queries, the first m * size or a
-        few more of a whole sequence, go through attend_dense.
+        m blocks before it, into which its windows reach. The queries before them, fewer than
+        (m + 1) * size of a whole sequence, go through attend_dense.
         """
         B, H, T, D = q.shape
         S, W = k.size(2), self.window
@@ -182,7 +183,7 @@ class CausalSelfAttention(nn.Module):
         n = min(T, S - m * size) // size
         if n < 1:
             return self.attend_dense(q, k, v)
-        S_before, T_before = S - n * size, T - n * size  # T_before may be 0
+        S_before, T_before = S - n * size, T - n * size  # T_before may be 0: SDPA takes empty q
         k_before, v_before = k[:, :, :S_before], v[:, :, :S_before]
         y_before = self.attend_dense(q[:, :, :T_before], k_before, v_before)
         q = q[:, :, T_before:].unflatten(2, (n, size)).flatten(0, 1)  # (BH, n, size, D)
@@ -229,7 +230,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict()  # the first part of all parameter names
+        self.transformer = nn.ModuleDict()  # a namespace: the names begin as in transformers
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -240,9 +241,9 @@ class GPT(nn.Module):
     def init_weights(self):
         """Initialize as transformers' GPT-2: weights normal with std 0.02, biases 0.
 
-        Each block adds to the residual stream twice, by its two c_proj. Their std is smaller by
-        sqrt(2 n_layer), so that the variance of the sum does not depend on n_layer. LayerNorm's
-        weights stay 1.
+        Each block adds to the residual stream twice, through its two c_proj layers. Their std is
+        divided by sqrt(2 n_layer), so that the variance of the sum does not depend on n_layer.
+        LayerNorm's weights stay 1.
         """
         residual_std = 0.02 / (2 * self.config.n_layer) ** 0.5
         for name, p in self.named_parameters():

@@ -136,7 +136,7 @@ class StopSignal:
             with contextlib.suppress(OSError):  # stderr is a closed pipe
                 os.write(2, b"\nstopping at the next micro-step; a second signal exits at once\n")
             return
-        # A signal to torchrun's process group reaches a rank twice, as torchrun passes it on.
+        # Ctrl-C in a terminal reaches torchrun and every rank, and torchrun sends it to them again.
         is_echo = "RANK" in os.environ and time.monotonic() - self._time < 1
         if not is_echo:
             os._exit(128 + number)
@@ -165,7 +165,7 @@ class Run:
     overflows: int = 0  # float16 steps in a row with an infinite gradient
 
     def autocast(self):
-        """Compute in the run's dtype. FSDP needs no autocast: it gathers shards in that dtype."""
+        """Compute in the run's dtype. Under FSDP the gathered parameters have that dtype."""
         enabled = self.dtype != torch.float32 and not self.config.fsdp
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
@@ -243,14 +243,12 @@ def initial_model(config, module, options, meta):
         torch.manual_seed(config.seed)
         return module.GPT(module.GPTConfig(**scratch_options(options, meta)))
     model, source_meta = load_model(config.init_from, config.model, options)
-    source = (source_meta["tokenizer"], source_meta.get("chars"))
-    data = (meta["tokenizer"], meta.get("chars"))
-    if source[0] != data[0]:
+    if source_meta["tokenizer"] != meta["tokenizer"]:
         raise UserError(
-            f"{config.init_from} was trained with the tokenizer {source[0]}, "
-            f"data/{config.dataset} has {data[0]}"
+            f"{config.init_from} was trained with the tokenizer {source_meta['tokenizer']}, "
+            f"data/{config.dataset} has {meta['tokenizer']}"
         )
-    if source != data:
+    if source_meta.get("chars") != meta.get("chars"):
         raise UserError(
             f"{config.init_from} was trained with a char tokenizer of other characters than "
             f"data/{config.dataset}"
@@ -270,7 +268,7 @@ def find_checkpoint_to_resume(config, out_dir):
         return None, None
     stored = checkpoint.read_config(checkpoints[-1])
     if config.eval_only and config.init_from != stored["options"]["init_from"]:
-        return None, None  # evaluate the weights that init_from names, not the run in out_dir
+        return None, None  # as in --eval_only=True --init_from=gpt2, where out_dir has a run
     return checkpoints[-1], stored
 
 
@@ -278,7 +276,8 @@ def resumed_model_config(config, module, options, meta, stored):
     """Return the model config that the options ask for, to be compared with the stored one."""
     if config.init_from == "scratch":
         return asdict(module.GPTConfig(**scratch_options(options, meta)))
-    return stored["model_config"] | options  # init_from set the rest when the run began
+    # Options that are not given were taken from init_from's weights when the run began.
+    return stored["model_config"] | options
 
 
 def setup(config, options, argv, group):
@@ -286,14 +285,15 @@ def setup(config, options, argv, group):
 
     options   the model options of the command line and the config files
 
-    Returns a Run. Writes nothing, except that one process prepares a small dataset if it is
-    missing. Rank 0 initializes or reads the weights, on its CPU, and the other ranks receive them.
-    So one process, DDP and FSDP start with the same bits, and no device holds more than it trains.
+    Returns a Run. Writes nothing, except that a run without torchrun prepares a small dataset if it
+    is missing. Rank 0 initializes or reads the weights, on its CPU, and the other ranks receive
+    them, so that one process, DDP and FSDP start with the same bits.
     """
     module = model_module(config.model)
     out_dir = Path(config.out_dir or default_out_dir(argv))
     path, stored = None, None  # the checkpoint to resume from, and its config.json
-    model_config, weights = None, None  # the weights of a new run, on rank 0 only
+    model_config = None
+    weights = None  # of a new run, on rank 0 only
     with group.exit_together():
         check_config(config, group)
         device = pick_device(config.device, group.local_rank)
@@ -330,6 +330,7 @@ def setup(config, options, argv, group):
             check_batch(config, loader.block_size, group.world_size)
         if stored is not None:
             checkpoint.check_same_data(data, stored, out_dir)
+    # End the run if the ranks were started with different options or data.
     group.check_equal(info["options"] | options | {"data": data})
 
     set_float32_precision(device, config.deterministic)
@@ -494,7 +495,9 @@ def to_device(tensor, device):
 
 
 def check_finite(run, loss, grad_norm):
-    """If the loss or the gradient norm is not finite, end the run before the weights change.
+    """Collective. If the loss or the gradient norm is not finite, end the run; the weights stay.
+
+    Both are the same on all ranks.
 
     In float16 the scaler skips such a step and halves its scale; only MAX_OVERFLOWS of them in a
     row end the run.
@@ -512,13 +515,12 @@ def check_finite(run, loss, grad_norm):
 
 def advice(run):
     """Return what to try after a loss that is not finite."""
-    text = "; try a new run with a lower --learning_rate or --dtype=float32"
+    remedy = "with a lower --learning_rate or --dtype=float32"
     checkpoints = checkpoint.list_checkpoints(run.out_dir)
     if not checkpoints:
-        return text
-    return (
-        f"{text}, and its own --out_dir, from the last good weights: --init_from={checkpoints[-1]}"
-    )
+        return f"; start a new run {remedy}"
+    weights = f"--init_from={checkpoints[-1]} --out_dir=NEW"
+    return f"; start a new run from the last good weights, {weights}, {remedy}"
 
 
 # The loop -------------------------------------------------------------------------------------
@@ -531,8 +533,8 @@ def evaluate(run):
     total, count = 0.0, 0  # of losses and of targets, on this rank
     stopping = False
     run.model.eval()
-    # Each rank has its own sequences, and all have the same number of batches, because under FSDP
-    # every forward pass is a collective.
+    # Each rank has its own sequences. All have the same number of batches, because under FSDP every
+    # forward pass is a collective: val_batches fills up the last ones with targets -1.
     batches = run.loader.val_batches(
         config.eval_tokens, config.batch_size, group.rank, group.world_size
     )
@@ -540,11 +542,11 @@ def evaluate(run):
         stopping = group.any_rank(run.stop.received)
         if stopping:
             break
-        targets = int((y != -1).sum())
+        n_targets = int((y != -1).sum())
         with run.autocast():
             loss = run.forward(to_device(x, run.device), to_device(y, run.device))
-        total += loss.item() * targets
-        count += targets
+        total += loss.item() * n_targets
+        count += n_targets
     run.model.train()
     total, count = group.all_reduce([total, count])
     if not math.isfinite(total):
@@ -565,7 +567,8 @@ def train_loop(run):
     while True:
         is_last = run.step >= config.max_steps
 
-        # Log every step; once in a while evaluate and save.
+        # Log every step; once in a while evaluate and save. A resumed run has its validation loss
+        # already if the step of its checkpoint was evaluated.
         if (run.step % config.eval_interval == 0 or is_last) and "val_loss" not in run.metrics:
             val_loss = evaluate(run)
             if val_loss is not None:
@@ -577,7 +580,7 @@ def train_loop(run):
         improved = run.metrics.get("val_loss", math.inf) < run.best_loss
         if improved or is_last or stopping or run.step % config.checkpoint_interval == 0:
             save(run)
-        if stopping:
+        if stopping:  # by a signal, or because rank 0 could not write the log: saved all the same
             log_error = group.broadcast(log_error)
             if log_error is not None:
                 group.exit(log_error)
@@ -700,7 +703,9 @@ def train(run):
                 save(run)
             raise
     if run.step < run.config.max_steps:
-        run.group.print(f"stopped after step {run.step}: the same command resumes the run")
+        run.group.print(
+            f"stopped after step {run.step}: the same command, without --overwrite, resumes the run"
+        )
     else:
         run.group.print(f"python sample.py --init_from={run.out_dir}")
 
@@ -725,7 +730,7 @@ def print_summary(run):
 # Main -----------------------------------------------------------------------------------------
 
 
-@program
+@program  # prints a UserError as one line and exits with status 2
 def main(argv):
     config = options = option_error = None
     try:
@@ -734,7 +739,7 @@ def main(argv):
             argv,
             __doc__,
             model_config=lambda config: model_module(config.model).GPTConfig,
-            hint=models_with_option,  # for an option of another model
+            hint=models_with_option,  # names the models that have an unknown option
         )
         check_range(config, 1, "dist_timeout")
     except UserError as error:
@@ -745,7 +750,7 @@ def main(argv):
             raise option_error
     if group.restarted:
         config.overwrite = False  # torchrun restarted this worker: out_dir holds this very run
-    keep_freed_memory()  # a quarter of a step's time on a CPU
+    keep_freed_memory()  # malloc keeps freed pages, which saves a quarter of a step on a CPU
     run = None
     try:
         run = setup(config, options, argv, group)

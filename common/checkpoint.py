@@ -5,7 +5,7 @@
                                by torch.distributed.checkpoint
         config.json            step, metrics, scaler, options, model_config, data, meta (which
                                names the tokenizer); files: the size and CRC-32 of each shard;
-                               crc32: of all this
+                               crc32: of the rest of config.json
     out/run/best.json          names the checkpoint with the lowest validation loss
 
 A checkpoint appears under its final name only when it is complete and on disk. Before it is used,
@@ -39,15 +39,15 @@ from common.errors import UserError
 from common.files import fsync_directory, write_json
 
 CHECKPOINT_GLOB = "step_" + 8 * "[0-9]"  # of complete checkpoints
-FILE_BYTES = 64e6  # largest file of several tensors
+FILE_BYTES = 64e6  # size of a file, unless it holds a single, larger tensor
 LAST_PICKLE_COMMIT = "5e9f7b2"  # the last commit that reads checkpoints with a .metadata pickle
 # One flat name per tensor, such as state.transformer.wte.weight.exp_avg.
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 # Options that may differ when a run is resumed: they say at which steps something is saved or
 # printed, or how the same global batch is computed. The results stay equal up to rounding, with two
-# exceptions: max_steps stretches the learning rate schedule, and with dropout > 0 the dropout masks
-# depend on batch_size and the world size.
+# exceptions: max_steps stretches the learning rate schedule, and with dropout > 0 the masks depend
+# on the rank and on batch_size. dtype may not differ: a run keeps the one that "auto" chose first.
 RESUMABLE_CHANGES = {
     "out_dir",
     "overwrite",
@@ -86,7 +86,7 @@ def save_checkpoint(out_dir, model, optimizer, config, keep, group):
             _remove_unfinished(out_dir)
             if not final.exists():
                 part.mkdir(parents=True)
-    is_new = group.broadcast(part.exists())  # as rank 0 sees it: it has just made `part`
+    is_new = group.broadcast(part.exists())  # rank 0 has made `part` if the checkpoint is new
     if is_new:
         _write_shards(part, model, optimizer, group)
         files = _describe_files(part, group)
@@ -270,7 +270,7 @@ def _verify_files(path, files):
 
 
 def _advice(path):
-    return f"remove {path}, and the same command resumes from the checkpoint before it"
+    return f"remove {path} to use the checkpoint before it, if there is one"
 
 
 def check_same_options(config, stored, out_dir):
@@ -336,8 +336,8 @@ def load_checkpoint(path, model, optimizer=None):
         else:
             tensors, model_state, optimizer_state = _training_tensors(model, optimizer)
             dcp.load(tensors, storage_reader=reader)
-            # `tensors` are those of the two state dicts, which now have the loaded values. The
-            # model's are its parameters; the optimizer's state must be set.
+            # dcp.load has filled the tensors of both state dicts in place. Those of the model are
+            # its parameters; set_state_dict is needed for the optimizer.
             set_state_dict(
                 model,
                 optimizer,

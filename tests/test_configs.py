@@ -1,4 +1,4 @@
-"""config/: every file trains, and those of the variants differ from their base by the variant alone."""
+"""config/*.py: every file trains, and a variant's config adds only the variant's own options."""
 
 import runpy
 import signal
@@ -13,6 +13,7 @@ import train
 from common.pretrained import load_model
 
 CONFIGS = Path(__file__).parent.parent / "config"
+# variant: the options that its configs set besides `model`
 VARIANTS = {
     "rope": set(),
     "gqa": {"n_kv_head"},
@@ -22,31 +23,31 @@ VARIANTS = {
 
 
 def options_of(name):
-    return {
-        key: value
-        for key, value in runpy.run_path(str(CONFIGS / f"{name}.py")).items()
-        if key[0] != "_"
-    }
+    """Return the options that a config file sets."""
+    names = runpy.run_path(str(CONFIGS / f"{name}.py"))
+    return {key: value for key, value in names.items() if not key.startswith("_")}
 
 
 @pytest.mark.parametrize("base", ["gpt2", "shakespeare_char"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_variant_s_config_is_its_base_but_for_the_variant(base, variant):
-    plain, varied = options_of(base), options_of(f"{base}_{variant}")
-    own = {key: varied.pop(key) for key in varied.keys() - plain.keys()}
-    assert varied == plain
-    assert own.pop("model") == f"model_{variant}" and own.keys() == VARIANTS[variant]
+def test_a_variant_config_equals_its_base_except_for_the_variant_options(base, variant):
+    base_options = options_of(base)
+    variant_options = options_of(f"{base}_{variant}")
+    added = {}
+    for key in variant_options.keys() - base_options.keys():
+        added[key] = variant_options.pop(key)
+    assert variant_options == base_options
+    assert added.pop("model") == f"model_{variant}"
+    assert added.keys() == VARIANTS[variant]
 
 
 @pytest.mark.parametrize("base", ["gpt2", "shakespeare_char"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_it_trains_stops_goes_on_to_the_same_bits_and_can_be_sampled(
+def test_a_variant_config_trains_resumes_bit_for_bit_and_can_be_sampled(
     workdir, monkeypatch, capsys, base, variant
 ):
-    argv = [
-        str(CONFIGS / f"{base}_{variant}.py"),
-        *arguments(n_head=4, n_embd=32, max_steps=4, vocab_size=257),
-    ]
+    config = str(CONFIGS / f"{base}_{variant}.py")
+    argv = [config, *arguments(n_head=4, n_embd=32, max_steps=4, vocab_size=257)]
     original = train.train_step
 
     def stop_in_step_3(run):
@@ -56,12 +57,14 @@ def test_it_trains_stops_goes_on_to_the_same_bits_and_can_be_sampled(
 
     monkeypatch.setattr(train, "train_step", stop_in_step_3)
     train.main(argv)
-    assert "stopped after step 2" in capsys.readouterr().out
+    assert (workdir / "out/tiny/step_00000002").exists()
+    assert not (workdir / "out/tiny/step_00000004").exists()
     monkeypatch.setattr(train, "train_step", original)
     train.main(argv)
-    train.main([*argv, "--out_dir=out/whole"])
-    stopped, whole = (load_model(f"out/{name}")[0].state_dict() for name in ("tiny", "whole"))
-    assert all(torch.equal(stopped[name], whole[name]) for name in whole)
+    train.main([*argv, "--out_dir=out/uninterrupted"])
+    resumed = load_model("out/tiny")[0].state_dict()
+    uninterrupted = load_model("out/uninterrupted")[0].state_dict()
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
     capsys.readouterr()
     sample.main(["--init_from=out/tiny", "--prompt=def ", "--max_new_tokens=30", "--temperature=0"])
     assert capsys.readouterr().out.startswith("def ")

@@ -1,5 +1,9 @@
-"""common/device.py: what each device is called, can do, and says when its memory is full."""
+"""common/device.py: which device and dtype a run uses, its peak FLOP/s, and out of memory.
 
+Also train.out_of_memory_advice, which says how to need less memory.
+"""
+
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -30,16 +34,16 @@ def test_a_gpu_is_chosen_by_its_index(monkeypatch, name, index):
 
 
 @pytest.mark.parametrize("capability, dtype", [((7, 5), FP32), ((8, 0), BF16), ((9, 0), BF16)])
-def test_auto_is_bfloat16_on_gpus_that_compute_it(monkeypatch, capability, dtype):
+def test_auto_is_bfloat16_on_gpus_that_are_fast_with_it(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert pick_dtype("auto", torch.device("cuda", 0)) == dtype
 
 
 @pytest.mark.parametrize(
-    "has, dtype", [({}, FP32), ({"amx_bf16": True}, BF16), ({"avx512_bf16": True}, BF16)]
+    "features, dtype", [({}, FP32), ({"amx_bf16": True}, BF16), ({"avx512_bf16": True}, BF16)]
 )
-def test_auto_is_bfloat16_on_cpus_that_compute_it(monkeypatch, has, dtype):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+def test_auto_is_bfloat16_on_cpus_that_are_fast_with_it(monkeypatch, features, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     assert pick_dtype("auto", torch.device("cpu")) == dtype
 
 
@@ -57,54 +61,77 @@ def test_auto_is_float32_on_apple_gpus():
         ("NVIDIA H100 80GB HBM3", FP32, None),
     ],
 )
-def test_only_known_devices_have_a_peak(monkeypatch, name, dtype, flops):
+def test_only_known_devices_have_peak_flops(monkeypatch, name, dtype, flops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda", 0), dtype) == flops
 
 
-def test_memory_that_a_cpu_cannot_give_is_told_from_other_errors():
+def test_an_allocation_that_a_cpu_cannot_make_is_out_of_memory():
     with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 55)
     assert is_out_of_memory(error.value)
-    assert is_out_of_memory(
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    )
+
+
+def test_cuda_out_of_memory_is_out_of_memory():
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert is_out_of_memory(error)
+
+
+def test_another_runtime_error_is_not_out_of_memory():
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-@pytest.mark.parametrize(
-    "batch_size, advice", [(12, "=8 keeps"), (3, "=2 keeps"), (1, "--activation_checkpointing=")]
-)
-def test_the_advice_is_the_largest_smaller_batch_that_divides(batch_size, advice):
+def advice(batch_size, world_size=1):
+    """Return the advice for 24 sequences of 16 tokens per optimizer step."""
     config = SimpleNamespace(
         total_batch_size=24 * 16, batch_size=batch_size, activation_checkpointing=False
     )
-    assert advice in train.out_of_memory_advice(config, 16)
+    return train.out_of_memory_advice(config, 16, world_size)
 
 
-def test_the_advice_shares_a_step_s_sequences_out_over_the_ranks():
-    config = SimpleNamespace(total_batch_size=24 * 16, batch_size=6, activation_checkpointing=False)
-    assert "=4 keeps" in train.out_of_memory_advice(config, 16, world_size=2)
+@pytest.mark.parametrize(("batch_size", "smaller"), [(12, 8), (3, 2)])
+def test_the_advice_is_the_largest_smaller_batch_that_divides(batch_size, smaller):
+    assert re.search(rf"--batch_size={smaller}\b", advice(batch_size))
 
 
-def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+def test_the_advice_for_a_batch_of_one_is_activation_checkpointing():
+    assert "--activation_checkpointing=True" in advice(1)
+    assert "--batch_size=" not in advice(1)
+
+
+def test_the_advice_divides_the_sequences_of_a_step_by_the_world_size():
+    assert re.search(r"--batch_size=4\b", advice(6, world_size=2))
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+
+def test_each_rank_has_its_own_gpu(two_gpus):
     assert [pick_device("auto", rank).index for rank in (0, 1)] == [0, 1]
+
+
+def test_more_ranks_than_gpus_are_refused_with_the_number_of_gpus(two_gpus):
     with pytest.raises(UserError, match="--nproc_per_node=2"):
         pick_device("auto", 2)
 
 
-@pytest.mark.parametrize(("name", "message"), [("mps", "device=mps"), ("cuda:1", "--device=cuda ")])
-def test_a_device_that_several_processes_cannot_use_is_refused(monkeypatch, name, message):
+@pytest.mark.parametrize(
+    ("name", "usable"), [("mps", r"--device=cpu\b"), ("cuda:1", r"--device=cuda(?!:)")]
+)
+def test_a_device_that_several_ranks_cannot_use_is_refused(monkeypatch, name, usable):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as error:
         pick_device(name, local_rank=0)
+    assert f"device={name}" in str(error.value)
+    assert re.search(usable, str(error.value))
 
 
-def test_several_processes_choose_the_cpu_rather_than_one_apple_gpu(monkeypatch):
+def test_several_ranks_use_the_cpu_and_not_one_apple_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert pick_device("auto", local_rank=0) == torch.device("cpu")
@@ -117,5 +144,12 @@ def test_float32_products_use_tf32_on_cuda_unless_deterministic(
     chosen = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
     set_float32_precision(torch.device("cuda", 0), deterministic)
-    set_float32_precision(torch.device("cpu"), deterministic)  # whose precision stays as it is
     assert chosen == [precision]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_float32_products_stay_as_they_are_on_a_cpu(monkeypatch, deterministic):
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    set_float32_precision(torch.device("cpu"), deterministic)
+    assert chosen == []

@@ -1,7 +1,9 @@
-"""README.md and docs/: links lead somewhere, commands run, files and options are those of the code.
+"""README.md and docs/: links, files, options and commands are those of the code.
 
-A command runs in this process: its own arguments, then those of a tiny run. One of a form that run() does not know
-fails. The edits of docs/BREAK_IT.md do break the tests that they name: pytest -m slow tests/test_docs.py
+A command runs in this process, with the options of a tiny run after its own. A command of a form
+that run() does not know fails. The edits of docs/BREAK_IT.md make the tests that they name fail:
+
+    pytest -m slow tests/test_docs.py
 """
 
 import dataclasses
@@ -37,136 +39,144 @@ FILE = re.compile(
     r"[\w./*-]+\.(py|md|txt|toml)(::\S+)?|(config|docs|tests|experiments|common|tools)/[\w./*-]*"
 )
 COMMAND = re.compile(r"(python|torchrun) .*\.py\b|python -m |pytest .|diff .|git diff .")
-USERS_FILES = {"model_mine.py", "corpus/*.txt"}  # examples of what readers make
+FILES_OF_USERS = {"model_mine.py", "corpus/*.txt"}  # examples of what a reader makes
 OTHER_OPTIONS = {"help", "key"}  # --key=value
-STANDS_FOR = {"CONFIG": "config/quickstart.py", "model_mine": "model"}
-CHECKED_FOR_FILES = {"diff", "git", "cp", "pip", "pytest", "ruff", "python3", ".", "cd", "export"}
 each_document = pytest.mark.parametrize("name", TEXTS)
 
 
 def inline_code(text):
+    """Return what is in single backquotes, with line breaks as spaces."""
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", BLOCK.sub("", text))]
 
 
 def anchors(text):
-    """Those that GitHub gives to a document's headings."""
-    titles = re.findall(r"^#+ (.*)", BLOCK.sub("", text), re.M)
-    return {
-        re.sub(r"[^\w -]", "", re.sub(r"\]\(.*?\)", "", title).lower()).replace(" ", "-")
-        for title in titles
-    }
+    """Return the anchors that GitHub gives to the headings of a document."""
+    result = set()
+    for title in re.findall(r"^#+ (.*)", BLOCK.sub("", text), re.M):
+        words = re.sub(r"\]\(.*?\)", "", title).lower()  # without the targets of links
+        result.add(re.sub(r"[^\w -]", "", words).replace(" ", "-"))
+    return result
 
 
-def is_there(name):
-    """Whether this is a file or a pattern of some, from the root; with ::, a test in it."""
+def exists(name):
+    """Return whether a file, a pattern of files or a test, FILE::TEST, exists below the root."""
     file, _, function = name.partition("[")[0].partition("::")
-    files = ROOT.glob(file.removeprefix("./"))
-    return file in USERS_FILES or any(
-        not function or f"def {function}(" in path.read_text("utf-8") for path in files
-    )
+    if file in FILES_OF_USERS:
+        return True
+    paths = list(ROOT.glob(file.removeprefix("./")))
+    if not function:
+        return bool(paths)
+    return any(f"def {function}(" in path.read_text("utf-8") for path in paths)
 
 
 @each_document
 def test_links_lead_to_files_and_headings_that_exist(name):
-    for file, anchor in re.findall(
-        r"\]\((?!https?:)([^)\s#]*)#?([^)\s]*)\)", BLOCK.sub("", TEXTS[name])
-    ):
+    links = re.findall(r"\]\((?!https?:)([^)\s#]*)#?([^)\s]*)\)", BLOCK.sub("", TEXTS[name]))
+    for file, anchor in links:
         path = (ROOT / name).parent / file if file else ROOT / name
         assert path.exists(), file
-        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), anchor
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8"))
 
 
 @each_document
 def test_files_that_are_named_exist(name):
-    assert not [
-        code for code in inline_code(TEXTS[name]) if FILE.fullmatch(code) and not is_there(code)
-    ]
+    files = [code for code in inline_code(TEXTS[name]) if FILE.fullmatch(code)]
+    assert [file for file in files if not exists(file)] == []
 
 
-@each_document
-def test_options_that_are_named_exist(name):
-    programs = [
+def known_options():
+    """Return the names of the options of all programs, of all models and of torchrun."""
+    configs = [
         train.TrainConfig,
         sample.SampleConfig,
         prepare_data.PrepareConfig,
         bench.BenchConfig,
+        study.StudyConfig,
+        look.LookConfig,
+        plot_loss.PlotConfig,
+        export.ExportConfig,
+        estimate_memory.EstimateConfig,
     ]
-    programs += [study.StudyConfig, look.LookConfig, plot_loss.PlotConfig, export.ExportConfig]
-    programs.append(estimate_memory.EstimateConfig)
-    programs += [*(train.model_module(model).GPTConfig for model in MODELS)]
-    known = {
-        field.name for program in programs for field in dataclasses.fields(program)
-    } | OTHER_OPTIONS
-    known |= {flag.lstrip("-") for flag in get_args_parser()._option_string_actions}
-    code = " ".join(
-        code for code in inline_code(TEXTS[name]) if not code.startswith(("git ", "pip "))
-    )
-    assert set(re.findall(r"(?:^|\s)--([\w-]+)", code)) <= known
+    configs += [train.model_module(model).GPTConfig for model in MODELS]
+    known = set(OTHER_OPTIONS)
+    for config in configs:
+        known.update(option.name for option in dataclasses.fields(config))
+    known.update(flag.lstrip("-") for flag in get_args_parser()._option_string_actions)
+    return known
+
+
+@each_document
+def test_options_that_are_named_exist(name):
+    known = known_options()
+    for code in inline_code(TEXTS[name]):
+        if not code.startswith(("git ", "pip ")):
+            assert set(re.findall(r"(?:^|\s)--([\w-]+)", code)) <= known
 
 
 # Commands -------------------------------------------------------------------------------------
 
+NOT_RUN = {"diff", "git", "cp", "pip", "pytest", "ruff", "python3", ".", "cd", "export"}
+# What a command gets in the place of a reader's own files.
+STAND_INS = {"CONFIG": "config/quickstart.py", "model_mine": "model"}
+
 
 def commands():
-    """Every command in a block of sh or in inline code, once; not what a shell computes."""
+    """Return every command in a block of sh or in inline code, once; not what a shell computes."""
     lines = []
     for text in TEXTS.values():
         for language, block in BLOCK.findall(text):
-            lines += (
-                block.replace("\\\n", " ").splitlines()
-                if language in ("sh", "bash", "shell")
-                else []
-            )
+            if language in ("sh", "bash", "shell"):
+                lines += block.replace("\\\n", " ").splitlines()
         lines += [code for code in inline_code(text) if COMMAND.match(code) and "..." not in code]
-    parts = [part for line in lines for part in re.sub(r"(^|\s)#.*", "", line).split("&&")]
-    return list(
-        dict.fromkeys(" ".join(part.split()) for part in parts if part.strip() and "$(" not in part)
-    )
+    found = {}  # a dict keeps the order
+    for line in lines:
+        without_comment = re.sub(r"(^|\s)#.*", "", line)
+        for part in without_comment.split("&&"):
+            command = " ".join(part.split())
+            if command and "$(" not in command:
+                found[command] = None
+    return list(found)
 
 
 def run(argv):
-    """Run a command in its short form, or check what can be checked of it."""
+    """Run a command in its short form, or check the files that it names."""
     while argv and (argv[0] == "srun" or re.match(r"\w+=", argv[0])):
         argv = argv[1:]
-    if argv[:1] == ["torchrun"]:
+    if argv and argv[0] == "torchrun":
         launch = get_args_parser().parse_args(argv[1:])
         argv = ["python", launch.training_script, *launch.training_script_args]
-    if (
-        not argv
-        or argv[0] in CHECKED_FOR_FILES
-        or (argv[0] == "python" and argv[1].startswith("tests/"))
-    ):
-        assert not [arg for arg in argv if FILE.fullmatch(arg) and not is_there(arg)]
-    elif argv[:2] == ["python", "-m"] and argv[2].startswith("experiments."):
-        module = importlib.import_module(argv[2])
-        if module is look:
-            look.main(
-                [
-                    *(re.sub("model_mine", "model", arg) for arg in argv[3:]),
-                    "--n_head=2",
-                    "--n_embd=16",
-                ]
-            )
-        elif module is not report:
-            assert configure(study.StudyConfig, argv[3:], "").preset in module.PRESETS
-    elif argv[:2] == ["python", "-m"] and argv[2] in TOOLS:
-        prepare_runs(argv[3:])
-        TOOLS[argv[2]](argv[3:])
-    elif argv[0] == "python" and argv[1] in PROGRAMS:
-        args = [
-            re.sub("|".join(STANDS_FOR), lambda match: STANDS_FOR[match[0]], arg)
-            for arg in argv[2:]
-        ]
-        prepare_runs(args)
+    if not argv or argv[0] in NOT_RUN or is_test_script(argv):
+        missing = [arg for arg in argv if FILE.fullmatch(arg) and not exists(arg)]
+        assert missing == []
+        return
+    if argv[0] == "python" and argv[1] in PROGRAMS:
+        args = [replace_stand_ins(arg) for arg in argv[2:]]
+        copy_runs(args)
         PROGRAMS[argv[1]](args)
-    else:
-        pytest.fail(
-            f"a command of a form that this test does not know, teach it: {shlex.join(argv)}"
-        )
+        return
+    if argv[:2] == ["python", "-m"] and argv[2] in TOOLS:
+        copy_runs(argv[3:])
+        TOOLS[argv[2]](argv[3:])
+        return
+    if argv[:2] == ["python", "-m"] and argv[2].startswith("experiments."):
+        run_experiment(argv[2], argv[3:])
+        return
+    pytest.fail(f"run() does not know the form of this command, extend it: {shlex.join(argv)}")
 
 
-def prepare_runs(argv):
-    """Make the runs that a command needs: the tiny one will do."""
+def is_test_script(argv):
+    return argv[0] == "python" and argv[1].startswith("tests/")
+
+
+def replace_stand_ins(arg):
+    for name, stand_in in STAND_INS.items():
+        arg = arg.replace(name, stand_in)
+    return arg
+
+
+def copy_runs(argv):
+    """Copy the tiny run to every run that a command needs."""
     for arg in argv:
         needed = re.match(r"(?:--init_from=)?(out/\w+)", arg)
         if needed and not Path(needed[1]).exists():
@@ -181,36 +191,62 @@ def run_train(argv):
         lambda config: train.model_module(config.model).GPTConfig,
         models_with_option,
     )
-    shapes = {
-        "scratch": dict(n_head=4, n_embd=32, vocab_size=257),
-        "out": {},
-    }  # a run has the tiny one's shape
-    tiny = shapes.get(
-        config.init_from.partition("/")[0], dict(n_layer=None, n_head=None, n_embd=None)
-    )
-    tiny = tiny | dict(
-        max_steps=1, out_dir=None, fsdp=False, shard_degree=0, compile=False, deterministic=False
-    )
+    tiny = {
+        "max_steps": 1,
+        "out_dir": None,
+        "fsdp": False,
+        "shard_degree": 0,
+        "compile": False,
+        "deterministic": False,
+    }
+    source = config.init_from.partition("/")[0]
+    if source == "scratch":
+        tiny.update(n_head=4, n_embd=32, vocab_size=257)
+    elif source != "out":  # GPT-2 has its own shape; a run in out/ has that of the tiny run
+        tiny.update(n_layer=None, n_head=None, n_embd=None)
     train.main(argv + arguments(**tiny))
 
 
 def run_prepare(argv):
     config = configure(prepare_data.PrepareConfig, argv, "", positional="name")
-    if config.input or config.name not in prepare_data.DATASETS:  # those download, or take long
-        path = Path((config.input or "mine.txt").replace("*", "a"))
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(TEXT, encoding="utf-8")
-        prepare_data.main([config.name, f"--input={config.input or path}", "--tokenizer=byte"])
-        prepare_data.main([*argv, "--tokenizer=byte"])
+    if not config.input and config.name in prepare_data.DATASETS:
+        return  # it downloads, or takes long
+    path = Path((config.input or "mine.txt").replace("*", "a"))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(TEXT, encoding="utf-8")
+    prepare_data.main([config.name, f"--input={config.input or path}", "--tokenizer=byte"])
+    prepare_data.main([*argv, "--tokenizer=byte"])
 
 
-PROGRAMS = {"train.py": run_train, "prepare_data.py": run_prepare}
-PROGRAMS["sample.py"] = lambda argv: sample.main([*argv, "--max_new_tokens=5", "--device=cpu"])
-TOOLS = {"tools.plot_loss": plot_loss.main, "tools.export": export.main}
-TOOLS["tools.bench"] = lambda argv: bench.main([*argv, "--device=cpu"])
-TOOLS["tools.estimate_memory"] = lambda argv: estimate_memory.main(
-    [*argv, "--n_layer=2", "--n_head=4", "--n_embd=32"]
-)
+def run_sample(argv):
+    sample.main([*argv, "--max_new_tokens=5", "--device=cpu"])
+
+
+def run_bench(argv):
+    bench.main([*argv, "--device=cpu"])
+
+
+def run_estimate_memory(argv):
+    estimate_memory.main([*argv, "--n_layer=2", "--n_head=4", "--n_embd=32"])
+
+
+def run_experiment(name, argv):
+    module = importlib.import_module(name)
+    if module is report:
+        return
+    if module is look:
+        look.main([*map(replace_stand_ins, argv), "--n_head=2", "--n_embd=16"])
+        return
+    assert configure(study.StudyConfig, argv, "").preset in module.PRESETS
+
+
+PROGRAMS = {"train.py": run_train, "prepare_data.py": run_prepare, "sample.py": run_sample}
+TOOLS = {
+    "tools.plot_loss": plot_loss.main,
+    "tools.export": export.main,
+    "tools.bench": run_bench,
+    "tools.estimate_memory": run_estimate_memory,
+}
 
 
 @pytest.mark.parametrize("command", commands())
@@ -221,9 +257,8 @@ def test_a_command_runs(command, tiny_run, monkeypatch):
         return Path("released")
 
     monkeypatch.setattr(pretrained, "_fetch", fetch)  # of GPT-2's released weights
-    monkeypatch.setattr(
-        bench, "BENCHMARKS", dict.fromkeys(bench.BENCHMARKS, lambda *args: [])
-    )  # minutes each
+    no_benchmarks = dict.fromkeys(bench.BENCHMARKS, lambda *args: [])  # each takes minutes
+    monkeypatch.setattr(bench, "BENCHMARKS", no_benchmarks)
     os.symlink(ROOT / "config", "config")
     run(shlex.split(command))
 
@@ -231,41 +266,49 @@ def test_a_command_runs(command, tiny_run, monkeypatch):
 # docs/BREAK_IT.md -----------------------------------------------------------------------------
 
 ROW = re.compile(r"\| (\d+) \|.*?\| `(.*?)` \| `(.*?)` \| `(.*?)` \|.*\| `(.*?)` \|")
+# number: (file, old, new, test)
 EDITS = {row[1]: row.groups()[1:] for row in ROW.finditer(TEXTS["docs/BREAK_IT.md"])}
 each_edit = pytest.mark.parametrize("number", EDITS)
 
 
 @each_edit
-def test_an_edit_replaces_a_text_that_exists_once_and_names_an_existing_test(number):
-    file, old, new, node = EDITS[number]
-    assert (
-        (ROOT / file).read_text(encoding="utf-8").count(old) == 1 and new != old and is_there(node)
-    )
+def test_an_edit_replaces_a_text_that_occurs_once(number):
+    file, old, new, _ = EDITS[number]
+    assert (ROOT / file).read_text(encoding="utf-8").count(old) == 1
+    assert new != old
 
 
-def outcome(folder, *nodes):
-    """The last line of pytest on these tests in a copy of the tree."""
-    line = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rN", *nodes]
-    return subprocess.run(line, cwd=folder, capture_output=True, text=True).stdout.splitlines()[-1]
+@each_edit
+def test_an_edit_names_a_test_that_exists(number):
+    *_, test = EDITS[number]
+    assert exists(test)
+
+
+def pytest_summary(folder, *tests):
+    """Run these tests in a copy of the repository; return the last line of pytest's output."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rN", *tests]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return result.stdout.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A copy of the tree, in which the tests of the table pass."""
-    folder = tmp_path_factory.mktemp("tree") / "copy"
-    shutil.copytree(
-        ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "data", "out")
-    )
-    assert re.match(r"\d+ passed", outcome(folder, *{node for *_, node in EDITS.values()}))
+def repository_copy(tmp_path_factory):
+    """A copy of the repository, in which the tests of the table pass."""
+    folder = tmp_path_factory.mktemp("repository") / "copy"
+    ignore = shutil.ignore_patterns(".git", ".venv", "__pycache__", "data", "out")
+    shutil.copytree(ROOT, folder, ignore=ignore)
+    tests = {test for *_, test in EDITS.values()}
+    assert re.match(r"\d+ passed", pytest_summary(folder, *tests))
     return folder
 
 
 @pytest.mark.slow
 @each_edit
-def test_an_edit_makes_its_test_fail(tree, number):
-    file, old, new, node = EDITS[number]
-    text = (tree / file).read_text(encoding="utf-8")
-    (tree / file).write_text(text.replace(old, new), encoding="utf-8")
-    last = outcome(tree, node)
-    (tree / file).write_text(text, encoding="utf-8")
-    assert re.match(r"\d+ failed", last)
+def test_an_edit_makes_its_test_fail(repository_copy, number):
+    file, old, new, test = EDITS[number]
+    path = repository_copy / file
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    summary = pytest_summary(repository_copy, test)
+    path.write_text(text, encoding="utf-8")
+    assert re.match(r"\d+ failed", summary)

@@ -1,4 +1,7 @@
-"""What only a CUDA GPU can show, for every model; skipped elsewhere. Alone: pytest -m gpu"""
+"""train.py and sample.py on a CUDA GPU, for every model; skipped without one.
+
+pytest -m gpu
+"""
 
 import pytest
 import torch
@@ -22,16 +25,19 @@ def restore_determinism():
 
 
 def command(model, **options):
-    """The command line of a tiny run of a model on the GPU."""
-    own = train.model_module(model).GPTConfig.__dataclass_fields__
-    sizes = {name: value for name, value in {"n_kv_head": 1, "window": 5}.items() if name in own}
-    return arguments(
-        model=model, **{"device": "cuda", "n_embd": 64, "dropout": 0.0} | sizes | options
-    )
+    """Return the command line of a tiny run of a model on the GPU."""
+    given = {"device": "cuda", "n_embd": 64, "dropout": 0.0}
+    fields = train.model_module(model).GPTConfig.__dataclass_fields__
+    if "n_kv_head" in fields:
+        given["n_kv_head"] = 1
+    if "window" in fields:
+        given["window"] = 5
+    given.update(options)
+    return arguments(model=model, **given)
 
 
 def losses(run):
-    return [r["train_loss"] for r in read_log(run)[1:]]
+    return [record["train_loss"] for record in read_log(run)[1:]]
 
 
 @each_model
@@ -63,43 +69,32 @@ def test_half_precision_follows_float32(workdir, model, dtype):
 def test_the_compiled_model_follows_the_eager_one(workdir, model):
     train.main(command(model, out_dir="out/eager", compile=False))
     train.main(command(model, out_dir="out/compiled", compile=True))
-    assert losses(workdir / "out/compiled") == pytest.approx(
-        losses(workdir / "out/eager"), rel=1e-3
-    )
+    eager = losses(workdir / "out/eager")
+    assert losses(workdir / "out/compiled") == pytest.approx(eager, rel=1e-3)
 
 
 @each_model
-@pytest.mark.parametrize("compile", [False, "auto"])
-def test_deterministic_runs_have_the_same_bits(workdir, model, compile):
-    for name in ("a", "b"):
-        train.main(
-            command(
-                model, out_dir=f"out/{name}", dtype="bfloat16", deterministic=True, compile=compile
-            )
-        )
-    assert losses(workdir / "out/a") == losses(workdir / "out/b")
+@pytest.mark.parametrize("compile_option", [False, "auto"])
+def test_deterministic_runs_have_the_same_bits(workdir, model, compile_option):
+    options = {"dtype": "bfloat16", "deterministic": True, "compile": compile_option}
+    train.main(command(model, out_dir="out/first", **options))
+    train.main(command(model, out_dir="out/second", **options))
+    assert losses(workdir / "out/first") == losses(workdir / "out/second")
 
 
 @each_model
-def test_a_run_of_the_gpu_is_sampled_on_the_gpu_as_on_the_cpu(workdir, capsys, model):
+def test_a_run_of_the_gpu_writes_the_same_greedy_text_on_gpu_and_cpu(workdir, capsys, model):
     train.main(command(model, compile=False, deterministic=True))
+    argv = ["--init_from=out/tiny", "--prompt=def ", "--temperature=0", "--dtype=float32"]
     texts = []
     for device in ("cuda", "cpu"):
         capsys.readouterr()
-        sample.main(
-            [
-                "--init_from=out/tiny",
-                "--prompt=def ",
-                "--temperature=0",
-                "--dtype=float32",
-                f"--device={device}",
-            ]
-        )
+        sample.main([*argv, f"--device={device}"])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
 
 
 @each_model
-def test_the_log_tells_the_memory_of_the_gpu(workdir, model):
+def test_the_log_has_the_memory_of_the_gpu(workdir, model):
     train.main(command(model, compile=False))
     assert 0 < read_log(workdir / "out/tiny")[-1]["memory_gb"] < 2

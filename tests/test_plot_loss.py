@@ -1,4 +1,4 @@
-"""plot.py: one PNG with the curves of all runs, named in the output."""
+"""tools/plot_loss.py draws the curves of all runs into one PNG file."""
 
 import json
 
@@ -8,17 +8,16 @@ from conftest import read_log
 from tools import plot_loss
 
 
-def test_the_runs_are_drawn_into_one_png_that_the_output_names(tiny_run, workdir, capsys):
+def test_runs_are_drawn_into_one_png_and_its_path_is_printed(tiny_run, workdir, capsys):
     (workdir / "out/other").mkdir()
-    (workdir / "out/other/log.jsonl").write_text(
-        "".join(json.dumps(r) + "\n" for r in read_log(tiny_run)[:8])
-    )
+    lines = [json.dumps(record) + "\n" for record in read_log(tiny_run)[:8]]
+    (workdir / "out/other/log.jsonl").write_text("".join(lines))
     plot_loss.main(["out/tiny", "out/other", "--out=out/curves.png"])
     assert capsys.readouterr().out == "out/curves.png\n"
     assert (workdir / "out/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_value_of_the_log_is_in_the_curves(tiny_run, monkeypatch, workdir):
+def test_every_loss_of_the_log_is_in_the_curves(tiny_run, monkeypatch, workdir):
     import matplotlib.axes
 
     drawn = {}
@@ -31,24 +30,39 @@ def test_every_value_of_the_log_is_in_the_curves(tiny_run, monkeypatch, workdir)
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", spy)
     plot_loss.main(["out/tiny"])
     records = read_log(tiny_run)
+    train = records[1:]  # the first line is the evaluation before step 1
+    val = [record for record in records if "val_loss" in record]
     for panel, key in enumerate(("step", "tokens", "seconds")):
         x, y = drawn["out/tiny, training"][panel]
-        assert (x, y) == ([r[key] for r in records[1:]], [r["train_loss"] for r in records[1:]])
+        assert x == [record[key] for record in train]
+        assert y == [record["train_loss"] for record in train]
         x, y = drawn["out/tiny, validation"][panel]
-        assert (x, y) == tuple(
-            [r[k] for r in records if "val_loss" in r] for k in (key, "val_loss")
-        )
+        assert x == [record[key] for record in val]
+        assert y == [record["val_loss"] for record in val]
+
+
+def test_a_run_without_any_training_loss_is_drawn(workdir):
+    """A float16 run may log a loss of None while its scaler finds a scale."""
+    (workdir / "out/overflowed").mkdir(parents=True)
+    records = [{"step": n, "tokens": n, "seconds": n, "train_loss": None} for n in (1, 2)]
+    lines = [json.dumps(record) + "\n" for record in records]
+    (workdir / "out/overflowed/log.jsonl").write_text("".join(lines))
+    plot_loss.main(["out/overflowed"])
+    assert (workdir / "out/loss.png").exists()
 
 
 @pytest.mark.parametrize(
-    "argv, message",
+    ("argv", "words"),
     [
-        ([], "name the runs"),
-        (["out/none"], "out/none is not a run of train.py"),
-        (["data"], "data is not a run of train.py"),
+        ([], ["runs", "tools.plot_loss"]),
+        (["out/none"], ["out/none", "log.jsonl"]),
+        (["data"], ["data", "log.jsonl"]),
+        (["data", "--out=loss.pdf"], ["out=loss.pdf", ".png"]),
     ],
 )
-def test_what_is_no_run_is_one_line(workdir, capsys, argv, message):
+def test_what_is_not_a_run_is_refused_in_one_line(workdir, capsys, argv, words):
     with pytest.raises(SystemExit) as stopped:
         plot_loss.main(argv)
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1
+    assert all(word in lines[0] for word in words)

@@ -3,8 +3,10 @@
     python -m tools.bench attention   sliding windows, full causal attention and a dense mask
     python -m tools.bench decode      time per token and cache bytes of windows and of KV heads
 
-Machines are noisy: what is compared takes turns, round after round, and medians are divided.
---out=FILE writes all rows as JSON.
+Machines are noisy, so the functions to compare take turns: each is called once per round, and the
+medians over the rounds are compared. --out=FILE writes all rows as JSON.
+
+Shapes: B batch, T tokens, H heads, D head_dim.
 """
 
 import sys
@@ -33,51 +35,57 @@ from configurator import check_range, configure
 
 @dataclass
 class BenchConfig:
-    what: str = "attention"  # attention or decode
+    what: str = "attention"  # the benchmark: attention or decode
     out: str | None = None  # JSON file to write
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    rounds: int = 5  # rounds of turns, after one to warm up
-    position: int = 100_000  # of decode, compared with position = window
+    rounds: int = 5  # timed rounds, after one to warm up
+    position: int = 100_000  # decode: timed here and at position = window
 
 
 def take_turns(rounds, device, contestants):
-    """Median seconds of each of the functions, by name: one call each a round."""
+    """Return the median seconds of each function of {name: function}; each round calls all once."""
     seconds = {name: [] for name in contestants}
     for turn in range(rounds + 1):
         for name, run in contestants.items():
-            begun = time.perf_counter()
+            start = time.perf_counter()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if turn > 0:
-                seconds[name].append(time.perf_counter() - begun)
+            if turn > 0:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 # Attention ------------------------------------------------------------------------------------
 
 WINDOW, N_HEAD, HEAD_DIM = 256, 12, 64
+BATCH_AND_LENGTH = [(2, 256), (2, 384), (2, 512), (2, 768), (2, 1000), (2, 1024), (1, 8192)]
+LONGEST_DENSE = 1024  # a dense mask beyond this many tokens takes too long
+SHORT, LONG = 4096, 16384  # tokens between which the growth of memory is measured
 
 
-def inputs(B, T, device, dtype):
-    """Random q, k, v and a gradient, laid out as the model has them: (B, H, T, D), of (B, T, 3H, D)."""
+def random_inputs(B, T, device, dtype):
+    """Return q, k, v and a gradient of the output, all (B, H, T, D), with the model's strides."""
+    # As in the model, q, k and v are views of one tensor (B, T, 3H, D).
     qkv = torch.randn(B, T, 3 * N_HEAD, HEAD_DIM, device=device, dtype=dtype).transpose(1, 2)
     q, k, v = (t.detach().requires_grad_() for t in qkv.split(N_HEAD, dim=1))
     return q, k, v, torch.randn_like(q)
 
 
 def full(q, k, v):
+    """Full causal attention."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def dense(q, k, v):
+    """Sliding-window attention by a mask over all T x T scores."""
     T = q.size(2)
     mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - WINDOW)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def sliding():
-    """model_swa's attention."""
+    """Return the attention function of model_swa."""
     module = model_module("model_swa")
     config = module.GPTConfig(n_head=N_HEAD, n_embd=N_HEAD * HEAD_DIM, window=WINDOW)
     return module.CausalSelfAttention(config, 0).attend
@@ -88,105 +96,128 @@ def forward_backward(attend, q, k, v, gradient):
 
 
 def extra_memory(T, device, dtype):
-    """Peak GB of a forward and backward beyond its inputs; in a process of its own, as a peak knows no way back."""
-    forward_backward(sliding(), *inputs(1, 2 * WINDOW, device, dtype))  # loads the kernels
-    given = inputs(1, T, device, dtype)
+    """Return the GB by which a forward and backward pass raises the peak memory.
+
+    Must run in a process of its own, because a process's peak never falls.
+    """
+    forward_backward(sliding(), *random_inputs(1, 2 * WINDOW, device, dtype))  # loads the kernels
+    inputs = random_inputs(1, T, device, dtype)
     before = peak_memory(device)
-    forward_backward(sliding(), *given)
+    forward_backward(sliding(), *inputs)
     return peak_memory(device) - before
 
 
 def attention(config, device):
-    """Rows of forward plus backward: B, T, and milliseconds of each."""
-    attend, rows = sliding(), []
+    """Return rows with the milliseconds of forward and backward passes, and with peak memory."""
+    rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        for B, T in [(2, 256), (2, 384), (2, 512), (2, 768), (2, 1000), (2, 1024), (1, 8192)]:
-            given = inputs(B, T, device, dtype)
-            contestants = {"sliding": attend, "full": full} | (
-                {"dense": dense} if T <= 1024 else {}
-            )
-            runs = {
-                name: functools.partial(forward_backward, f, *given)
-                for name, f in contestants.items()
-            }
-            seconds = take_turns(config.rounds, device, runs)
-            row = {"dtype": str(dtype).removeprefix("torch."), "batch": B, "T": T, "window": WINDOW}
-            row |= {f"{name}_ms": 1000 * s for name, s in seconds.items()}
-            row |= {
-                f"{name}_over_sliding": s / seconds["sliding"]
-                for name, s in seconds.items()
-                if name != "sliding"
-            }
-            rows.append(show(row))
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            sizes = pool.starmap(
-                extra_memory, [(T, device, dtype) for T in (4096, 16384)], chunksize=1
-            )
-        row = {
-            "dtype": str(dtype).removeprefix("torch."),
-            "batch": 1,
-            "window": WINDOW,
-            "gb_at_4096": sizes[0],
-        }
-        rows.append(show(row | {"gb_at_16384": sizes[1], "ratio": sizes[1] / sizes[0]}))
+        for B, T in BATCH_AND_LENGTH:
+            rows.append(attention_speed(config, device, dtype, B, T))
+        rows.append(attention_memory(device, dtype))
     return rows
+
+
+def attention_speed(config, device, dtype, B, T):
+    """Return one row: a forward and backward pass of each kind of attention."""
+    functions = {"sliding": sliding(), "full": full}
+    if T <= LONGEST_DENSE:
+        functions["dense"] = dense
+    inputs = random_inputs(B, T, device, dtype)
+    runs = {
+        name: functools.partial(forward_backward, function, *inputs)
+        for name, function in functions.items()
+    }
+    seconds = take_turns(config.rounds, device, runs)
+    row = {"dtype": dtype_name(dtype), "batch": B, "T": T, "window": WINDOW}
+    for name in functions:
+        row[f"{name}_ms"] = 1000 * seconds[name]
+    for name in functions:
+        if name != "sliding":
+            row[f"{name}_over_sliding"] = seconds[name] / seconds["sliding"]
+    return show(row)
+
+
+def attention_memory(device, dtype):
+    """Return one row: the memory of sliding windows over short and long sequences."""
+    arguments = [(SHORT, device, dtype), (LONG, device, dtype)]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        short_gb, long_gb = pool.starmap(extra_memory, arguments, chunksize=1)
+    row = {"dtype": dtype_name(dtype), "batch": 1, "window": WINDOW}
+    row |= {f"gb_at_{SHORT}": short_gb, f"gb_at_{LONG}": long_gb, "ratio": long_gb / short_gb}
+    return show(row)
 
 
 # Decode ---------------------------------------------------------------------------------------
 
+PREFILL_CHUNK = 1024  # tokens
+SAMPLES, SAMPLES_POSITION = 10, 512  # of the comparison between models
+
 
 def fill_cache(model, cache, length):
-    """Fill a cache with random tokens up to a length, in chunks."""
+    """Prefill a cache with random tokens up to `length` of them, in chunks."""
     while cache.pos < length:
-        size = (1, min(1024, length - cache.pos))
+        size = (1, min(PREFILL_CHUNK, length - cache.pos))
         model(torch.randint(model.config.vocab_size, size, device=cache.k.device), cache=cache)
 
 
 @torch.inference_mode()
 def decode(config, device):
-    """Rows of single-token forwards of models of 124M: milliseconds and cache bytes."""
-    rows, samples = [], 10
+    """Return rows with the milliseconds of a decode step and the bytes of the KV cache.
+
+    The models have the size of GPT-2 small, 124M parameters.
+    """
+    rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        name = {"dtype": str(dtype).removeprefix("torch.")}
-        module = model_module("model_rope_gqa_swa")
-        model = module.GPT(module.GPTConfig()).to(device, dtype).eval()
-        caches = {length: model.make_cache(1) for length in (model.config.window, config.position)}
-        for length, cache in caches.items():
-            fill_cache(model, cache, length)
-        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        steps = {
-            length: functools.partial(model, token, cache=cache) for length, cache in caches.items()
-        }
-        for length, s in take_turns(10 * config.rounds, device, steps).items():
-            row = {"model": module.__name__, "batch": 1, "position": length}
-            rows.append(show(name | row | {"ms": 1000 * s, "cache_bytes": caches[length].nbytes}))
-        rows[-1]["over_window"] = rows[-1]["ms"] / rows[-2]["ms"]
-        print(
-            f"position {config.position} over position {model.config.window}: {rows[-1]['over_window']:.3f}"
-        )
-        contestants = {}
-        for variant in ("model", "model_gqa", "model_swa"):
-            module = model_module(variant)
-            model = module.GPT(module.GPTConfig()).to(device, dtype).eval()
-            cache = model.make_cache(samples)
-            fill_cache(model, cache, 512)
-            contestants[variant] = (
-                functools.partial(model, token.expand(samples, 1), cache=cache),
-                cache.nbytes,
-            )
-        seconds = take_turns(
-            10 * config.rounds, device, {key: run for key, (run, _) in contestants.items()}
-        )
-        for variant, s in seconds.items():
-            row = {
-                "model": variant,
-                "batch": samples,
-                "position": 512,
-                "cache_bytes": contestants[variant][1],
-            }
-            rows.append(
-                show(name | row | {"ms": 1000 * s, "model_over_this": seconds["model"] / s})
-            )
+        rows += decode_positions(config, device, dtype)
+        rows += decode_models(config, device, dtype)
+    return rows
+
+
+def default_model(name, device, dtype):
+    """Return a model of GPT-2 small's size with random weights."""
+    module = model_module(name)
+    return module.GPT(module.GPTConfig()).to(device, dtype).eval()
+
+
+def decode_positions(config, device, dtype):
+    """Return two rows: model_rope_gqa_swa at position = window and at a far position."""
+    name = "model_rope_gqa_swa"
+    model = default_model(name, device, dtype)
+    window = model.config.window
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    caches, steps = {}, {}
+    for position in (window, config.position):
+        caches[position] = model.make_cache(1)
+        fill_cache(model, caches[position], position)
+        steps[position] = functools.partial(model, token, cache=caches[position])
+    seconds = take_turns(10 * config.rounds, device, steps)
+    rows = []
+    for position in steps:
+        row = {"dtype": dtype_name(dtype), "model": name, "batch": 1, "position": position}
+        row |= {"ms": 1000 * seconds[position], "cache_bytes": caches[position].nbytes}
+        rows.append(show(row))
+    over_window = seconds[config.position] / seconds[window]
+    rows[-1]["over_window"] = over_window
+    print(f"position {config.position} over position {window}: {over_window:.3f}")
+    return rows
+
+
+def decode_models(config, device, dtype):
+    """Return one row per model: a decode step of several samples, KV heads and windows compared."""
+    caches, steps = {}, {}
+    token = torch.zeros(SAMPLES, 1, dtype=torch.int64, device=device)
+    for name in ("model", "model_gqa", "model_swa"):
+        model = default_model(name, device, dtype)
+        caches[name] = model.make_cache(SAMPLES)
+        fill_cache(model, caches[name], SAMPLES_POSITION)
+        steps[name] = functools.partial(model, token, cache=caches[name])
+    seconds = take_turns(10 * config.rounds, device, steps)
+    rows = []
+    for name in steps:
+        row = {"dtype": dtype_name(dtype), "model": name, "batch": SAMPLES}
+        row |= {"position": SAMPLES_POSITION, "cache_bytes": caches[name].nbytes}
+        row |= {"ms": 1000 * seconds[name], "model_over_this": seconds["model"] / seconds[name]}
+        rows.append(show(row))
     return rows
 
 
@@ -195,12 +226,16 @@ def decode(config, device):
 BENCHMARKS = {"attention": attention, "decode": decode}
 
 
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
 def show(row):
     """Print a row and return it."""
-    cells = (
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in row.items()
-    )
+    cells = []
+    for key, value in row.items():
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        cells.append(f"{key} {text}")
     print(" | ".join(cells), flush=True)
     return row
 
@@ -210,7 +245,7 @@ def main(argv):
     config = configure(BenchConfig, argv, __doc__, positional="what")
     check_range(config, 1, "rounds", "position")
     if config.what not in BENCHMARKS:
-        raise UserError(f"no benchmark {config.what}: choose one of {', '.join(BENCHMARKS)}")
+        raise UserError(f"what={config.what} must be one of {', '.join(BENCHMARKS)}")
     device = pick_device(config.device)
     keep_freed_memory()
     torch.manual_seed(0)

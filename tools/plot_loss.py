@@ -1,8 +1,9 @@
-"""Draw the loss curves of runs into one picture.
+"""Draw the loss curves of several runs into one PNG file.
 
     python -m tools.plot_loss out/a out/b [--out=out/loss.png]
 
-Training loss is a line, validation loss a line with dots; over steps, tokens and seconds.
+Training loss is a thin line, validation loss a line with dots. Three panels show them over
+optimizer steps, tokens processed and seconds of training.
 """
 
 import sys
@@ -21,11 +22,14 @@ from configurator import configure
 @dataclass
 class PlotConfig:
     runs: list[str] = field(default_factory=list)  # directories of runs
-    out: str = "out/loss.png"  # the picture to write
+    out: str = "out/loss.png"  # the PNG file to write
 
 
 def read_log(directory):
-    """Return the records of a run's log.jsonl. Raises UserError if there are fewer than two."""
+    """Return the lines of a run's log.jsonl, a list of dicts.
+
+    Raises UserError if the file does not exist or is damaged, or has fewer than two lines.
+    """
     path = Path(directory, "log.jsonl")
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -34,39 +38,24 @@ def read_log(directory):
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if len(records) < 2:
-        raise UserError(f"{path} has {len(records)} lines: nothing to draw yet")
+        raise UserError(f"{path} has {len(records)} lines, too few to draw: train longer")
     return records
 
 
 def draw(runs, path):
-    """Draw {label: records} into the PNG file `path`: three panels that share the loss axis."""
+    """Draw {label: records} into the PNG file `path`; the three panels share the loss axis."""
     import matplotlib
 
-    matplotlib.use("Agg")  # no screen needed
+    matplotlib.use("Agg")  # draws into files, without a screen
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
-    shades = [0.85 * i / max(1, len(runs) - 1) for i in range(len(runs))]  # differ in lightness
-    colours = plt.get_cmap("viridis")(shades)
+    # Colors of different lightness can be told apart in print and by color-blind readers.
+    shades = [0.85 * i / max(1, len(runs) - 1) for i in range(len(runs))]
+    colors = plt.get_cmap("viridis")(shades)
     for panel, key in zip(panels, ("step", "tokens", "seconds"), strict=True):
-        for (label, records), colour in zip(runs.items(), colours, strict=True):
-            train = [(r[key], r["train_loss"]) for r in records if r.get("train_loss") is not None]
-            val = [(r[key], r["val_loss"]) for r in records if "val_loss" in r]
-            panel.plot(
-                *zip(*train, strict=True),
-                color=colour,
-                linewidth=0.8,
-                alpha=0.5,
-                label=f"{label}, training",
-            )
-            if val:
-                panel.plot(
-                    *zip(*val, strict=True),
-                    color=colour,
-                    marker="o",
-                    markersize=4,
-                    label=f"{label}, validation",
-                )
+        for (label, records), color in zip(runs.items(), colors, strict=True):
+            draw_run(panel, key, label, records, color)
         panel.set_xlabel(key)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss (nats per token)")
@@ -75,11 +64,35 @@ def draw(runs, path):
     plt.close(figure)
 
 
+def draw_run(panel, key, label, records, color):
+    """Draw the two curves of a run over records[key]; a loss of None or none at all is left out."""
+    train = [record for record in records if record.get("train_loss") is not None]
+    panel.plot(
+        [record[key] for record in train],
+        [record["train_loss"] for record in train],
+        color=color,
+        linewidth=0.8,
+        alpha=0.5,
+        label=f"{label}, training",
+    )
+    val = [record for record in records if "val_loss" in record]
+    if not val:
+        return
+    panel.plot(
+        [record[key] for record in val],
+        [record["val_loss"] for record in val],
+        color=color,
+        marker="o",
+        markersize=4,
+        label=f"{label}, validation",
+    )
+
+
 @program
 def main(argv):
     config = configure(PlotConfig, argv, __doc__, positional="runs")
     if not config.runs:
-        raise UserError("name the runs: python -m tools.plot_loss out/quickstart")
+        raise UserError("no runs given: python -m tools.plot_loss out/quickstart")
     if not config.out.endswith(".png"):
         raise UserError(f"out={config.out} must end in .png")
     runs = {str(Path(directory)): read_log(directory) for directory in config.runs}
