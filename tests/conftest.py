@@ -1,4 +1,4 @@
-"""What several test files share: a working directory with a tiny dataset, a tiny run trained on it, a file server."""
+"""Helpers and fixtures of several test files: a tiny dataset, a tiny run, a file server."""
 
 import hashlib
 import http.server
@@ -16,12 +16,12 @@ from common import download
 from common.errors import UserError
 from common.tokenizer import get_tokenizer
 
-# Tiny tensors gain nothing from a second thread, and lose much where processes share the cores.
+# A second thread does not speed up tiny tensors, and slows down processes that share the cores.
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(300))
-# Options of a run that takes two seconds: 12 steps of two micro-steps each, with dropout and clipping.
+# The options of a run that takes two seconds: 12 steps of two micro-steps, dropout and clipping.
 TINY = {
     "dataset": "tiny",
     "n_layer": 2,
@@ -29,27 +29,27 @@ TINY = {
     "n_embd": 16,
     "block_size": 16,
     "dropout": 0.1,
-}
-TINY |= {
     "batch_size": 4,
     "total_batch_size": 128,
     "max_steps": 12,
     "warmup_steps": 3,
     "learning_rate": 0.01,
-}
-TINY |= {
     "min_lr": 0.001,
     "eval_interval": 5,
     "eval_tokens": 256,
     "checkpoint_interval": 4,
     "log_interval": 5,
+    "dtype": "float32",
+    "device": "cpu",
+    "grad_clip": 0.5,
+    "out_dir": "out/tiny",
 }
-TINY |= {"dtype": "float32", "device": "cpu", "grad_clip": 0.5, "out_dir": "out/tiny"}
 
 
 def arguments(**options):
-    """The command line of a tiny run, changed by options; None leaves one out."""
-    return [f"--{name}={value}" for name, value in (TINY | options).items() if value is not None]
+    """Return the command line of the tiny run with changed options; None leaves one out."""
+    changed = TINY | options
+    return [f"--{name}={value}" for name, value in changed.items() if value is not None]
 
 
 def write_dataset(folder, train_ids, val_ids, meta):
@@ -60,27 +60,27 @@ def write_dataset(folder, train_ids, val_ids, meta):
 
 
 def write_tiny(folder):
-    """data/tiny in a folder: bytes of Python-like text."""
+    """Write the dataset data/tiny, bytes of Python-like text, into a folder."""
     ids = list(TEXT.encode())
     write_dataset(folder / "data" / "tiny", ids[:-600], ids[-600:], {"tokenizer": "byte"})
 
 
 def refused(capsys, argv):
-    """Run train.py with arguments that it must refuse; returns its one line on stderr."""
+    """Run train.py with arguments that it must refuse; return its one line on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         train.main(argv)
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
     return lines[0]
 
 
 def decode(tokenizer, ids):
-    """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
-    return b"".join(tokenizer.decode_single_token_bytes(id) for id in ids).decode(
-        "utf-8", errors="replace"
-    )
+    """Return the text of the token ids; bytes that are not UTF-8 become U+FFFD."""
+    text = b"".join(tokenizer.decode_single_token_bytes(token_id) for token_id in ids)
+    return text.decode("utf-8", errors="replace")
 
 
 def read_log(run):
@@ -89,7 +89,7 @@ def read_log(run):
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
-    """An empty working directory with data/tiny, bytes of Python-like text."""
+    """Change into an empty working directory with data/tiny, bytes of Python-like text."""
     write_tiny(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -97,7 +97,9 @@ def workdir(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def _trained(tmp_path_factory):
-    folder, before = tmp_path_factory.mktemp("trained"), os.getcwd()
+    """Train the tiny run once per session; return its working directory."""
+    before = os.getcwd()
+    folder = tmp_path_factory.mktemp("trained")
     write_tiny(folder)
     os.chdir(folder)
     train.main(arguments())
@@ -107,14 +109,14 @@ def _trained(tmp_path_factory):
 
 @pytest.fixture
 def tiny_run(_trained, workdir):
-    """The finished tiny run, as out/tiny of the working directory."""
+    """Copy the finished tiny run to out/tiny of the working directory."""
     shutil.copytree(_trained / "out", workdir / "out")
     return workdir / "out" / "tiny"
 
 
 @pytest.fixture(scope="session")
 def gpt2_tokenizer():
-    """GPT-2's tokenizer; the test is skipped where it cannot be had."""
+    """Return GPT-2's tokenizer; skip the test where it is not available."""
     try:
         return get_tokenizer({"tokenizer": "gpt2"})
     except UserError as error:
@@ -122,44 +124,63 @@ def gpt2_tokenizer():
 
 
 class Hub:
-    """What the file server answers, and what it was asked."""
+    """The files and the faults of a file server, and the requests that it received."""
 
     def __init__(self):
         self.url = ""
         self.files = {}  # path, without the first slash -> bytes
         self.requests = []  # (path, its Range header or None)
         self.break_after = None  # bytes of a body after which the connection is dropped, once
-        self.statuses = []  # statuses of the next answers; 200: as usual
-        self.sha256 = {}  # path -> the SHA-256 to tell instead of the true one; None: tell none
-        self.ranges = True  # whether Range is obeyed
-        self.if_range = True  # whether If-Range is obeyed
-        self.length_added = 0  # what Content-Length adds to the truth
+        self.statuses = []  # statuses of the next responses; 200: the request is served
+        self.sha256 = {}  # path -> the SHA-256 to report instead of the true one; None: none
+        self.ranges = True  # whether the server honors Range
+        self.if_range = True  # whether the server honors If-Range
+        self.length_added = 0  # bytes added to the true Content-Length
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        hub, path, asked = self.server.hub, self.path.lstrip("/"), self.headers.get("Range")
-        hub.requests.append((path, asked))
-        status = hub.statuses.pop(0) if hub.statuses else 200
-        if status != 200 or path not in hub.files:
-            return self._head(404 if status == 200 else status, {"Content-Length": 0})
-        body, start = hub.files[path], 0
-        digest = hashlib.sha256(body).hexdigest()
-        told, etag = hub.sha256.get(path, digest), f'"{digest[:16]}"'
-        headers = {"ETag": etag} | ({"X-Linked-ETag": f'"{told}"'} if told else {})
-        changed = hub.if_range and self.headers.get("If-Range", etag) != etag
-        if asked and hub.ranges and not changed:
-            start, status = int(asked.removeprefix("bytes=").removesuffix("-")), 206
-            if start >= len(body):
-                return self._head(
-                    416, headers | {"Content-Range": f"bytes */{len(body)}", "Content-Length": 0}
-                )
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        self._head(status, headers | {"Content-Length": len(body) - start + hub.length_added})
-        end, hub.break_after = hub.break_after, None
-        self.wfile.write(body[start:] if end is None else body[start : start + end])
+        hub = self.server.hub
+        path = self.path.lstrip("/")
+        requested_range = self.headers.get("Range")
+        hub.requests.append((path, requested_range))
 
-    def _head(self, status, headers):
+        status = hub.statuses.pop(0) if hub.statuses else 200
+        if status == 200 and path not in hub.files:
+            status = 404
+        if status != 200:
+            self._send_head(status, {"Content-Length": 0})
+            return
+
+        body = hub.files[path]
+        digest = hashlib.sha256(body).hexdigest()
+        etag = f'"{digest[:16]}"'
+        headers = {"ETag": etag}
+        reported = hub.sha256.get(path, digest)
+        if reported:
+            headers["X-Linked-ETag"] = f'"{reported}"'
+
+        start = 0
+        is_changed = hub.if_range and self.headers.get("If-Range", etag) != etag
+        if requested_range and hub.ranges and not is_changed:
+            start = int(requested_range.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(body):
+                headers["Content-Range"] = f"bytes */{len(body)}"
+                headers["Content-Length"] = 0
+                self._send_head(416, headers)
+                return
+            status = 206
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        headers["Content-Length"] = len(body) - start + hub.length_added
+        self._send_head(status, headers)
+
+        end = len(body)
+        if hub.break_after is not None:
+            end = start + hub.break_after
+            hub.break_after = None
+        self.wfile.write(body[start:end])
+
+    def _send_head(self, status, headers):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, str(value))
@@ -171,7 +192,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A file server on this machine in the hub's place (HF_ENDPOINT); downloads retry without waiting."""
+    """Serve files on this machine in place of the hub (HF_ENDPOINT); retries do not wait."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.hub = Hub()
     server.hub.url = f"http://127.0.0.1:{server.server_port}"

@@ -1,12 +1,25 @@
-"""Runs of train.py one after the other in one launch, as Python and torch take longer to start than a tiny run takes.
+"""Do several runs of train.py in one launch, since starting Python takes longer than a tiny run.
 
-    torchrun --standalone --nproc_per_node=2 tests/launched.py RUNS.json       by torchrun
-    python tests/launched.py 2:RUNS.json 3:OTHERS.json                         by forking: 2 ranks, then 3
+    torchrun --standalone --nproc_per_node=2 tests/launched.py RUNS.json  by torchrun
+    python tests/launched.py 2:RUNS.json 3:OTHERS.json                    by forking 2 ranks, then 3
 
-A file lists runs: {"argv": command line, or one for each rank, "signal": "SIGTERM" or "SIGKILL", sent to "rank" itself
-in "step" or, with "saving", while it saves, after so many "restarts" of the workers (0 by default), "folders": one for
-each rank to run in}. FILE.RANK then has for each run the exit status, the sequences that the rank took in each step,
-and, with "weigh", the bytes of all tensors that it held before each step of the optimizer and while it saved.
+A JSON file is a list of runs. A run has these keys, all but argv optional:
+
+    argv           the command line, or a list with one for each rank
+    folders        the working directory of each rank
+    signal         SIGTERM or SIGKILL, sent by a rank to itself
+    rank           the rank that sends it
+    step           the step, from 0, in which it is sent
+    saving         true: it is SIGKILL, sent while the rank saves a checkpoint
+    restarts       it is sent after so many restarts of the workers, 0 by default
+    measure_bytes  true: the bytes of tensors are recorded
+
+FILE.RANK then holds the list of what the rank recorded, for each run:
+
+    status         the exit status
+    sequences      for each step the sequences that the rank read
+    step_bytes     the bytes of all its tensors before each optimizer step
+    saving_bytes   the same while it saved a checkpoint
 """
 
 import gc
@@ -31,90 +44,98 @@ torch.set_num_threads(1)
 
 
 def tensor_bytes():
-    """Of all tensors that are alive, each storage once; of a sharded one this rank's shard."""
+    """Return the bytes of all live CPU tensors: each storage once, of a DTensor the shard."""
     gc.collect()
-    tensors = [
-        t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.device.type == "cpu"
-    ]
-    tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-    return sum(
-        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
-    )
+    storages = {}
+    for tensor in gc.get_objects():
+        if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
+            continue
+        if hasattr(tensor, "to_local"):
+            tensor = tensor.to_local()
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
-def watched(run):
-    """Train as a run asks; returns what happened on this rank."""
-    rank, restarts = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    due = run.get("rank") == rank and restarts == run.get("restarts", 0)
-    seen = {"sequences": [], "bytes": [], "saving": []}
-    train_batch, train_step, dcp_save = Loader.train_batch, train.train_step, checkpoint.dcp.save
+def do_run(run):
+    """Train as a run describes; return what this rank recorded."""
+    rank = int(os.environ["RANK"])
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    sends_signal = run.get("rank") == rank and restarts == run.get("restarts", 0)
+    measures_bytes = run.get("measure_bytes", False)
+    record = {"sequences": [], "step_bytes": [], "saving_bytes": []}
+    train_batch = Loader.train_batch
+    train_step = train.train_step
+    dcp_save = checkpoint.dcp.save
 
-    def noting_batch(loader, first, count):
-        seen["sequences"][-1].extend(range(first, first + count))
+    def recording_train_batch(loader, first, count):
+        record["sequences"][-1].extend(range(first, first + count))
         return train_batch(loader, first, count)
 
-    def noting_step(state):
-        seen["sequences"].append([])
-        if due and state.step == run.get("step"):
+    def recording_train_step(state):
+        record["sequences"].append([])
+        if sends_signal and state.step == run.get("step"):
             signal.raise_signal(getattr(signal, run["signal"]))
         return train_step(state)
 
-    def weighed_or_dying_save(*args, **kwargs):
-        if "weigh" in run:
-            seen["saving"].append(tensor_bytes())
+    def recording_save(*args, **kwargs):
+        if measures_bytes:
+            record["saving_bytes"].append(tensor_bytes())
         dcp_save(*args, **kwargs)
-        if due and "saving" in run:
+        if sends_signal and "saving" in run:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def weigh(optimizer, args, kwargs):
-        seen["bytes"].append(tensor_bytes())
+    def record_step_bytes(optimizer, args, kwargs):
+        if measures_bytes:
+            record["step_bytes"].append(tensor_bytes())
 
-    Loader.train_batch, train.train_step, checkpoint.dcp.save = (
-        noting_batch,
-        noting_step,
-        weighed_or_dying_save,
-    )
-    hook = register_optimizer_step_pre_hook(weigh) if "weigh" in run else None
-    folder = os.getcwd()
-    os.chdir(run["folders"][rank] if "folders" in run else folder)
+    argv = run["argv"]
+    if isinstance(argv[0], list):
+        argv = argv[rank]
+    before = os.getcwd()
+    if "folders" in run:
+        os.chdir(run["folders"][rank])
+    Loader.train_batch = recording_train_batch
+    train.train_step = recording_train_step
+    checkpoint.dcp.save = recording_save
+    hook = register_optimizer_step_pre_hook(record_step_bytes)
     try:
-        train.main(run["argv"][rank] if isinstance(run["argv"][0], list) else run["argv"])
-        seen["status"] = 0
+        train.main(argv)
+        record["status"] = 0
     except SystemExit as stopped:
-        seen["status"] = stopped.code
-    os.chdir(folder)
-    Loader.train_batch, train.train_step, checkpoint.dcp.save = train_batch, train_step, dcp_save
-    if hook:
-        hook.remove()
-    return seen
+        record["status"] = stopped.code
+    hook.remove()
+    checkpoint.dcp.save = dcp_save
+    train.train_step = train_step
+    Loader.train_batch = train_batch
+    os.chdir(before)
+    return record
 
 
 def run_rank(path):
     """Do the runs of a file as the rank that the environment names."""
-    gc.freeze()  # the objects of the imported modules, so that collecting garbage is quick
+    gc.freeze()  # excludes the objects of the imported modules, so that collecting garbage is quick
     if hasattr(os, "SCHED_BATCH"):  # ranks that outnumber the cores then interrupt each other less
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    done = [watched(run) for run in json.loads(Path(path).read_text())]
-    Path(f"{path}.{os.environ['RANK']}").write_text(json.dumps(done))
+    records = [do_run(run) for run in json.loads(Path(path).read_text())]
+    Path(f"{path}.{os.environ['RANK']}").write_text(json.dumps(records))
 
 
 def fork_ranks(world_size, path):
-    """Do the runs of a file in so many forked processes; exits with status 1 where one fails."""
+    """Do the runs of a file in world_size forked processes; exit with status 1 if one fails."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    os.environ["MASTER_ADDR"] = "localhost"
+    os.environ["MASTER_PORT"] = str(port)
+    os.environ["WORLD_SIZE"] = str(world_size)
+    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
     children = []
     for rank in range(world_size):
         pid = os.fork()
         if pid == 0:
-            environment = {
-                "MASTER_ADDR": "localhost",
-                "MASTER_PORT": port,
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-            }
-            environment |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-            os.environ.update({name: str(value) for name, value in environment.items()})
+            os.environ["RANK"] = str(rank)
+            os.environ["LOCAL_RANK"] = str(rank)
             run_rank(path)
             sys.exit()
         children.append(pid)

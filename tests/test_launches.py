@@ -1,10 +1,9 @@
-"""torchrun: workers that are killed and restarted, signals, agents on several machines."""
+"""torchrun: workers that are killed and restarted, a signal, two agents as on two machines."""
 
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,16 @@ from pathlib import Path
 import pytest
 import test_resume
 from conftest import read_log, write_tiny
-from test_distributed import ROOT, SHORT, command, finish, launch, same_weights, torchrun
+from test_distributed import (
+    ROOT,
+    SHORT,
+    command,
+    finish,
+    launch,
+    same_weights,
+    start,
+    torchrun,
+)
 
 import train
 from common import checkpoint
@@ -20,7 +28,7 @@ from common import checkpoint
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
-    """A working directory with data/tiny."""
+    """Change into a working directory with data/tiny."""
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("launches"))
     write_tiny(Path())
@@ -34,72 +42,76 @@ def losses(name):
 
 @pytest.fixture(scope="module")
 def killed(folder):
-    """What the ranks noted of two runs of one launch: rank 1 is killed in a step of the first, and while it saves the
-    first checkpoint of the second; torchrun restarts the workers after each."""
-    argv = {
-        name: command(name, 2, **SHORT, overwrite=True, checkpoint_interval=4)
-        for name in ("step", "save")
-    }
-    runs = [{"argv": argv["step"], "signal": "SIGKILL", "rank": 1, "step": 5, "restarts": 0}]
-    runs += [{"argv": argv["save"], "signal": "SIGKILL", "rank": 1, "saving": True, "restarts": 1}]
-    runs += [{"argv": command("whole", 2, **SHORT, checkpoint_interval=4)}]
+    """Do three runs in one launch; return the list of records of each rank.
+
+    Rank 1 is killed in a step of the run "step", and while it saves the first checkpoint of the run
+    "save". torchrun restarts the workers after each. The run "uninterrupted" is for comparison.
+    """
+    options = SHORT | {"checkpoint_interval": 4}
+    step = command("step", 2, **options, overwrite=True)
+    save = command("save", 2, **options, overwrite=True)
+    runs = [
+        {"argv": step, "signal": "SIGKILL", "rank": 1, "step": 5, "restarts": 0},
+        {"argv": save, "signal": "SIGKILL", "rank": 1, "saving": True, "restarts": 1},
+        {"argv": command("uninterrupted", 2, **options)},
+    ]
     return launch(2, runs, max_restarts=2)
 
 
-@pytest.mark.parametrize(("name", "steps"), [("step", 0), ("save", 12)])
-def test_a_killed_worker_is_restarted_and_the_run_ends_with_the_same_bits(killed, name, steps):
-    """After the last restart the first run is finished already, and the second begins anew: it had no checkpoint."""
-    assert [len(rank[["step", "save"].index(name)]["sequences"]) for rank in killed] == [
-        steps,
-        steps,
-    ]
-    assert losses(name) == losses("whole") and same_weights(name, "whole")
+@pytest.mark.parametrize("name", ["step", "save"])
+def test_a_run_with_a_killed_worker_ends_with_the_same_bits(killed, name):
+    assert losses(name) == losses("uninterrupted")
+    assert same_weights(name, "uninterrupted")
 
 
-def test_torchrun_passes_a_sigterm_on_and_the_run_can_be_resumed():
-    options = dict(fsdp=True, log_interval=1)
-    process = torchrun(2, ROOT / "train.py", *command("terminated", 2, max_steps=3000, **options))
-    log = Path("out/terminated-model/log.jsonl")
-    deadline = time.time() + 60
-    while not (log.exists() and log.read_text().count("\n") > 3) and time.time() < deadline:
+@pytest.mark.parametrize(("run", "steps"), [(0, 0), (1, 12)], ids=["step", "save"])
+def test_a_restarted_worker_does_the_steps_after_the_last_checkpoint(killed, run, steps):
+    """After the last restart the run "step" is finished; "save" has no checkpoint to resume."""
+    for records in killed:
+        assert len(records[run]["sequences"]) == steps
+
+
+def test_torchrun_passes_a_sigterm_to_the_ranks_and_the_run_can_be_resumed():
+    run = Path("out/terminated-model")
+    log = run / "log.jsonl"
+    argv = command("terminated", 2, max_steps=3000, fsdp=True, log_interval=1)
+    process = torchrun(2, ROOT / "train.py", *argv)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if log.exists() and log.read_text().count("\n") > 3:
+            break
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    out = finish(process)[1]
-    last = checkpoint.list_checkpoints("out/terminated-model")[-1]
+    _, out, _ = finish(process)
+    last = checkpoint.list_checkpoints(run)[-1]
     step = int(last.name.removeprefix("step_"))
-    assert f"stopped after step {step}" in out
-    assert read_log(log.parent)[-1]["step"] == step
+    assert f"step {step}" in out.splitlines()[-1]
+    assert read_log(run)[-1]["step"] == step
     train.main(command("terminated", max_steps=step + 2))
-    assert read_log(log.parent)[-1]["step"] == step + 2
+    assert read_log(run)[-1]["step"] == step + 2
 
 
-def test_two_agents_meet_over_the_network_and_again_after_a_worker_is_killed(monkeypatch):
+def test_two_agents_train_together_also_after_a_worker_is_killed(monkeypatch):
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = [
-        "--nnodes=2",
-        "--nproc_per_node=1",
-        "--rdzv_backend=c10d",
-        f"--rdzv_endpoint=localhost:{port}",
-    ]
+    argv = command("two-agents", 2, fsdp=True, max_steps=12, checkpoint_interval=4)
+    run = {"argv": argv, "signal": "SIGKILL", "rank": 1, "step": 8}
+    Path("runs.json").write_text(json.dumps([run]))
     line = [
         sys.executable,
         "-m",
         "torch.distributed.run",
-        *flags,
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=localhost:{port}",
         "--max-restarts=2",
         ROOT / "tests/launched.py",
+        "runs.json",
     ]
-    argv = command("nodes", 2, fsdp=True, max_steps=12, checkpoint_interval=4)
-    run = {"argv": argv, "signal": "SIGKILL", "rank": 1, "step": 8}
-    Path("runs.json").write_text(json.dumps([run]))
-    line.append("runs.json")
-    agents = [
-        subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    agents = [start(line), start(line)]
     assert [finish(agent)[0] for agent in agents] == [0, 0]
-    train.main(command("node", max_steps=12))
-    assert losses("nodes")[-1] == pytest.approx(losses("node")[-1], rel=1e-4)
+    train.main(command("one-process", max_steps=12))
+    assert losses("two-agents")[-1] == pytest.approx(losses("one-process")[-1], rel=1e-4)

@@ -1,6 +1,7 @@
-"""The layout: imports point one way, nothing unpickles, and a tool started as a file names its command."""
+"""The layout: imports point one way, no file reads a pickle, a tool names its command."""
 
 import ast
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {"train", "sample", "prepare_data"}
 MODELS = {path.stem for path in ROOT.glob("model*.py")}
-# What a kind of file may import of ours: experiments -> tools -> programs -> common, models nothing.
+# The modules of this repository that a kind of file may import:
+# experiments -> tools -> programs -> common. A model imports none.
 ALLOWED = {
     "model": set(),
     "configurator": {"common.errors"},
@@ -23,7 +25,7 @@ FOLDERS = (ROOT, ROOT / "common", ROOT / "tools", ROOT / "experiments")
 
 
 def kind(path):
-    """Which of the kinds above a file is."""
+    """Return the kind of a file, a key of ALLOWED if there is a rule for it."""
     if path.parent != ROOT:
         return path.parent.name
     if path.stem in MODELS:
@@ -31,13 +33,15 @@ def kind(path):
     return "program" if path.stem in PROGRAMS else path.stem
 
 
-FILES = [
-    path for folder in FOLDERS for path in sorted(folder.glob("*.py")) if kind(path) in ALLOWED
-]
+ALL_FILES = itertools.chain.from_iterable(sorted(folder.glob("*.py")) for folder in FOLDERS)
+FILES = [path for path in ALL_FILES if kind(path) in ALLOWED]
+each_file = pytest.mark.parametrize(
+    "path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 
 
 def imports(path):
-    """The names of the modules that a file imports anywhere in it."""
+    """Return the names of the modules that a file imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -48,44 +52,44 @@ def imports(path):
 
 
 def is_ours(name):
+    """Return whether a module belongs to this repository."""
     top = name.partition(".")[0]
     return (ROOT / top).is_dir() or (ROOT / f"{top}.py").exists()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def is_allowed(name, allowed):
+    """Return whether a module is one of the allowed ones, or inside one of them."""
+    return any(f"{name}.".startswith(f"{module}.") for module in allowed)
+
+
+@each_file
 def test_imports_point_one_way(path):
     allowed = ALLOWED[kind(path)]
     if path.stem == "train":
-        allowed = allowed | {"prepare_data"}  # a small missing dataset is made on the spot
+        allowed = allowed | {"prepare_data"}  # train.py prepares a small dataset that is missing
     if path.parent.name == "common" and path.stem == "errors":
         allowed = set()
-    ours = {name for name in imports(path) if is_ours(name)}
-    assert not {
-        name for name in ours if not any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed)
-    }
+    ours = [name for name in imports(path) if is_ours(name)]
+    assert [name for name in ours if not is_allowed(name, allowed)] == []
 
 
 def test_a_model_imports_torch_only():
     for name in MODELS:
-        assert {module.partition(".")[0] for module in imports(ROOT / f"{name}.py")} == {
-            "torch",
-            "dataclasses",
-        }
+        packages = {module.partition(".")[0] for module in imports(ROOT / f"{name}.py")}
+        assert packages == {"torch", "dataclasses"}, name
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_nothing_reads_or_writes_a_pickle(path):
-    assert not {
-        name
-        for name in imports(path)
-        if name.partition(".")[0] in ("pickle", "marshal", "shelve", "dill")
-    }
-    calls = [
-        node
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call)
-    ]
-    assert not {"torch.load", "torch.save"} & {ast.unparse(call.func) for call in calls}
+@each_file
+def test_no_file_imports_a_module_of_pickles(path):
+    packages = {name.partition(".")[0] for name in imports(path)}
+    assert not packages & {"pickle", "marshal", "shelve", "dill"}
+
+
+@each_file
+def test_no_file_calls_torch_load_or_save(path):
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+    assert not calls & {"torch.load", "torch.save"}
 
 
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__")
@@ -93,11 +97,8 @@ TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if path.stem 
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_a_tool_started_as_a_file_names_its_command(name, tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools" / f"{name}.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode != 0 and done.stderr.count("\n") == 1
-    assert f"python -m tools.{name}" in done.stderr
+    command = [sys.executable, ROOT / "tools" / f"{name}.py"]
+    completed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert completed.returncode != 0
+    assert completed.stderr.count("\n") == 1
+    assert f"python -m tools.{name}" in completed.stderr

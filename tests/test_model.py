@@ -1,4 +1,4 @@
-"""What is model.py's alone: GPT-2's sizes, the end of its learned positions, and the numbers of transformers' GPT-2."""
+"""What model.py alone has: GPT-2's sizes, learned positions, the logits of transformers' GPT-2."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from model import GPT, GPTConfig
 
 
 def tokens(*shape, vocab_size):
+    """Return random token ids of a shape."""
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -25,15 +26,13 @@ def tokens(*shape, vocab_size):
     ],
     ids=["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"],
 )
-def test_gpt2_s_sizes_have_as_many_parameters_as_the_released_models(
-    n_layer, n_head, n_embd, parameters
-):
+def test_the_number_of_parameters_is_that_of_gpt2(n_layer, n_head, n_embd, parameters):
     with torch.device("meta"):
         model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-# The end of the positions ---------------------------------------------------------------------
+# block_size -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def test_a_sequence_past_block_size_is_refused_with_both_numbers(small):
 
 
 @pytest.mark.parametrize(("past", "new"), [(8, 1), (7, 2), (0, 9)])
-def test_a_cached_sequence_past_block_size_is_refused_though_the_cache_has_room(small, past, new):
+def test_a_cached_sequence_past_block_size_is_refused_in_a_longer_cache(small, past, new):
     cache = small.make_cache(1, max_len=20)
     if past:
         small(tokens(1, past, vocab_size=61), cache=cache)
@@ -60,7 +59,7 @@ def test_a_cached_sequence_past_block_size_is_refused_though_the_cache_has_room(
         small(tokens(1, new, vocab_size=61), cache=cache)
 
 
-def test_a_refused_sequence_leaves_the_cache_where_it_was(small):
+def test_a_refused_sequence_leaves_pos_of_the_cache_unchanged(small):
     cache = small.make_cache(1, max_len=20)
     small(tokens(1, 7, vocab_size=61), cache=cache)
     with pytest.raises(ValueError):
@@ -80,7 +79,7 @@ SIZES = [
 
 
 def oracle(n_layer, n_head, n_embd, block_size, vocab_size, attention="eager"):
-    """transformers' GPT-2 with random weights, biases and norms too; no dropout."""
+    """Return transformers' GPT-2 with every parameter random, without dropout."""
     torch.manual_seed(0)
     config = GPT2Config(
         n_layer=n_layer,
@@ -101,13 +100,16 @@ def oracle(n_layer, n_head, n_embd, block_size, vocab_size, attention="eager"):
 
 
 def ours(name, tensor):
-    """A tensor of transformers' GPT-2 as model.py has it: theirs are Conv1D, (in, out), ours Linear, (out, in)."""
-    conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-    return tensor.T if conv1d else tensor
+    """Return a tensor of transformers' GPT-2 in model.py's orientation.
+
+    A Conv1D weight is (in, out), a Linear weight (out, in).
+    """
+    is_conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+    return tensor.T if is_conv1d else tensor
 
 
 def copy_of(theirs):
-    """model.py with the weights of transformers' GPT-2."""
+    """Return model.py's model with the weights of transformers' GPT-2."""
     c = theirs.config
     config = GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
     with torch.device("meta"):
@@ -131,7 +133,8 @@ def test_logits_equal_those_of_transformers(size, attention):
 def test_loss_and_gradients_equal_those_of_transformers(size):
     *shape, T = size
     theirs = oracle(*shape)
-    model, text = copy_of(theirs), tokens(3, T, vocab_size=theirs.config.vocab_size)
+    model = copy_of(theirs)
+    text = tokens(3, T, vocab_size=theirs.config.vocab_size)
     x, y = text[:, :-1], text[:, 1:].clone()
     y[0, 2] = -1
     loss = model(x, y)
@@ -146,17 +149,17 @@ def test_loss_and_gradients_equal_those_of_transformers(size):
 
 def test_cached_logits_equal_those_of_transformers():
     theirs = oracle(2, 3, 24, 17, 61)
-    model, x = copy_of(theirs), tokens(2, 17, vocab_size=61)
+    model = copy_of(theirs)
+    x = tokens(2, 17, vocab_size=61)
     cache = model.make_cache(2)
+    chunks = x.split([6, 4, 1, 1, 5], dim=1)
     with torch.no_grad():
-        cached = torch.cat(
-            [model(part, cache=cache) for part in x.split([6, 4, 1, 1, 5], dim=1)], dim=1
-        )
+        cached = torch.cat([model(chunk, cache=cache) for chunk in chunks], dim=1)
         expected = theirs(x).logits[:, [5, 9, 10, 11, 16]]
     torch.testing.assert_close(cached, expected, atol=1e-4, rtol=0)
 
 
-def test_logits_of_gpt2_s_own_shape_equal_those_of_transformers():
+def test_logits_at_the_size_of_gpt2_small_equal_those_of_transformers():
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config(attn_implementation="sdpa")).eval()
     x = tokens(1, 19, vocab_size=50257)

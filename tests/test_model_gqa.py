@@ -1,4 +1,4 @@
-"""What grouped-query attention promises: transformers' multi-query GPTBigCode, and model.py with repeated heads."""
+"""Grouped-query attention: transformers' GPTBigCode, and model.py with repeated KV heads."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ SHAPES = [
 
 
 def gpt_bigcode(n_layer, n_head, n_embd, block_size, vocab_size, attention="eager"):
-    """transformers' GPTBigCode, one head of keys and values, every parameter random and large; no dropout."""
+    """Return transformers' GPTBigCode: one KV head, large random parameters, no dropout."""
     torch.manual_seed(0)
     config = GPTBigCodeConfig(
         n_layer=n_layer,
@@ -46,7 +46,7 @@ def gpt_bigcode(n_layer, n_head, n_embd, block_size, vocab_size, attention="eage
 
 
 def copy_of(theirs):
-    """model_gqa.py with the weights of GPTBigCode, which has its names and its orientation."""
+    """Return model_gqa.py's model with GPTBigCode's weights, which have the same names."""
     c = theirs.config
     config = model_gqa.GPTConfig(
         c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, n_kv_head=1
@@ -70,7 +70,8 @@ def test_logits_with_one_kv_head_equal_those_of_transformers(shape, attention):
 def test_gradients_with_one_kv_head_equal_those_of_transformers(shape):
     *shape, T = shape
     theirs = gpt_bigcode(*shape)
-    ours, text = copy_of(theirs), tokens(3, T, vocab_size=shape[-1])
+    ours = copy_of(theirs)
+    text = tokens(3, T, vocab_size=shape[-1])
     x, y = text[:, :-1], text[:, 1:]
     ours(x, y).backward()
     F.cross_entropy(theirs(x).logits.transpose(1, 2), y).backward()
@@ -84,76 +85,81 @@ def test_cached_logits_with_one_kv_head_equal_those_of_transformers():
     ours = copy_of(theirs)
     cached = feed(ours, ours.make_cache(2), *x.split([6, 4, 1, 1, 5], dim=1))
     with torch.no_grad():
-        torch.testing.assert_close(
-            cached, theirs(x).logits[:, [5, 9, 10, 11, 16]], atol=1e-4, rtol=0
-        )
+        expected = theirs(x).logits[:, [5, 9, 10, 11, 16]]
+    torch.testing.assert_close(cached, expected, atol=1e-4, rtol=0)
 
 
 # model.py -------------------------------------------------------------------------------------
 
 
-def repeated(rows, n_head, n_kv_head):
-    """The rows of c_attn (of q, k, v; weight or bias) with a head of keys and of values for each query head:
-    query heads 0 .. n_head / n_kv_head - 1 share the first, and so on."""
-    D = rows.size(0) // (n_head + 2 * n_kv_head)
-    heads = list(rows.split(D))
-    q, k, v = heads[:n_head], heads[n_head : n_head + n_kv_head], heads[n_head + n_kv_head :]
-    group = n_head // n_kv_head
-    return torch.cat(
-        q + [k[h // group] for h in range(n_head)] + [v[h // group] for h in range(n_head)]
-    )
-
-
-def with_repeated_heads(ours):
-    """model.py, computing what a model of model_gqa.py does."""
+def model_py(ours, state):
+    """Return model.py's model with the shape of a GQA model and with these weights."""
     c = ours.config
-    state = ours.state_dict()
-    for name in state:
-        if "c_attn" in name:
-            state[name] = repeated(state[name], c.n_head, c.n_kv_head)
-    base = model.GPT(
-        model.GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
-    ).eval()
+    config = model.GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
+    base = model.GPT(config).eval()
     base.load_state_dict(state)
     return base
 
 
+def repeat_kv_heads(rows, n_head, n_kv_head):
+    """Return the rows of c_attn (weight or bias) with one KV head for each query head.
+
+    The first n_head / n_kv_head query heads have the first KV head, the next ones the second.
+    """
+    D = rows.size(0) // (n_head + 2 * n_kv_head)
+    q, k, v = rows.split([n_head * D, n_kv_head * D, n_kv_head * D])
+    kv_head_of = [h // (n_head // n_kv_head) for h in range(n_head)]
+    k_heads, v_heads = k.split(D), v.split(D)
+    repeated_k = [k_heads[g] for g in kv_head_of]
+    repeated_v = [v_heads[g] for g in kv_head_of]
+    return torch.cat([q, *repeated_k, *repeated_v])
+
+
+def with_repeated_heads(ours):
+    """Return model.py's model that computes the same as a model of model_gqa.py."""
+    c = ours.config
+    state = ours.state_dict()
+    for name in state:
+        if "c_attn" in name:
+            state[name] = repeat_kv_heads(state[name], c.n_head, c.n_kv_head)
+    return model_py(ours, state)
+
+
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
-def test_logits_equal_those_of_model_py_with_heads_of_keys_and_values_repeated(n_kv_head):
+def test_logits_equal_those_of_model_py_with_repeated_kv_heads(n_kv_head):
     ours, x = make_vivid(model_gqa, n_kv_head=n_kv_head), tokens(3, 16)
     close(ours(x), with_repeated_heads(ours)(x))
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 3, 6])
 def test_cached_logits_equal_those_of_model_py_with_repeated_kv_heads(n_kv_head):
-    ours, x = make_vivid(model_gqa, n_head=6, n_embd=48, n_kv_head=n_kv_head), tokens(3, 16)
-    base, chunks = with_repeated_heads(ours), x.split([4, 1, 1, 6, 1, 3], dim=1)
+    ours = make_vivid(model_gqa, n_head=6, n_embd=48, n_kv_head=n_kv_head)
+    base = with_repeated_heads(ours)
+    chunks = tokens(3, 16).split([4, 1, 1, 6, 1, 3], dim=1)
     close(feed(ours, ours.make_cache(3), *chunks), feed(base, base.make_cache(3), *chunks))
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
-def test_the_gradient_of_a_shared_head_is_the_sum_over_the_query_heads_that_share_it(n_kv_head):
-    ours, x, y = make_vivid(model_gqa, n_kv_head=n_kv_head), tokens(3, 16), tokens(3, 16, seed=2)
+def test_the_gradient_of_a_kv_head_is_the_sum_over_its_query_heads(n_kv_head):
+    ours = make_vivid(model_gqa, n_kv_head=n_kv_head)
     base = with_repeated_heads(ours)
+    x, y = tokens(3, 16), tokens(3, 16, seed=2)
     ours(x, y).backward()
     base(x, y).backward()
-    for mine, its in zip(ours.transformer.h, base.transformer.h, strict=True):
-        q, k, v = its.attn.c_attn.weight.grad.unflatten(0, (3, n_kv_head, 4 // n_kv_head, 8))
+    for our_block, base_block in zip(ours.transformer.h, base.transformer.h, strict=True):
+        gradient = our_block.attn.c_attn.weight.grad
+        base_gradient = base_block.attn.c_attn.weight.grad
+        q, k, v = base_gradient.unflatten(0, (3, n_kv_head, 4 // n_kv_head, 8))
         expected = torch.cat(
             [q.flatten(0, 2), k.sum(dim=1).flatten(0, 1), v.sum(dim=1).flatten(0, 1)]
         )
-        assert (mine.attn.c_attn.weight.grad - expected).norm() < 1e-3 * expected.norm()
+        assert (gradient - expected).norm() < 1e-3 * expected.norm()
 
 
 def as_many_kv_heads():
-    """model_gqa.py with n_kv_head = n_head and model.py, with the same weights."""
+    """Return models of model_gqa.py with n_kv_head = n_head and of model.py, weights equal."""
     ours = make_vivid(model_gqa, n_kv_head=4)
-    c = ours.config
-    base = model.GPT(
-        model.GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
-    ).eval()
-    base.load_state_dict(ours.state_dict())
-    return ours, base
+    return ours, model_py(ours, ours.state_dict())
 
 
 def test_with_n_kv_head_equal_n_head_logits_equal_those_of_model_py():
@@ -168,13 +174,14 @@ def test_with_n_kv_head_equal_n_head_cached_logits_equal_those_of_model_py():
     close(feed(ours, ours.make_cache(3), *chunks), feed(base, base.make_cache(3), *chunks))
 
 
-def test_with_n_kv_head_equal_n_head_a_seed_initializes_as_in_model_py():
+def test_with_n_kv_head_equal_n_head_initial_weights_equal_those_of_model_py():
     config = dict(block_size=8, vocab_size=61, n_layer=2, n_head=2, n_embd=16)
     torch.manual_seed(0)
     base = model.GPT(model.GPTConfig(**config)).state_dict()
     torch.manual_seed(0)
     ours = model_gqa.GPT(model_gqa.GPTConfig(**config, n_kv_head=2)).state_dict()
-    assert list(ours) == list(base) and all(torch.equal(ours[name], base[name]) for name in base)
+    assert list(ours) == list(base)
+    assert all(torch.equal(ours[name], base[name]) for name in base)
 
 
 # One token ------------------------------------------------------------------------------------
@@ -182,15 +189,15 @@ def test_with_n_kv_head_equal_n_head_a_seed_initializes_as_in_model_py():
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 @pytest.mark.parametrize("B", [1, 3])
-def test_a_single_token_has_the_logits_that_it_has_as_the_last_of_two(B, n_kv_head):
+def test_decoding_gives_the_logits_of_a_chunk_of_two_tokens(B, n_kv_head):
     ours, x = make_vivid(model_gqa, n_kv_head=n_kv_head), tokens(B, 9)
-    alone = feed(ours, ours.make_cache(B), x[:, :7], x[:, 7:8], x[:, 8:9])
-    together = feed(ours, ours.make_cache(B), x[:, :7], x[:, 7:9])
-    close(alone[:, -1], together[:, -1])
+    decoded = feed(ours, ours.make_cache(B), x[:, :7], x[:, 7:8], x[:, 8:9])
+    chunked = feed(ours, ours.make_cache(B), x[:, :7], x[:, 7:9])
+    close(decoded[:, -1], chunked[:, -1])
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
-def test_the_first_token_has_the_logits_that_it_has_in_a_longer_sequence(n_kv_head):
+def test_a_sequence_of_one_token_has_the_first_logits_of_a_longer_one(n_kv_head):
     ours, x = make_vivid(model_gqa, n_kv_head=n_kv_head), tokens(3, 9)
     close(ours(x[:, :1]), ours(x)[:, :1])
 
@@ -199,33 +206,36 @@ def test_the_first_token_has_the_logits_that_it_has_in_a_longer_sequence(n_kv_he
     "module", [model_gqa, model_rope_gqa_swa], ids=lambda module: module.__name__
 )
 def test_a_single_query_is_not_masked(module, monkeypatch):
-    """Its rows are the queries of a group, to which is_causal must not apply."""
+    """The rows of a single query are its heads of a group, to which is_causal must not apply."""
     ours, x = make_vivid(module, n_kv_head=2), tokens(2, 3)
-    calls, attention = [], F.scaled_dot_product_attention
+    attention = F.scaled_dot_product_attention
+    calls = []
 
-    def noting(q, k, v, **how):
-        calls.append((q.size(2), k.size(2), how.get("is_causal", False), how.get("attn_mask")))
-        return attention(q, k, v, **how)
+    def recording_attention(q, k, v, **options):
+        is_causal, mask = options.get("is_causal", False), options.get("attn_mask")
+        calls.append((q.size(2), k.size(2), is_causal, mask))
+        return attention(q, k, v, **options)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recording_attention)
     feed(ours, ours.make_cache(2), *x.split(1, dim=1))
-    group = ours.config.n_head // 2
-    assert calls == [
-        (group, keys, False, None) for keys in (1, 2, 3) for _ in range(ours.config.n_layer)
-    ]
+    query_rows = ours.config.n_head // 2
+    expected = []
+    for keys in (1, 2, 3):
+        expected += [(query_rows, keys, False, None)] * ours.config.n_layer
+    assert calls == expected
 
 
 # The cache ------------------------------------------------------------------------------------
 
 
-def test_the_cache_of_4_of_12_heads_is_a_third_of_model_py_s():
+def test_by_default_the_cache_is_a_third_of_that_of_model_py():
     with torch.device("meta"):
-        ours, base = model_gqa.GPT(model_gqa.GPTConfig()), model.GPT(model.GPTConfig())
-    by_hand = (
-        2 * 12 * 1024 * 12 * 64 * 4
-    )  # keys and values, layers, tokens, heads, head size, bytes of float32
-    assert base.make_cache(1).nbytes == by_hand
-    assert ours.make_cache(1).nbytes == by_hand // 3
+        ours = model_gqa.GPT(model_gqa.GPTConfig())
+        base = model.GPT(model.GPTConfig())
+    # keys and values, layers, tokens, heads, head_dim, bytes of float32; 4 KV heads of 12
+    expected = 2 * 12 * 1024 * 12 * 64 * 4
+    assert base.make_cache(1).nbytes == expected
+    assert ours.make_cache(1).nbytes == expected // 3
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 3, 4, 6, 12])
@@ -238,14 +248,14 @@ def test_the_bytes_of_the_cache_are_proportional_to_n_kv_head(n_kv_head):
 # Refusals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_head", [12, 7])
-def test_an_n_kv_head_that_does_not_divide_n_head_is_refused(n_head):
-    for n_kv_head in {5, n_head + 1, 2 * n_head}:
-        with pytest.raises(ValueError) as error:
-            model_gqa.GPTConfig(n_head=n_head, n_embd=84, n_kv_head=n_kv_head)
-        assert f" n_head={n_head}" in str(error.value) and f"n_kv_head={n_kv_head}" in str(
-            error.value
-        )
+@pytest.mark.parametrize(
+    ("n_head", "n_kv_head"), [(12, 5), (12, 13), (12, 24), (7, 5), (7, 8), (7, 14)]
+)
+def test_an_n_kv_head_that_does_not_divide_n_head_is_refused(n_head, n_kv_head):
+    with pytest.raises(
+        ValueError, match=rf"(?=.*\bn_head={n_head}\b)(?=.*n_kv_head={n_kv_head}\b)"
+    ):
+        model_gqa.GPTConfig(n_head=n_head, n_embd=84, n_kv_head=n_kv_head)
 
 
 def test_every_n_kv_head_that_divides_n_head_is_accepted():

@@ -1,4 +1,4 @@
-"""What rotary positions promise: transformers' StarCoder2 with full attention, float32 angles, distance alone."""
+"""Rotary positions: the logits of transformers' StarCoder2, float32 angles, relative positions."""
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from model_rope import GPTConfig, rotate
 
 # transformers ---------------------------------------------------------------------------------
 
-NAMES = {  # StarCoder2's to GPT-2's; its q_proj, k_proj and v_proj are the rows of c_attn
+# StarCoder2's names -> GPT-2's. The rows of c_attn are those of q_proj, k_proj and v_proj.
+NAMES = {
     "model.embed_tokens.": "transformer.wte.",
     "model.layers.": "transformer.h.",
     "model.norm.": "transformer.ln_f.",
@@ -33,7 +34,7 @@ def starcoder2(
     window=None,
     attention="eager",
 ):
-    """transformers' StarCoder2 in which every parameter is random and large; no dropout."""
+    """Return transformers' StarCoder2 with large random parameters, without dropout."""
     torch.manual_seed(0)
     config = Starcoder2Config(
         num_hidden_layers=n_layer,
@@ -56,7 +57,7 @@ def starcoder2(
 
 
 def with_our_names(tensors):
-    """StarCoder2's weights or gradients (name to tensor), q, k and v stacked as c_attn."""
+    """Rename StarCoder2's weights or gradients (name -> tensor), with q, k and v as c_attn."""
     parts = {}
     for name, tensor in tensors.items():
         for theirs, ours in NAMES.items():
@@ -66,27 +67,36 @@ def with_our_names(tensors):
 
 
 def loaded(module, theirs, **options):
-    """The module's model with StarCoder2's weights, which it must all take."""
+    """Return the module's model with all weights of StarCoder2."""
     c = theirs.config
-    shape = dict(vocab_size=c.vocab_size, n_layer=c.num_hidden_layers, n_head=c.num_attention_heads)
-    shape |= dict(n_embd=c.hidden_size, rope_theta=c.rope_parameters["rope_theta"])
-    model = module.GPT(module.GPTConfig(**shape, **options)).eval()
-    model.load_state_dict(
-        with_our_names({name: p.detach().clone() for name, p in theirs.named_parameters()})
+    config = module.GPTConfig(
+        vocab_size=c.vocab_size,
+        n_layer=c.num_hidden_layers,
+        n_head=c.num_attention_heads,
+        n_embd=c.hidden_size,
+        rope_theta=c.rope_parameters["rope_theta"],
+        **options,
     )
+    model = module.GPT(config).eval()
+    weights = {name: p.detach().clone() for name, p in theirs.named_parameters()}
+    model.load_state_dict(with_our_names(weights))
     return model
 
 
 def relative_errors(model, theirs, text):
-    """Of the gradient of each parameter, in norm, for the loss of predicting each next token of text (B, T)."""
+    """Return the relative error of each parameter's gradient, in norm, as {name: error}.
+
+    The loss is that of predicting the next token of text (B, T + 1).
+    """
     x, y = text[:, :-1], text[:, 1:]
     model(x, y).backward()
     torch.nn.functional.cross_entropy(theirs(x).logits.transpose(1, 2), y).backward()
     expected = with_our_names({name: p.grad for name, p in theirs.named_parameters()})
-    return {
-        name: ((p.grad - expected[name]).norm() / expected[name].norm()).item()
-        for name, p in model.named_parameters()
-    }
+    errors = {}
+    for name, p in model.named_parameters():
+        error = (p.grad - expected[name]).norm() / expected[name].norm()
+        errors[name] = error.item()
+    return errors
 
 
 # n_layer, n_head, n_embd, vocab_size, T
@@ -98,136 +108,160 @@ SHAPES = [(1, 1, 4, 11, 9), (2, 3, 30, 61, 13), (3, 4, 32, 101, 33), (2, 2, 64, 
 def test_logits_equal_those_of_transformers(shape, attention):
     *shape, T = shape
     theirs = starcoder2(*shape, attention=attention)
+    ours = loaded(model_rope, theirs)
     x = tokens(3, T, vocab_size=shape[-1])
     with torch.no_grad():
-        torch.testing.assert_close(
-            loaded(model_rope, theirs)(x), theirs(x).logits, atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("rope_theta", [10.0, 1e6])
 def test_logits_for_another_rope_theta_equal_those_of_transformers(rope_theta):
-    theirs, x = starcoder2(2, 2, 32, 61, rope_theta=rope_theta), tokens(3, 31)
+    theirs = starcoder2(2, 2, 32, 61, rope_theta=rope_theta)
+    ours = loaded(model_rope, theirs)
+    x = tokens(3, 31)
     with torch.no_grad():
-        torch.testing.assert_close(
-            loaded(model_rope, theirs)(x), theirs(x).logits, atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=0)
 
 
 def test_logits_past_block_size_equal_those_of_transformers():
-    theirs, x = starcoder2(2, 2, 32, 61), tokens(2, 41)
-    model = loaded(model_rope, theirs, block_size=8)
+    theirs = starcoder2(2, 2, 32, 61)
+    ours = loaded(model_rope, theirs, block_size=8)
+    x = tokens(2, 41)
     with torch.no_grad():
-        torch.testing.assert_close(model(x), theirs(x).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours(x), theirs(x).logits, atol=1e-4, rtol=0)
 
 
 def test_cached_logits_past_block_size_equal_those_of_transformers():
-    theirs, x = starcoder2(2, 2, 32, 61), tokens(2, 41)
-    model = loaded(model_rope, theirs, block_size=8)
-    cached = feed(model, model.make_cache(2, max_len=41), *x.split([6, 1, 20, 13, 1], dim=1))
+    theirs = starcoder2(2, 2, 32, 61)
+    ours = loaded(model_rope, theirs, block_size=8)
+    x = tokens(2, 41)
+    cached = feed(ours, ours.make_cache(2, max_len=41), *x.split([6, 1, 20, 13, 1], dim=1))
     with torch.no_grad():
-        torch.testing.assert_close(
-            cached, theirs(x).logits[:, [5, 6, 26, 39, 40]], atol=1e-4, rtol=0
-        )
+        expected = theirs(x).logits[:, [5, 6, 26, 39, 40]]
+    torch.testing.assert_close(cached, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_gradients_equal_those_of_transformers(shape):
     *shape, T = shape
     theirs = starcoder2(*shape)
-    errors = relative_errors(
-        loaded(model_rope, theirs), theirs, tokens(3, T + 1, vocab_size=shape[-1])
-    )
+    ours = loaded(model_rope, theirs)
+    errors = relative_errors(ours, theirs, tokens(3, T + 1, vocab_size=shape[-1]))
     assert max(errors.values()) < 1e-3, errors
 
 
-# Distance alone -------------------------------------------------------------------------------
+# Relative positions ---------------------------------------------------------------------------
 
 
 def tables(start, end, D, rope_theta=10000.0):
-    """Cosines and sines of the positions from start to end, by float64."""
-    angles = [[t * rope_theta ** (-2 * i / D) for i in range(D // 2)] for t in range(start, end)]
-    angles = torch.tensor(angles, dtype=torch.float64)
+    """Return the cosines and sines (end - start, D / 2) of positions, computed in float64."""
+    positions = torch.arange(start, end, dtype=torch.float64)
+    frequencies = [rope_theta ** (-2 * i / D) for i in range(D // 2)]
+    angles = positions[:, None] * torch.tensor(frequencies, dtype=torch.float64)
     return angles.cos(), angles.sin()
+
+
+def float32_tables(start, end, D):
+    """Return the same tables in float32."""
+    cos, sin = tables(start, end, D)
+    return cos.float(), sin.float()
+
+
+def normal(*shape):
+    """Return random float64 numbers of a shape."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("shift", [1, 100, 5000])
 def test_a_shift_of_all_positions_changes_no_logit(shift):
     model, x = make_vivid(model_rope), tokens(2, 16)
     expected = model(x)
-    cos, sin = (table.float() for table in tables(shift, shift + 16, D=8))
+    cos, sin = float32_tables(shift, shift + 16, D=8)
     for block in model.transformer.h:
         block.register_forward_pre_hook(lambda block, args: (args[0], cos, sin, args[3]))
     torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_shift_of_queries_and_keys_keeps_the_scores():
+    q, k = normal(2, 1, 1, 5, 8)
+    original, shifted = tables(0, 5, D=8), tables(3, 8, D=8)
+    scores = rotate(q, *original) @ rotate(k, *original).mT
+    torch.testing.assert_close(scores, rotate(q, *shifted) @ rotate(k, *shifted).mT)
+
+
 def test_a_shift_of_the_keys_alone_changes_the_scores():
-    q, k = torch.randn(
-        2, 1, 1, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
-    here, there = tables(0, 5, D=8), tables(3, 8, D=8)
-    scores = rotate(q, *here) @ rotate(k, *here).mT
-    torch.testing.assert_close(scores, rotate(q, *there) @ rotate(k, *there).mT)
-    assert not torch.allclose(scores, rotate(q, *here) @ rotate(k, *there).mT, atol=0.1)
+    q, k = normal(2, 1, 1, 5, 8)
+    original, shifted = tables(0, 5, D=8), tables(3, 8, D=8)
+    scores = rotate(q, *original) @ rotate(k, *original).mT
+    assert not torch.allclose(scores, rotate(q, *original) @ rotate(k, *shifted).mT, atol=0.1)
 
 
 def test_the_order_of_earlier_tokens_matters():
-    model = make_vivid(
-        model_rope, n_layer=1
-    )  # one layer of attention without positions would see a set
-    a, b = torch.tensor([[3, 14, 15, 9, 26, 5]]), torch.tensor([[9, 3, 15, 14, 26, 5]])
+    # One layer of attention without positions would not depend on the order.
+    model = make_vivid(model_rope, n_layer=1)
+    a = torch.tensor([[3, 14, 15, 9, 26, 5]])
+    b = torch.tensor([[9, 3, 15, 14, 26, 5]])
     assert (model(a)[:, -1] - model(b)[:, -1]).abs().max() > 0.1
 
 
 def test_there_are_no_learned_positions():
-    a, b = make(model_rope, block_size=16), make(model_rope, block_size=1024)
-    assert not [name for name in a.state_dict() if "wpe" in name]
-    assert sum(p.numel() for p in a.parameters()) == sum(p.numel() for p in b.parameters())
+    short, long = make(model_rope, block_size=16), make(model_rope, block_size=1024)
+    assert not [name for name in short.state_dict() if "wpe" in name]
+    assert sum(p.numel() for p in short.parameters()) == sum(p.numel() for p in long.parameters())
 
 
-# Turning pairs --------------------------------------------------------------------------------
+# Rotating pairs -------------------------------------------------------------------------------
 
 
 def test_rotate_is_a_complex_product_of_the_pairs_i_and_i_plus_half():
-    x = torch.randn(2, 3, 7, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = normal(2, 3, 7, 10)
     cos, sin = tables(0, 7, D=10)
-    turned = torch.complex(x[..., :5], x[..., 5:]) * torch.complex(cos, sin)
-    torch.testing.assert_close(rotate(x, cos, sin), torch.cat([turned.real, turned.imag], dim=-1))
+    rotated = torch.complex(x[..., :5], x[..., 5:]) * torch.complex(cos, sin)
+    expected = torch.cat([rotated.real, rotated.imag], dim=-1)
+    torch.testing.assert_close(rotate(x, cos, sin), expected)
 
 
 def test_rotate_keeps_the_norm_of_each_pair():
-    x = torch.randn(2, 3, 7, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    pairs, turned = (
-        y.unflatten(-1, (2, 5)).norm(dim=-2) for y in (x, rotate(x, *tables(40, 47, D=10)))
-    )
-    torch.testing.assert_close(turned, pairs)
+    x = normal(2, 3, 7, 10)
+    rotated = rotate(x, *tables(40, 47, D=10))
+    norms = x.unflatten(-1, (2, 5)).norm(dim=-2)
+    rotated_norms = rotated.unflatten(-1, (2, 5)).norm(dim=-2)
+    torch.testing.assert_close(rotated_norms, norms)
 
 
 def test_rotate_keeps_position_0_and_the_dtype():
     x = torch.randn(2, 3, 1, 8).bfloat16()
-    turned = rotate(x, *(table.float() for table in tables(0, 1, D=8)))
-    assert turned.dtype == torch.bfloat16 and torch.equal(turned, x)
+    rotated = rotate(x, *float32_tables(0, 1, D=8))
+    assert rotated.dtype == torch.bfloat16
+    assert torch.equal(rotated, x)
 
 
 # The angles -----------------------------------------------------------------------------------
 
 
-def turns(monkeypatch, model, x, cache=None):
-    """The tables (cos, sin) that each call of rotate receives in a forward."""
-    seen = []
-    monkeypatch.setattr(
-        model_rope, "rotate", lambda x, cos, sin: seen.append((cos, sin)) or rotate(x, cos, sin)
-    )
+def rotation_tables(monkeypatch, model, x, cache=None):
+    """Return the tables (cos, sin) that each call of rotate receives in a forward."""
+    received = []
+
+    def recording_rotate(x, cos, sin):
+        received.append((cos, sin))
+        return rotate(x, cos, sin)
+
+    monkeypatch.setattr(model_rope, "rotate", recording_rotate)
     with torch.no_grad():
         model(x, cache=cache)
-    return seen
+    return received
 
 
 @pytest.mark.parametrize("how", ["float32", "bf16", "autocast"])
-def test_angles_are_those_of_float64_far_out_whatever_the_model_s_dtype(monkeypatch, how):
+def test_angles_are_those_of_float64_at_far_positions_in_every_dtype(monkeypatch, how):
     model, x = make(model_rope, n_layer=1), tokens(1, 1001)
+    if how == "bf16":
+        model = model.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        (cos, sin), _ = turns(monkeypatch, model.bfloat16() if how == "bf16" else model, x)
+        for_queries, _ = rotation_tables(monkeypatch, model, x)
+    cos, sin = for_queries
     assert (cos.dtype, sin.dtype) == (torch.float32, torch.float32)
     expected = tables(0, 1001, D=8)
     torch.testing.assert_close((cos.double(), sin.double()), expected, atol=2e-4, rtol=0)
@@ -235,17 +269,20 @@ def test_angles_are_those_of_float64_far_out_whatever_the_model_s_dtype(monkeypa
 
 def test_angles_behind_a_cache_go_on_where_it_ends(monkeypatch):
     model = make(model_rope)
-    feed(model, cache := model.make_cache(1, max_len=600), tokens(1, 590))
-    cos, sin = turns(monkeypatch, model, tokens(1, 3), cache)[0]
-    torch.testing.assert_close(
-        (cos.double(), sin.double()), tables(590, 593, D=8), atol=2e-4, rtol=0
-    )
+    cache = model.make_cache(1, max_len=600)
+    feed(model, cache, tokens(1, 590))
+    cos, sin = rotation_tables(monkeypatch, model, tokens(1, 3), cache)[0]
+    expected = tables(590, 593, D=8)
+    torch.testing.assert_close((cos.double(), sin.double()), expected, atol=2e-4, rtol=0)
 
 
 def test_angles_are_computed_once_for_all_blocks(monkeypatch):
-    seen = turns(monkeypatch, make(model_rope, n_layer=3), tokens(1, 7))
-    assert len(seen) == 2 * 3  # queries and keys of each block
-    assert {(id(cos), id(sin)) for cos, sin in seen} == {(id(seen[0][0]), id(seen[0][1]))}
+    received = rotation_tables(monkeypatch, make(model_rope, n_layer=3), tokens(1, 7))
+    assert len(received) == 2 * 3  # queries and keys of each block
+    first_cos, first_sin = received[0]
+    for cos, sin in received:
+        assert cos is first_cos
+        assert sin is first_sin
 
 
 # Refusals -------------------------------------------------------------------------------------
@@ -258,6 +295,6 @@ def test_a_rope_theta_that_is_not_positive_and_finite_is_refused(value):
 
 
 @pytest.mark.parametrize(("n_embd", "n_head"), [(1, 1), (9, 3), (35, 5), (12, 12)])
-def test_an_odd_head_size_is_refused_with_both_numbers(n_embd, n_head):
+def test_an_odd_head_dim_is_refused_with_both_numbers(n_embd, n_head):
     with pytest.raises(ValueError, match=rf"n_embd={n_embd}\b.*n_head={n_head}\b"):
         GPTConfig(n_embd=n_embd, n_head=n_head)

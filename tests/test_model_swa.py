@@ -1,4 +1,4 @@
-"""What a sliding window promises: query i sees the keys j with 0 <= i - j < window, and pays for no others."""
+"""Sliding-window attention: query i attends to key j if 0 <= i - j < window, and costs no more."""
 
 import math
 import random
@@ -14,31 +14,37 @@ from model_swa import CausalSelfAttention, GPTConfig
 
 
 def by_brute_force(q, k, v, window):
-    """Attention of the last T of S positions, by a float64 softmax over the whole matrix of scores."""
+    """Compute attention of the last T of S positions by a float64 softmax over all scores."""
     T, S, D = q.size(2), k.size(2), q.size(3)
-    distance = torch.arange(S - T, S)[:, None] - torch.arange(S)  # i - j
+    i = torch.arange(S - T, S)[:, None]
+    j = torch.arange(S)
+    attends = (i - j >= 0) & (i - j < window)
     scores = q.double() @ k.double().mT / D**0.5
-    scores = scores.masked_fill(~((distance >= 0) & (distance < window)), float("-inf"))
+    scores = scores.masked_fill(~attends, float("-inf"))
     return (scores.softmax(dim=-1) @ v.double()).to(q.dtype)
 
 
 def attention(window, dropout=0.0):
-    return CausalSelfAttention(
-        GPTConfig(n_head=2, n_embd=8, window=window, dropout=dropout), 0
-    ).train(dropout > 0)
+    """Return an attention layer of two heads, in training mode if it has dropout."""
+    config = GPTConfig(n_head=2, n_embd=8, window=window, dropout=dropout)
+    return CausalSelfAttention(config, layer=0).train(dropout > 0)
 
 
 def qkv(T, S):
-    """Queries (2, 2, T, 4), keys and values (2, 2, S, 4), large enough for a softmax of few keys."""
+    """Return queries (2, 2, T, 4), and keys and values (2, 2, S, 4), all random.
+
+    They are large, so that softmax has few large probabilities.
+    """
     generator = torch.Generator().manual_seed(T * S)
-    return [2 * torch.randn(2, 2, n, 4, generator=generator) for n in (T, S, S)]
+    return [2 * torch.randn(2, 2, length, 4, generator=generator) for length in (T, S, S)]
 
 
 def vivid(window, T, n_layer=3):
+    """Return a model with large random parameters and block_size T."""
     return make_vivid(model_swa, n_layer=n_layer, window=window, block_size=T)
 
 
-# Who attends to whom --------------------------------------------------------------------------
+# The mask -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("T", [1, 2, 5, 7, 8, 13])
@@ -70,14 +76,13 @@ def test_attention_of_a_later_chunk_equals_brute_force(window, T, part):
 @pytest.mark.parametrize("T", [7, 400, 513])
 @pytest.mark.parametrize("window", [1, 5, 100, 257])
 def test_gradients_of_queries_keys_and_values_equal_those_of_brute_force(window, T):
-    q, k, v = (t.requires_grad_() for t in qkv(T, T + min(T, window) // 2))
+    q, k, v = [tensor.requires_grad_() for tensor in qkv(T, T + min(T, window) // 2)]
     upstream = torch.randn_like(q)
     ours = torch.autograd.grad(attention(window).attend(q, k, v), (q, k, v), upstream)
     expected = torch.autograd.grad(by_brute_force(q, k, v, window), (q, k, v), upstream)
-    for mine, its in zip(ours, expected, strict=True):
-        assert (
-            mine - its
-        ).norm() <= 1e-3 * its.norm() + 1e-4  # a key alone: its score changes nothing
+    for our_gradient, gradient in zip(ours, expected, strict=True):
+        # With a single key softmax is constant: the gradients of q and k are 0 but for rounding.
+        assert (our_gradient - gradient).norm() <= 1e-3 * gradient.norm() + 1e-4
 
 
 @pytest.mark.parametrize(
@@ -88,59 +93,73 @@ def test_logits_and_gradients_of_the_model_equal_those_of_brute_force(monkeypatc
     x, y = tokens(1, T), tokens(1, T, seed=2)
     logits = ours(x)
     ours(x, y).backward()
-    monkeypatch.setattr(
-        CausalSelfAttention, "attend", lambda self, q, k, v: by_brute_force(q, k, v, window)
-    )
+
+    def attend_by_brute_force(self, q, k, v):
+        return by_brute_force(q, k, v, window)
+
+    monkeypatch.setattr(CausalSelfAttention, "attend", attend_by_brute_force)
     torch.testing.assert_close(logits, other(x), atol=1e-4, rtol=0)
     other(x, y).backward()
-    for (name, mine), its in zip(ours.named_parameters(), other.parameters(), strict=True):
-        assert (mine.grad - its.grad).norm() < 1e-3 * its.grad.norm(), name
+    expected = {name: p.grad for name, p in other.named_parameters()}
+    for name, p in ours.named_parameters():
+        assert (p.grad - expected[name]).norm() < 1e-3 * expected[name].norm(), name
 
 
 @pytest.mark.parametrize(("n_layer", "window"), [(1, 3), (2, 3), (3, 2), (2, 1), (1, 70), (2, 100)])
-def test_a_token_reaches_as_many_tokens_as_the_windows_of_the_layers_and_no_further(
-    n_layer, window
-):
-    reach, t = n_layer * (window - 1), 11
-    T = 340 if window > 5 else t + reach + 5  # past 320 tokens attention goes by blocks
+def test_the_receptive_field_is_the_windows_of_all_layers(n_layer, window):
+    reach = n_layer * (window - 1)
+    t = 11
+    T = 340 if window > 5 else t + reach + 5  # past 320 tokens attention is computed in blocks
     ours, x = vivid(window, T, n_layer), tokens(1, T)
     changed = x.clone()
     changed[:, t] = (x[:, t] + 1) % 61
     with torch.no_grad():
         difference = (ours(x) - ours(changed)).abs().amax(dim=2)[0]
-    assert (difference[t] > 1e-4) and (difference[t + reach] > 0)
-    assert (difference[:t] == 0).all() and (difference[t + reach + 1 :] == 0).all()
+    assert difference[t] > 1e-4
+    assert difference[t + reach] > 0
+    assert (difference[:t] == 0).all()
+    assert (difference[t + reach + 1 :] == 0).all()
 
 
 # Dropout --------------------------------------------------------------------------------------
 
 
-def test_dropout_in_blocks_follows_the_seed_and_keeps_the_mean():
+def drop_in_blocks(seed):
+    """Return attention with dropout to values of 1: the mean of a row without dropout is 1."""
     q, k, _ = qkv(1000, 1000)
-    a, b, other = (
-        torch.manual_seed(seed) and attention(64, 0.5).attend(q, k, torch.ones_like(k))
-        for seed in (3, 3, 4)
-    )
-    assert torch.equal(a, b) and not torch.allclose(a, other)
-    assert a.mean().item() == pytest.approx(1, abs=0.05) and a.std() > 0.1
+    torch.manual_seed(seed)
+    return attention(64, dropout=0.5).attend(q, k, torch.ones_like(k))
+
+
+def test_dropout_in_blocks_follows_the_seed():
+    first = drop_in_blocks(seed=3)
+    assert torch.equal(drop_in_blocks(seed=3), first)
+    assert not torch.allclose(drop_in_blocks(seed=4), first)
+
+
+def test_dropout_in_blocks_keeps_the_mean():
+    y = drop_in_blocks(seed=3)
+    assert y.mean().item() == pytest.approx(1, abs=0.05)
+    assert y.std() > 0.1
 
 
 def test_a_model_trains_in_blocks_with_dropout():
     ours = make_vivid(model_swa, window=64, block_size=400, dropout=0.5).train()
     ours(tokens(1, 400), tokens(1, 400, seed=2)).backward()
-    assert all(p.grad.isfinite().all() and p.grad.norm() > 0 for p in ours.parameters())
+    for name, p in ours.named_parameters():
+        assert p.grad.isfinite().all(), name
+        assert p.grad.norm() > 0, name
 
 
 # model.py -------------------------------------------------------------------------------------
 
 
 def same_weights(window, T):
-    """model_swa.py and model.py."""
+    """Return models of model_swa.py and of model.py with the same weights."""
     ours = vivid(window, T)
     c = ours.config
-    base = model.GPT(
-        model.GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
-    ).eval()
+    config = model.GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
+    base = model.GPT(config).eval()
     base.load_state_dict(ours.state_dict())
     return ours, base
 
@@ -148,7 +167,8 @@ def same_weights(window, T):
 @pytest.mark.parametrize(("window", "T"), [(16, 16), (17, 16), (500, 16), (340, 340), (1000, 340)])
 def test_with_a_window_of_the_whole_sequence_logits_equal_those_of_model_py(window, T):
     ours, base = same_weights(window, T)
-    close(ours(tokens(2, T)), base(tokens(2, T)))
+    x = tokens(2, T)
+    close(ours(x), base(x))
 
 
 @pytest.mark.parametrize("window", [16, 17, 500])
@@ -160,19 +180,20 @@ def test_with_a_window_of_the_whole_sequence_cached_logits_equal_those_of_model_
 
 def test_a_window_one_shorter_than_the_sequence_changes_the_last_logits_alone():
     ours, base = same_weights(15, 16)
-    difference = (ours(tokens(2, 16)) - base(tokens(2, 16))).abs().amax(dim=2)
-    assert (difference[:, :-1] < 1e-5).all() and (difference[:, -1] > 1e-4).all()
+    x = tokens(2, 16)
+    difference = (ours(x) - base(x)).abs().amax(dim=2)
+    assert (difference[:, :-1] < 1e-5).all()
+    assert (difference[:, -1] > 1e-4).all()
 
 
 # The cache ------------------------------------------------------------------------------------
 
 
-def test_a_cache_has_the_same_bytes_however_long_the_text():
-    ours = vivid(5, 600)
-    sizes = {ours.make_cache(2, max_len).nbytes for max_len in (5, 10, 500, None)}
-    assert sizes == {
-        2 * 3 * 2 * 4 * 5 * 8 * 4
-    }  # keys and values, layers, rows, heads, window, head size, bytes
+@pytest.mark.parametrize("max_len", [5, 10, 500, None])
+def test_the_bytes_of_a_cache_do_not_depend_on_max_len(max_len):
+    cache = vivid(5, 600).make_cache(2, max_len)
+    # keys and values, layers, rows, heads, window, head_dim, bytes of float32
+    assert cache.nbytes == 2 * 3 * 2 * 4 * 5 * 8 * 4
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 8])
@@ -186,56 +207,65 @@ def test_decoding_far_past_the_window_gives_the_logits_of_a_full_forward(window,
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 8])
 def test_chunks_of_random_sizes_give_the_logits_of_a_full_forward(window, seed):
-    draw, sizes = random.Random(seed), []
+    generator = random.Random(seed)
+    sizes = []
     while sum(sizes) < 12 * window:
-        sizes.append(draw.randint(1, 3 * window) if draw.random() < 0.7 else 1)
+        is_single = generator.random() >= 0.7
+        sizes.append(1 if is_single else generator.randint(1, 3 * window))
     x = tokens(2, sum(sizes), seed=seed)
     ours = vivid(window, sum(sizes))
     ends = torch.tensor(sizes).cumsum(0) - 1
-    close(feed(ours, ours.make_cache(2), *x.split(sizes, dim=1)), ours(x)[:, ends])
+    cached = feed(ours, ours.make_cache(2), *x.split(sizes, dim=1))
+    close(cached, ours(x)[:, ends])
 
 
 @pytest.mark.parametrize("window", [1, 5, 70, 257, 300])
-def test_chunks_that_are_attended_in_blocks_give_the_logits_of_a_full_forward(window):
+def test_chunks_computed_in_blocks_give_the_logits_of_a_full_forward(window):
     sizes = [3, 400, 1, 330, 5, 1]
-    x, ours = tokens(1, sum(sizes)), vivid(window, sum(sizes))
+    ours, x = vivid(window, sum(sizes)), tokens(1, sum(sizes))
     ends = torch.tensor(sizes).cumsum(0) - 1
-    close(feed(ours, ours.make_cache(1), *x.split(sizes, dim=1)), ours(x)[:, ends])
+    cached = feed(ours, ours.make_cache(1), *x.split(sizes, dim=1))
+    close(cached, ours(x)[:, ends])
 
 
 # Memory ---------------------------------------------------------------------------------------
 
 
-class Largest(TorchDispatchMode):
-    """Counts the elements of the largest tensor that an operation makes."""
+class LargestTensor(TorchDispatchMode):
+    """Record the number of elements of the largest tensor that an operation returns."""
 
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        made_tensors = [
-            t for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, torch.Tensor)
-        ]
-        self.numel = max([self.numel, *(t.numel() for t in made_tensors)])
-        return made
+        output = func(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self.numel = max(self.numel, leaf.numel())
+        return output
 
 
 def largest_tensor(T, window):
-    """In a training step; under dropout, as scores and probabilities are tensors of their own then."""
+    """Return the elements of the largest tensor of a training step.
+
+    With dropout, scores and probabilities are tensors of their own.
+    """
     ours = make_vivid(
         model_swa, n_layer=1, n_head=1, n_embd=4, window=window, block_size=T, dropout=0.1
-    ).train()
-    with Largest() as largest:
+    )
+    ours.train()
+    with LargestTensor() as largest:
         ours(tokens(1, T), tokens(1, T)).backward()
     return largest.numel
 
 
-def test_a_training_step_makes_no_tensor_of_all_pairs_of_tokens():
-    assert largest_tensor(2048, window=2048) >= 2048 * 2048  # where all pairs are in sight
-    assert (
-        largest_tensor(2048, window=64) <= 2 * 2048 * 64
-    )  # a query with its own block of keys and one more
+def test_a_training_step_with_a_full_window_makes_a_tensor_of_all_pairs_of_tokens():
+    assert largest_tensor(2048, window=2048) >= 2048 * 2048
 
 
-def test_the_largest_tensor_of_a_training_step_is_linear_in_the_sequence():
+def test_a_training_step_with_a_short_window_makes_no_tensor_of_all_pairs_of_tokens():
+    # A query is multiplied with the keys of its own block and of the block before.
+    assert largest_tensor(2048, window=64) <= 2 * 2048 * 64
+
+
+def test_the_largest_tensor_of_a_training_step_is_linear_in_the_sequence_length():
     assert largest_tensor(4096, window=64) <= 2.1 * largest_tensor(2048, window=64)

@@ -1,4 +1,4 @@
-"""train.py: the same bits twice, and exact resume after every kind of interruption."""
+"""Two equal runs have the same bits, and so has a run that was interrupted and resumed."""
 
 import signal
 import subprocess
@@ -20,22 +20,28 @@ ROOT = Path(train.__file__).parent
 
 
 def losses(run):
+    """Return (step, train_loss, grad_norm, val_loss) for each line of a run's log."""
     return [
         (r["step"], r.get("train_loss"), r.get("grad_norm"), r.get("val_loss"))
         for r in read_log(run)
     ]
 
 
+def steps(run):
+    return [record["step"] for record in read_log(run)]
+
+
 def weights(run):
     return load_model(str(run / "step_00000012"))[0].state_dict()
 
 
-def assert_same_weights(a, b):
-    a, b = weights(a), weights(b)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+def assert_same_weights(run, other):
+    expected = weights(other)
+    for name, weight in weights(run).items():
+        assert torch.equal(weight, expected[name]), name
 
 
-def test_twice_the_same_run_gives_the_same_bits(tiny_run, workdir):
+def test_two_equal_runs_give_the_same_bits(tiny_run, workdir):
     train.main(arguments(out_dir="out/again"))
     assert losses(workdir / "out/again") == losses(tiny_run)
     assert_same_weights(workdir / "out/again", tiny_run)
@@ -58,8 +64,8 @@ def test_resuming_after_any_step_gives_the_same_bits(tiny_run, workdir, monkeypa
     monkeypatch.setattr(train, "train_step", stop_in_the_next_step)
     train.main(arguments(out_dir="out/stopped"))
     stopped = workdir / "out/stopped"
-    assert [path.name for path in checkpoint.list_checkpoints(stopped)][-1] == f"step_{step:08d}"
-    assert [r["step"] for r in read_log(stopped)] == list(range(step + 1))
+    assert checkpoint.list_checkpoints(stopped)[-1].name == f"step_{step:08d}"
+    assert steps(stopped) == list(range(step + 1))
     monkeypatch.setattr(train, "train_step", original)
     train.main(arguments(out_dir="out/stopped"))
     assert losses(stopped) == losses(tiny_run)
@@ -67,7 +73,8 @@ def test_resuming_after_any_step_gives_the_same_bits(tiny_run, workdir, monkeypa
 
 
 def test_a_signal_between_micro_steps_drops_the_unfinished_step(tiny_run, workdir, monkeypatch):
-    original, calls = Loader.train_batch, []
+    original = Loader.train_batch
+    calls = []
 
     def signal_in_the_second_micro_step_of_step_3(loader, first, count):
         calls.append(first)
@@ -83,17 +90,15 @@ def test_a_signal_between_micro_steps_drops_the_unfinished_step(tiny_run, workdi
     assert_same_weights(workdir / "out/stopped", tiny_run)
 
 
-def test_a_signal_during_an_evaluation_loses_neither_steps_nor_the_evaluation(
-    tiny_run, workdir, monkeypatch
-):
+def test_a_signal_during_an_evaluation_changes_no_logged_number(tiny_run, workdir, monkeypatch):
     original = train.evaluate
 
-    def signalled(run):
+    def signal_and_evaluate(run):
         if run.optimizer.state:
             signal.raise_signal(signal.SIGTERM)
         return original(run)
 
-    monkeypatch.setattr(train, "evaluate", signalled)
+    monkeypatch.setattr(train, "evaluate", signal_and_evaluate)
     train.main(arguments(out_dir="out/stopped"))
     assert "val_loss" not in read_log(workdir / "out/stopped")[-1]
     monkeypatch.setattr(train, "evaluate", original)
@@ -101,7 +106,7 @@ def test_a_signal_during_an_evaluation_loses_neither_steps_nor_the_evaluation(
     assert losses(workdir / "out/stopped") == losses(tiny_run)
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint_and_drops_the_log_beyond(
+def test_a_killed_run_resumes_from_its_last_checkpoint_and_truncates_the_log(
     tiny_run, workdir, monkeypatch
 ):
     original = train.train_step
@@ -115,113 +120,122 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_drops_the_log_beyond(
     with pytest.raises(ZeroDivisionError):
         train.main(arguments(out_dir="out/killed"))
     killed = workdir / "out/killed"
-    assert (
-        read_log(killed)[-1]["step"] == 7
-    )  # the last checkpoint is of step 5, where it was evaluated
+    # Step 5 was evaluated and saved; the log is longer.
+    assert checkpoint.list_checkpoints(killed)[-1].name == "step_00000005"
+    assert steps(killed)[-1] == 7
     with open(killed / "log.jsonl", "a") as log:
-        log.write('{"step": 8, "train_l')  # a line that the crash cut off
+        log.write('{"step": 8, "train_l')  # a line that the crash truncated
     monkeypatch.setattr(train, "train_step", original)
     train.main(arguments(out_dir="out/killed"))
     assert losses(killed) == losses(tiny_run)
     assert_same_weights(killed, tiny_run)
 
 
-def test_sigterm_ends_the_program_with_status_0_after_a_whole_step(tiny_run, workdir):
-    command = [
-        sys.executable,
-        ROOT / "train.py",
-        *arguments(out_dir="out/program", max_steps=3000, eval_interval=1000),
-    ]
+def wait_for_lines(log, count):
+    """Wait until a log has so many lines, at most a minute."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if log.exists() and len(log.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.02)
+
+
+def test_sigterm_ends_the_program_with_status_0_after_a_finished_step(tiny_run, workdir):
+    run = workdir / "out/program"
+    options = arguments(out_dir="out/program", max_steps=3000, eval_interval=1000)
+    command = [sys.executable, ROOT / "train.py", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        log, limit = workdir / "out/program/log.jsonl", time.monotonic() + 60
-        while (
-            not log.exists() or len(log.read_text().splitlines()) < 4
-        ) and time.monotonic() < limit:
-            time.sleep(0.02)
+        wait_for_lines(run / "log.jsonl", 4)
         process.send_signal(signal.SIGTERM)
-        out = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=60)[0]
     finally:
         process.kill()
-    assert process.returncode == 0, out
-    stopped = read_log(workdir / "out/program")[-1]["step"]
-    assert f"stopped after step {stopped}: the same command resumes the run" in out
-    assert checkpoint.find_checkpoint(workdir / "out/program").name == f"step_{stopped:08d}"
+    assert process.returncode == 0, output
+    last_step = steps(run)[-1]
+    assert f"step {last_step}" in output.splitlines()[-1]
+    assert checkpoint.find_checkpoint(run).name == f"step_{last_step:08d}"
+
+
+SIGNAL_TWICE = """
+import signal
+
+import train
+
+with train.StopSignal() as stop:
+    signal.raise_signal(signal.SIGINT)
+    assert stop.received
+    signal.raise_signal(signal.SIGINT)
+    print("still running")
+"""
 
 
 def test_a_second_signal_ends_the_program_at_once(workdir):
-    code = (
-        "import train, signal\n"
-        "stop = train.StopSignal(); stop.__enter__(); signal.raise_signal(signal.SIGINT); assert stop.received\n"
-        "signal.raise_signal(signal.SIGINT); print('still here')"
+    completed = subprocess.run(
+        [sys.executable, "-c", SIGNAL_TWICE], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 128 + signal.SIGINT and "still here" not in done.stdout
+    assert completed.returncode == 128 + signal.SIGINT
+    assert "still running" not in completed.stdout
 
 
-def test_a_finished_run_says_so_and_stays_as_it_is(tiny_run, capsys):
+def test_a_finished_run_is_not_changed_and_max_steps_is_reported(tiny_run, capsys):
     before = (tiny_run / "log.jsonl").read_text()
     train.main(arguments())
-    assert "is finished, at step 12: a larger --max_steps continues it" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "--max_steps" in output and "12" in output
     assert (tiny_run / "log.jsonl").read_text() == before
 
 
-def test_naming_an_option_s_own_value_is_no_change(tiny_run):
+def test_a_run_resumes_if_an_option_is_given_the_value_that_it_has(tiny_run):
     train.main(arguments(max_steps=13, vocab_size=257, bias=True))
-    assert read_log(tiny_run)[-1]["step"] == 13
+    assert steps(tiny_run)[-1] == 13
 
 
-def test_a_signal_in_the_last_evaluation_leaves_it_to_the_next_start(
-    tiny_run, workdir, monkeypatch
-):
+def test_the_last_evaluation_is_repeated_after_a_signal_in_it(tiny_run, workdir, monkeypatch):
     original = train.evaluate
 
-    def signalled(run):
+    def signal_and_evaluate(run):
         if run.step == 12:
             signal.raise_signal(signal.SIGTERM)
         return original(run)
 
-    monkeypatch.setattr(train, "evaluate", signalled)
+    monkeypatch.setattr(train, "evaluate", signal_and_evaluate)
     train.main(arguments(out_dir="out/stopped"))
     monkeypatch.setattr(train, "evaluate", original)
     train.main(arguments(out_dir="out/stopped"))
     assert losses(workdir / "out/stopped") == losses(tiny_run)
 
 
-def test_output_that_nobody_reads_any_more_loses_no_step(workdir, monkeypatch):
-    """As with Ctrl-C on `python train.py | tee log`, where tee is gone first."""
-
+def test_a_closed_stdout_loses_no_step(workdir, monkeypatch):
+    """In `python train.py | tee log`, Ctrl-C may end tee first."""
     original = ProcessGroup.print
 
-    def gone(group, text):
+    def print_to_closed_pipe(group, text):
         if text.startswith("step 7"):
             raise BrokenPipeError
         original(group, text)
 
-    monkeypatch.setattr(ProcessGroup, "print", gone)
+    monkeypatch.setattr(ProcessGroup, "print", print_to_closed_pipe)
     monkeypatch.setattr("common.errors.os.dup2", lambda *args: None)
     with pytest.raises(SystemExit):
         train.main(arguments(log_interval=7))
     assert checkpoint.list_checkpoints(workdir / "out/tiny")[-1].name == "step_00000007"
 
 
-def test_a_larger_max_steps_goes_on(tiny_run):
+def test_a_larger_max_steps_continues_a_finished_run(tiny_run):
     train.main(arguments(max_steps=15))
-    assert [r["step"] for r in read_log(tiny_run)] == list(range(16))
+    assert steps(tiny_run) == list(range(16))
 
 
-def test_overwrite_starts_over_and_leaves_other_files_alone(tiny_run):
+def test_overwrite_starts_over_and_keeps_other_files(tiny_run):
     (tiny_run / "notes.txt").write_text("mine")
     train.main(arguments(overwrite=True, max_steps=6))
-    assert [r["step"] for r in read_log(tiny_run)] == list(range(7))
+    assert steps(tiny_run) == list(range(7))
     assert not (tiny_run / "step_00000012").exists()
     assert (tiny_run / "notes.txt").read_text() == "mine"
 
 
-def test_intervals_batch_size_and_the_like_may_change_when_a_run_goes_on(tiny_run):
-    train.main(
-        arguments(max_steps=14, batch_size=8, eval_interval=7, log_interval=1, keep_checkpoints=1)
-    )
-    assert read_log(tiny_run)[-1]["step"] == 14
+def test_intervals_and_batch_size_may_change_when_a_run_is_resumed(tiny_run):
+    changes = {"batch_size": 8, "eval_interval": 7, "log_interval": 1, "keep_checkpoints": 1}
+    train.main(arguments(max_steps=14, **changes))
+    assert steps(tiny_run)[-1] == 14
