@@ -36,7 +36,7 @@ OTHER_NAMES = {
     # earlier versions
     "shard_size": "use --shard_degree",
     "timeout": "use --dist_timeout",
-    "to": "use --out",
+    "to": "use --out, or --out_dir in tools.export",
     # nanoGPT
     "max_iters": "use --max_steps, in optimizer steps",
     "gradient_accumulation_steps": STEP_TOKENS,
@@ -154,7 +154,7 @@ def check_range(config, low, *names):
         value = getattr(config, name)
         if value is None:
             continue
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value} must be finite")
         if value < low:
             raise UserError(f"{name}={value} must be at least {low}")
@@ -243,8 +243,11 @@ def _check_known(given, known, hint=None):
 
 
 def _suggest(name, known, hint):
-    if name in OTHER_NAMES:
-        return OTHER_NAMES[name]
+    answer = OTHER_NAMES.get(name, "")
+    ours = re.findall(r"--(\w+)", answer)
+    is_for_this_program = not ours or ", of " in answer or not set(ours).isdisjoint(known)
+    if answer and is_for_this_program:
+        return answer
     sentence = hint(name) if hint else ""
     if sentence:
         return sentence

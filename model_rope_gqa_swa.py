@@ -187,7 +187,7 @@ class CausalSelfAttention(nn.Module):
 
         The last n * size queries form n blocks. A block attends to its own keys and to those of the
         m blocks before it, into which its windows reach. The queries before them, fewer than
-        (m + 1) * size of a whole sequence, go through attend_dense.
+        (m + 1) * size of a whole sequence, go through attend.
         """
         B, H, T, D = q.shape
         S, W = k.size(2), self.window
@@ -196,9 +196,9 @@ class CausalSelfAttention(nn.Module):
         n = min(T, S - m * size) // size
         if n < 1:
             return self.attend_dense(q, k, v)
-        S_before, T_before = S - n * size, T - n * size  # T_before may be 0: SDPA takes empty q
+        S_before, T_before = S - n * size, T - n * size  # T_before may be 0
         k_before, v_before = k[:, :, :S_before], v[:, :, :S_before]
-        y_before = self.attend_dense(q[:, :, :T_before], k_before, v_before)
+        y_before = self.attend(q[:, :, :T_before], k_before, v_before)
         q = q[:, :, T_before:].unflatten(2, (n, size)).flatten(0, 1)  # (BH, n, size, D)
         k = with_earlier_blocks(k, n, m, size)  # (BH, n, (m + 1) size, D)
         v = with_earlier_blocks(v, n, m, size)

@@ -65,6 +65,7 @@ from common.pretrained import load_model
 from configurator import check_range, configure_with_model
 from prepare_data import open_dataset
 
+MAX_TIMEOUT = 10**7  # seconds, four months
 MAX_OVERFLOWS = 20  # float16 steps in a row with an infinite gradient before the run stops
 
 
@@ -267,7 +268,8 @@ def find_checkpoint_to_resume(config, out_dir):
     if config.overwrite or not checkpoints:
         return None, None
     stored = checkpoint.read_config(checkpoints[-1])
-    if config.eval_only and config.init_from != stored["options"]["init_from"]:
+    is_other = config.init_from not in ("scratch", stored["options"]["init_from"])
+    if config.eval_only and is_other:
         return None, None  # as in --eval_only=True --init_from=gpt2, where out_dir has a run
     return checkpoints[-1], stored
 
@@ -432,6 +434,19 @@ def compile_forward(run):
         print(f"warning: training uncompiled, torch.compile failed: {failures[0]}", file=sys.stderr)
 
 
+def settle_ddp_buckets(run):
+    """Collective. Let DDP arrange its gradient buckets before the first step.
+
+    DDP rearranges them after its first synchronized backward pass, and the order in which three or
+    more ranks sum depends on it. A resumed run must sum in the order of the uninterrupted run.
+    """
+    x, y = run.loader.train_batch(0, run.config.batch_size)
+    with run.autocast():
+        loss = run.forward(to_device(x, run.device), to_device(y, run.device))
+    loss.backward()
+    run.optimizer.zero_grad()
+
+
 # One step -------------------------------------------------------------------------------------
 
 
@@ -520,7 +535,7 @@ def advice(run):
     if not checkpoints:
         return f"; start a new run {remedy}"
     weights = f"--init_from={checkpoints[-1]} --out_dir=NEW"
-    return f"; start a new run from the last good weights, {weights}, {remedy}"
+    return f"; start a new run from earlier weights, such as {weights}, {remedy}"
 
 
 # The loop -------------------------------------------------------------------------------------
@@ -696,6 +711,8 @@ def train(run):
                 raise UserError(f"{run.out_dir} must be a directory that all machines share")
         if uses_compile(run.config, run.device) and not run.config.fsdp:
             compile_forward(run)
+        if run.wrapped is not run.model:
+            settle_ddp_buckets(run)
         try:
             train_loop(run)
         except OSError:  # for example: stdout is a closed pipe
@@ -742,8 +759,10 @@ def main(argv):
             hint=models_with_option,  # names the models that have an unknown option
         )
         check_range(config, 1, "dist_timeout")
+        if config.dist_timeout > MAX_TIMEOUT:
+            raise UserError(f"dist_timeout={config.dist_timeout} must be at most {MAX_TIMEOUT}")
     except UserError as error:
-        option_error = error
+        config, option_error = None, error
     group = ProcessGroup(timeout=config.dist_timeout if config else 60)
     with group.exit_together():  # every rank reads the options; one prints what is wrong with them
         if option_error:

@@ -324,15 +324,16 @@ def _file_crc32(path):
 
 
 def load_checkpoint(path, model, optimizer=None):
-    """Collective. Load a checkpoint into a model, and its optimizer, in place.
+    """Load a checkpoint into a model, and its optimizer, in place.
 
     read_config must have verified it. Any mode and world size can load what another one saved.
+    Collective with an optimizer; without one, a rank may load a model by itself.
     """
     reader = HuggingFaceStorageReader(str(path))
     with _without_process_group_warning():
         if optimizer is None:
             tensors = _with_prefix("model", model.state_dict())
-            dcp.load(tensors, storage_reader=reader)
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
         else:
             tensors, model_state, optimizer_state = _training_tensors(model, optimizer)
             dcp.load(tensors, storage_reader=reader)

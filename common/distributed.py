@@ -37,7 +37,8 @@ class ProcessGroup:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.launched = "RANK" in os.environ  # by torchrun, perhaps with one rank
-        self.local_rank = int(os.environ["LOCAL_RANK"]) if self.launched else None
+        # Not by torchrun: other launchers may leave LOCAL_RANK out.
+        self.local_rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
         if self.launched and not dist.is_initialized():
             self._init_process_group(datetime.timedelta(seconds=timeout))
         # Each machine's torchrun counts its own restarts.
@@ -88,13 +89,15 @@ class ProcessGroup:
     def check_equal(self, values):
         """Collective. Exit with an error if an entry of the dict differs between ranks."""
         all_values = self.all_gather(values)
+        names = dict.fromkeys(name for values in all_values for name in values)
         expected = all_values[0]
         for rank, actual in enumerate(all_values):
-            for name in expected:
-                if actual.get(name) != expected[name]:
+            for name in names:
+                if actual.get(name) != expected.get(name):
                     self.exit(
                         f"rank {rank} has {name}={actual.get(name)}, rank 0 has "
-                        f"{name}={expected[name]}: start all ranks with the same options and data"
+                        f"{name}={expected.get(name)}: start all ranks with the same options and "
+                        "data"
                     )
 
     @contextlib.contextmanager

@@ -69,7 +69,8 @@ def do_run(run):
     dcp_save = checkpoint.dcp.save
 
     def recording_train_batch(loader, first, count):
-        record["sequences"][-1].extend(range(first, first + count))
+        if record["sequences"]:  # before the first step DDP reads a batch, too
+            record["sequences"][-1].extend(range(first, first + count))
         return train_batch(loader, first, count)
 
     def recording_train_step(state):

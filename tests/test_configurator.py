@@ -11,7 +11,7 @@ import pytest
 import sample
 import train
 from common.errors import UserError, program
-from common.models import config_fields, model_names
+from common.models import config_fields, model_module, model_names
 from configurator import OTHER_NAMES, check_range, configure, configure_with_model
 from tools import plot_loss
 
@@ -261,11 +261,31 @@ def test_an_option_without_a_hint_is_refused_with_the_nearest_one():
     assert "batch_size" in user_error("--batch_sise=5", parse=with_shape, hint=hint)
 
 
+def train_options(*argv):
+    """Parse the options of train.py, with those of the model that has them all."""
+    gpt_config = model_module("model_rope_gqa_swa").GPTConfig
+    return configure_with_model(train.TrainConfig, list(argv), "", lambda _: gpt_config, hint)
+
+
+def hint(name):
+    return ""
+
+
 @pytest.mark.parametrize("name", OTHER_NAMES)
-def test_an_option_name_of_another_project_is_refused_with_ours(name):
-    message = user_error(f"--{name}=1", parse=with_shape)
-    assert name in message
-    assert OTHER_NAMES[name] in message
+def test_an_option_name_of_another_project_is_answered_with_ours(name):
+    messages = [user_error(f"--{name}=1", parse=train_options)]
+    for options in (sample.SampleConfig, plot_loss.PlotConfig):
+        with pytest.raises(UserError) as error:
+            configure(options, [f"--{name}=1"], "")
+        messages.append(str(error.value))
+    assert all(name in message for message in messages)
+    assert any(OTHER_NAMES[name] in message for message in messages)
+
+
+def test_an_answer_names_no_option_that_the_program_lacks():
+    with pytest.raises(UserError) as error:
+        configure(sample.SampleConfig, ["--depth=2"], "")
+    assert "n_layer" not in str(error.value)
 
 
 def test_the_options_that_answer_other_names_exist():
@@ -402,6 +422,7 @@ def test_an_option_at_its_lower_bound_or_none_is_accepted():
         (float("inf"), "finite"),
         (1e30, "2**63"),
         (2**63, "2**63"),
+        (10**400, "2**63"),
     ],
 )
 def test_a_number_out_of_range_is_refused_with_the_bound_that_it_breaks(value, bound):

@@ -226,17 +226,28 @@ def chain_runs(world_size):
 
 
 def two_rank_runs(mode):
-    """Return runs in bf16, with recomputed activations, interrupted and resumed."""
+    """Return runs in bf16, with recomputed activations, with loaded weights, and interrupted."""
     _, options = MODES[mode]
     bf16 = command(f"bf16-{mode}", 2, dtype="bfloat16", **options)
     recompute = command(
         f"recompute-{mode}", 2, MODELS[-1], activation_checkpointing=True, **options
     )
-    stopped = command(f"stopped-{mode}", 2, **options, **SHORT)
-    uninterrupted = command(f"uninterrupted-{mode}", 2, **options, **SHORT)
+    init_from = {"init_from": f"out/{mode}-model", "max_steps": 1}
+    loaded = command(f"loaded-{mode}", 2, **SHORT | init_from, **options)
     return {
         f"bf16-{mode}": {"argv": bf16},
         f"recompute-{mode}": {"argv": recompute},
+        f"loaded-{mode}": {"argv": loaded},
+        **interrupted_runs(mode),
+    }
+
+
+def interrupted_runs(mode):
+    """Return a run that is stopped by a signal and resumed, and one that is not."""
+    world_size, options = MODES[mode]
+    stopped = command(f"stopped-{mode}", world_size, **options, **SHORT)
+    uninterrupted = command(f"uninterrupted-{mode}", world_size, **options, **SHORT)
+    return {
         f"stopped-{mode}": {"argv": stopped, "signal": "SIGTERM", "rank": 1, "step": 7},
         f"resumed-{mode}": {"argv": stopped},
         f"uninterrupted-{mode}": {"argv": uninterrupted},
@@ -263,6 +274,8 @@ def runs_of(world_size, pairs, with_others):
         for name, (run, _) in REFUSED.items():
             runs[f"refused: {name}"] = run
     if world_size == 4:
+        runs.update(interrupted_runs("ddp4"))  # three and more ranks sum in an order of their own
+        runs.update(interrupted_runs("hsdp 2x2"))
         argv = command("narrow", 4, fsdp=True, **NARROW)
         runs["narrow-fsdp4"] = {"argv": argv, "signal": "SIGTERM", "rank": 0, "step": 5}
     return runs
@@ -484,6 +497,12 @@ def test_a_signal_to_one_rank_stops_all_in_the_same_step(records, mode, name, st
 
 
 @pytest.mark.parametrize("mode", ["ddp2", "fsdp2"])
+def test_several_ranks_start_from_the_weights_of_a_run(launches, mode):
+    before, after = log(mode)[-1], log(f"loaded-{mode}")[0]
+    assert after["val_loss"] == pytest.approx(before["val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["ddp2", "fsdp2", "ddp4", "hsdp 2x2"])
 def test_resuming_after_a_signal_gives_the_same_bits(launches, mode):
     stopped, uninterrupted = f"stopped-{mode}", f"uninterrupted-{mode}"
     assert [step for step, *_ in losses(stopped)] == list(range(13))

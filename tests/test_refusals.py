@@ -119,3 +119,8 @@ def test_weights_of_another_tokenizer_are_refused_with_both(tiny_run, workdir, c
     write_dataset(workdir / "data/char", [0, 1] * 300, [0, 1] * 300, meta)
     line = refused(capsys, arguments(dataset="char", init_from="out/tiny", out_dir="out/new"))
     assert all(text in line for text in ("out/tiny", "byte", "data/char", "char"))
+
+
+@pytest.mark.parametrize("value", [0, 10**14])
+def test_a_dist_timeout_out_of_range_is_refused(workdir, capsys, value):
+    assert f"dist_timeout={value}" in refused(capsys, arguments(dist_timeout=value))

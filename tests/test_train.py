@@ -448,3 +448,10 @@ def test_the_default_out_dir_has_the_model_of_the_command_line():
 
 def test_the_default_out_dir_without_a_config_file_is_not_that_of_gpt2():
     assert default_out_dir([]) == "out/default"
+
+
+def test_eval_only_of_a_run_with_loaded_weights_asks_for_their_name(tiny_run, capsys):
+    options = {"out_dir": "out/next", "max_steps": 1}
+    train.main(arguments(**options, init_from="out/tiny"))
+    line = refused(capsys, arguments(**options, eval_only=True))
+    assert "init_from" in line and "out/tiny" in line
