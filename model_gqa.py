@@ -53,7 +53,7 @@ class GPTConfig:
 class KVCache:
     """The keys and values of all layers for the tokens processed so far, preallocated.
 
-    GQA: k and v are (n_layer, B, G, max_len, D).
+    GQA: k and v are (n_layer, batch_size, G, max_len, D).
     """
 
     def __init__(self, config, batch_size, max_len, device, dtype):
@@ -68,8 +68,8 @@ class KVCache:
     def extend(self, layer, k, v):
         """Store a layer's new keys and values (B, G, T, D); return all so far (B, G, S, D).
 
-        If B is 1, the tokens are broadcast to all rows of the cache, so that several samples of
-        one prompt need only one prefill. Raises ValueError if the tokens do not fit.
+        B may be 1: the tokens are then stored in all rows of the cache, so that several samples
+        of one prompt need only one prefill. Raises ValueError if the tokens do not fit.
         """
         B, T = k.size(0), k.size(2)
         end = self.pos + T
@@ -173,7 +173,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict()  # a namespace: the names begin as in transformers
+        self.transformer = nn.ModuleDict()  # for the prefix "transformer." of parameter names
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))

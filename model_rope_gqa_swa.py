@@ -59,7 +59,7 @@ class GPTConfig:
 class KVCache:
     """The keys and values of all layers for the last `window` tokens: a preallocated ring buffer.
 
-    GQA, SWA: k and v are (n_layer, B, G, slots, D), with slots = min(window, max_len).
+    GQA, SWA: k and v are (n_layer, batch_size, G, slots, D), with slots = min(window, max_len).
     """
 
     def __init__(self, config, batch_size, max_len, device, dtype):
@@ -75,8 +75,8 @@ class KVCache:
     def extend(self, layer, k, v):
         """Store a layer's new keys and values (B, G, T, D); return those needed (B, G, S, D).
 
-        If B is 1, the tokens are broadcast to all rows of the cache, so that several samples of
-        one prompt need only one prefill. Raises ValueError if the tokens do not fit.
+        B may be 1: the tokens are then stored in all rows of the cache, so that several samples
+        of one prompt need only one prefill. Raises ValueError if the tokens do not fit.
         """
         B, T = k.size(0), k.size(2)
         end = self.pos + T
@@ -186,8 +186,8 @@ class CausalSelfAttention(nn.Module):
         """SWA: compute attend_dense's result in O(T max(W, MIN_BLOCK)) time.
 
         The last n * size queries form n blocks. A block attends to its own keys and to those of the
-        m blocks before it, into which its windows reach. The queries before them, fewer than
-        (m + 1) * size of a whole sequence, go through attend.
+        m blocks before it, into which its windows reach. The T - n * size queries before the n
+        blocks go through attend. (If that comes back here, n is 0, which ends in attend_dense.)
         """
         B, H, T, D = q.shape
         S, W = k.size(2), self.window
@@ -243,7 +243,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict()  # a namespace: the names begin as in transformers
+        self.transformer = nn.ModuleDict()  # for the prefix "transformer." of parameter names
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.transformer.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)

@@ -18,8 +18,9 @@ receptive field of L layers is L (window - 1) tokens into the past.
 A mask alone would save nothing: all T^2 scores are computed before it applies. (Without a mask,
 is_causal=True can skip the later keys: T (T + 1) / 2 scores.) For windows of 64 to 256, blocks
 compute about twice as many scores as needed; for a window of 5, 25 times as many. With T = 1024 and
-window = 256, 229,504 scores are needed. Blocks compute 458,752, is_causal 524,800, and a mask
-1,048,576. A block here is a block of queries, not a layer, and unrelated to block_size.
+window = 256, 229,504 scores are needed. Blocks compute at most 458,752 (256 x 256 for the queries
+before three blocks of 256 x 512), is_causal 524,800, and a mask 1,048,576. A block here is a block
+of queries, not a layer, and unrelated to block_size.
 
 Differences from model.py, marked SWA: the cache is a ring buffer of `window` slots, however long
 the sequence; queries attend to their windows, in blocks if they are many; the count of FLOPs.
@@ -65,7 +66,7 @@ class GPTConfig:
 class KVCache:
     """The keys and values of all layers for the last `window` tokens: a preallocated ring buffer.
 
-    SWA: k and v are (n_layer, B, H, slots, D), with slots = min(window, max_len).
+    SWA: k and v are (n_layer, batch_size, H, slots, D), with slots = min(window, max_len).
     """
 
     def __init__(self, config, batch_size, max_len, device, dtype):
@@ -81,8 +82,8 @@ class KVCache:
     def extend(self, layer, k, v):
         """Store a layer's new keys and values (B, H, T, D); return those needed (B, H, S, D).
 
-        If B is 1, the tokens are broadcast to all rows of the cache, so that several samples of
-        one prompt need only one prefill. Raises ValueError if the tokens do not fit.
+        B may be 1: the tokens are then stored in all rows of the cache, so that several samples
+        of one prompt need only one prefill. Raises ValueError if the tokens do not fit.
         """
         B, T = k.size(0), k.size(2)
         end = self.pos + T
@@ -173,8 +174,8 @@ class CausalSelfAttention(nn.Module):
         """SWA: compute attend_dense's result in O(T max(W, MIN_BLOCK)) time.
 
         The last n * size queries form n blocks. A block attends to its own keys and to those of the
-        m blocks before it, into which its windows reach. The queries before them, fewer than
-        (m + 1) * size of a whole sequence, go through attend.
+        m blocks before it, into which its windows reach. The T - n * size queries before the n
+        blocks go through attend. (If that comes back here, n is 0, which ends in attend_dense.)
         """
         B, H, T, D = q.shape
         S, W = k.size(2), self.window
@@ -230,7 +231,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict()  # a namespace: the names begin as in transformers
+        self.transformer = nn.ModuleDict()  # for the prefix "transformer." of parameter names
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))

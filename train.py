@@ -72,7 +72,7 @@ MAX_OVERFLOWS = 20  # float16 steps in a row with an infinite gradient before th
 @dataclass
 class TrainConfig:
     # Run
-    out_dir: str | None = None  # checkpoints, log.jsonl; None: out/ and the names of the configs
+    out_dir: str | None = None  # checkpoints, log; None: out/ and the names of configs and --model
     model: str = "model"  # the model file, without .py
     dataset: str = "fineweb"  # folder of data/, made by prepare_data.py
     init_from: str = "scratch"  # scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a directory
@@ -83,7 +83,7 @@ class TrainConfig:
     batch_size: int = 16  # sequences per forward pass and process
     total_batch_size: int = 2**19  # tokens per optimizer step, over all processes and micro-steps
     max_steps: int = 19_073  # optimizer steps: 10 billion tokens
-    # Optimizer: AdamW, weight decay on matrices only
+    # Optimizer: AdamW, weight decay on matrices (embeddings included) only
     learning_rate: float = 6e-4  # peak, after the warmup
     min_lr: float = 6e-5  # at the end of the schedule
     warmup_steps: int = 700  # steps of linear increase from 0
@@ -268,6 +268,7 @@ def find_checkpoint_to_resume(config, out_dir):
     if config.overwrite or not checkpoints:
         return None, None
     stored = checkpoint.read_config(checkpoints[-1])
+    # scratch is the default: it does not ask for other weights than those of the run.
     is_other = config.init_from not in ("scratch", stored["options"]["init_from"])
     if config.eval_only and is_other:
         return None, None  # as in --eval_only=True --init_from=gpt2, where out_dir has a run
@@ -287,9 +288,9 @@ def setup(config, options, argv, group):
 
     options   the model options of the command line and the config files
 
-    Returns a Run. Writes nothing, except that a run without torchrun prepares a small dataset if it
-    is missing. Rank 0 initializes or reads the weights, on its CPU, and the other ranks receive
-    them, so that one process, DDP and FSDP start with the same bits.
+    Returns a Run. Writes nothing, except that a run without torchrun prepares a missing dataset if
+    it is one of prepare_data.SMALL_DATASETS. Rank 0 initializes or reads the weights, on its CPU,
+    and the other ranks receive them, so that one process, DDP and FSDP start with the same bits.
     """
     module = model_module(config.model)
     out_dir = Path(config.out_dir or default_out_dir(argv))
@@ -308,6 +309,7 @@ def setup(config, options, argv, group):
             except ValueError as error:
                 raise UserError(str(error)) from error
         folder, meta = open_dataset(config.dataset, prepare_missing=not group.launched)
+        # info["options"] are train.py's own; the model's go into info["model_config"] below.
         resolved = {"out_dir": str(out_dir), "dtype": str(dtype).removeprefix("torch.")}
         info = {"options": asdict(config) | resolved, "meta": meta}
         if group.rank == 0:
@@ -482,6 +484,7 @@ def train_step(run):
     run.scaler.unscale_(run.optimizer)
     parameters = list(run.model.parameters())
     gradients = [p.grad for p in parameters if p.grad is not None]
+    # Under FSDP the norm is a DTensor; its full tensor is the norm over all shards.
     grad_norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
     loss_value, grad_norm_value = torch.stack([loss, grad_norm]).tolist()  # waits for the device
     loss_value = group.all_reduce([loss_value])[0] / group.world_size
@@ -756,7 +759,7 @@ def main(argv):
             argv,
             __doc__,
             model_config=lambda config: model_module(config.model).GPTConfig,
-            hint=models_with_option,  # names the models that have an unknown option
+            hint=models_with_option,  # names the models that have an option that this one lacks
         )
         check_range(config, 1, "dist_timeout")
         if config.dist_timeout > MAX_TIMEOUT:
@@ -784,6 +787,7 @@ def main(argv):
 
 def explain_error(error, config, run, world_size):
     """Return a UserError for an error of torch that the options can cure, else None."""
+    # Without FSDP, compile_forward trains uncompiled by itself.
     if config.fsdp and isinstance(error, TorchDynamoException):
         name = type(error).__name__
         return UserError(f"torch.compile failed ({name}): --compile=False trains without it")

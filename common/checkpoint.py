@@ -47,7 +47,8 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 # Options that may differ when a run is resumed: they say at which steps something is saved or
 # printed, or how the same global batch is computed. The results stay equal up to rounding, with two
 # exceptions: max_steps stretches the learning rate schedule, and with dropout > 0 the masks depend
-# on the rank and on batch_size. dtype may not differ: a run keeps the one that "auto" chose first.
+# on the rank and on batch_size. dtype may not differ: if "auto" would now choose another one, pass
+# the first one by --dtype.
 RESUMABLE_CHANGES = {
     "out_dir",
     "overwrite",
@@ -74,7 +75,8 @@ RESUMABLE_CHANGES = {
 def save_checkpoint(out_dir, model, optimizer, config, keep, group):
     """Collective. Save the checkpoint of config["step"] unless it exists; prune older ones.
 
-    Each rank writes its own shards; no rank gathers the full model.
+    Each rank writes its own shards; no rank gathers the full model. What several ranks hold, as
+    under DDP, is written once.
 
     config   what config.json says about the run: a dict with "step", "metrics" and more
     keep     how many of the last checkpoints to keep, besides the best
