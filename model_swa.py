@@ -153,12 +153,10 @@ class CausalSelfAttention(nn.Module):
         query 3     . x x x .
         query 4     . . x x x      x: attends to
         """
-        T, S, W = q.size(2), k.size(2), self.window
-        dropout = self.dropout if self.training else 0.0
+        T = q.size(2)
         if T == 1:  # decode: one query, which attends to all keys
+            dropout = self.dropout if self.training else 0.0
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        if T == S <= W:  # SWA: no window cuts anything off
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         if T > MAX_DENSE_QUERIES:  # SWA
             return self.attend_blocks(q, k, v)
         return self.attend_dense(q, k, v)  # SWA
@@ -166,8 +164,10 @@ class CausalSelfAttention(nn.Module):
     def attend_dense(self, q, k, v):
         """SWA: compute all T x S scores, and mask those outside of the windows."""
         T, S, W = q.size(2), k.size(2), self.window
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).triu(S - T - W + 1)
         dropout = self.dropout if self.training else 0.0
+        if T == S <= W:  # no window cuts anything off
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).triu(S - T - W + 1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
     def attend_blocks(self, q, k, v):
@@ -175,7 +175,7 @@ class CausalSelfAttention(nn.Module):
 
         The last n * size queries form n blocks. A block attends to its own keys and to those of the
         m blocks before it, into which its windows reach. The T - n * size queries before the n
-        blocks go through attend. (If that comes back here, n is 0, which ends in attend_dense.)
+        blocks, if any, go through attend_dense.
         """
         B, H, T, D = q.shape
         S, W = k.size(2), self.window
@@ -186,7 +186,7 @@ class CausalSelfAttention(nn.Module):
             return self.attend_dense(q, k, v)
         S_before, T_before = S - n * size, T - n * size  # T_before may be 0
         k_before, v_before = k[:, :, :S_before], v[:, :, :S_before]
-        y_before = self.attend(q[:, :, :T_before], k_before, v_before)
+        y_before = self.attend_dense(q[:, :, :T_before], k_before, v_before)
         q = q[:, :, T_before:].unflatten(2, (n, size)).flatten(0, 1)  # (BH, n, size, D)
         k = with_earlier_blocks(k, n, m, size)  # (BH, n, (m + 1) size, D)
         v = with_earlier_blocks(v, n, m, size)

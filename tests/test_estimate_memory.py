@@ -79,11 +79,11 @@ def kept_bytes(model, batch_size, dtype, autocast):
 
 
 def live_bytes():
-    """Return the bytes of all live CPU tensors, each storage once. A DTensor has no storage."""
+    """Return the bytes of all live CPU tensors, each storage once."""
     gc.collect()
     storages = {}
     for tensor in gc.get_objects():
-        if not issubclass(type(tensor), torch.Tensor) or isinstance(tensor, DTensor):
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # a subclass has no storage
             continue
         if tensor.device.type == "cpu":
             storage = tensor.untyped_storage()

@@ -183,7 +183,9 @@ def window_numel(module, shape, B, T):
     if T <= module.MAX_DENSE_QUERIES or n < 1:
         return T * T  # one mask over all pairs
     T_before = T - n * size  # the queries before the blocks
-    total = T_before * T_before + size * (m + 1) * size  # a mask for them, and one for all blocks
+    total = size * (m + 1) * size  # one mask for all blocks
+    if T_before > W:
+        total += T_before * T_before  # a mask for the queries before; else is_causal needs none
     total += 2 * B * n * (m + 1) * size * C  # k and v: each block's, with those of m blocks before
     if not hasattr(shape, "rope_theta"):
         total += B * T * C  # the outputs of all blocks, joined: the copy that RoPE makes anyway
