@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import test_resume
 from conftest import read_log, write_tiny
 from test_distributed import (
     ROOT,
@@ -17,6 +16,7 @@ from test_distributed import (
     command,
     finish,
     launch,
+    losses,
     same_weights,
     start,
     torchrun,
@@ -34,10 +34,6 @@ def folder(tmp_path_factory):
     write_tiny(Path())
     yield
     os.chdir(before)
-
-
-def losses(name):
-    return test_resume.losses(Path(f"out/{name}-model"))
 
 
 @pytest.fixture(scope="module")

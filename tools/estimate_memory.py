@@ -211,7 +211,7 @@ def block_bytes(module, shape, block, B, T, itemsize, stream_itemsize):
             per_token += stream_itemsize * (C + 2)
         if isinstance(layer, nn.Linear):
             per_token += itemsize * layer.in_features  # its input
-            is_residual = name.endswith("c_proj")  # adding to the stream keeps nothing
+            is_residual = name.endswith("c_proj")  # the residual addition keeps nothing
             if not is_residual and not name.startswith("attn."):
                 per_token += itemsize * layer.out_features  # GELU's input
             if is_residual and shape.dropout > 0:
