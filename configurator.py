@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import runpy
 import sys
@@ -26,6 +27,8 @@ from pathlib import Path
 
 from common.errors import UserError
 
+PATHS = ("init_from", "input", "out", "out_dir")  # options in which ~ is the home directory
+FREE_TEXT = ("prompt", "stop")  # options that may hold any characters
 KV_HEADS = "use --n_kv_head, of model_gqa and model_rope_gqa_swa"
 WINDOW = "use --window, of model_swa and model_rope_gqa_swa"
 STEP_TOKENS = "use --total_batch_size, in tokens; the number of micro-steps follows from it"
@@ -148,7 +151,7 @@ def configure_with_model(options, argv, doc, model_config, hint, positional=None
     return config, chosen
 
 
-def check_range(config, low, *names):
+def check_minimum(config, low, *names):
     """Raise UserError if one of these options is below `low`, not finite, or beyond 64 bits."""
     for name in names:
         value = getattr(config, name)
@@ -257,6 +260,11 @@ def _suggest(name, known, hint):
 
 def _convert(name, kind, value):
     """Return the value as one of the types of `kind`, or raise UserError."""
+    if isinstance(value, str) and name not in FREE_TEXT:
+        if re.search("[\0\ud800-\udfff]", value):  # Python reads undecodable bytes as surrogates
+            raise UserError(f"{name}={value!r} has a NUL character or bytes that are not UTF-8")
+    if isinstance(value, str) and name in PATHS and value.startswith("~"):
+        value = type(value)(os.path.expanduser(value))  # the shell leaves --out_dir=~/x alone
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if type(None) in kinds and (value is None or value == "None"):
         return None

@@ -151,7 +151,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict()  # for the prefix "transformer." of parameter names
+        self.transformer = nn.ModuleDict()  # so that names begin with "transformer."
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -213,8 +213,8 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """Return the FLOPs per token of a forward and backward pass over sequences of T tokens.
 
-        6 per weight of a matrix product, and 12 * head_dim per head and attended key, of which a
-        token has (T + 1) / 2 on average. "PaLM" (Chowdhery et al. 2022, appendix B) counts T keys.
+        6 per weight of a matrix product, and 12 * n_embd per layer and attended key. A token
+        attends to (T + 1) / 2 keys on average. (The MFU that train.py prints counts T, as PaLM's.)
         """
         config = self.config
         # wte counts, as the output head; wpe is only looked up

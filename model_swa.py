@@ -16,11 +16,13 @@ receptive field of L layers is L (window - 1) tokens into the past.
       5          x x x           the block before it.         to softmax(QK^T) V.
 
 A mask alone would save nothing: all T^2 scores are computed before it applies. (Without a mask,
-is_causal=True can skip the later keys: T (T + 1) / 2 scores.) For windows of 64 to 256, blocks
-compute about twice as many scores as needed; for a window of 5, 25 times as many. With T = 1024 and
-window = 256, 229,504 scores are needed. Blocks compute at most 458,752 (256 x 256 for the queries
-before three blocks of 256 x 512), is_causal 524,800, and a mask 1,048,576. A block here is a block
-of queries, not a layer, and unrelated to block_size.
+is_causal=True can skip the later keys: T (T + 1) / 2 scores.) A block has as many queries as the
+window, but at least 64 and at most 256. For windows of 64 to 256, a query is therefore compared
+with at most 2 window keys, twice as many as needed; for a window of 5 with 128 keys, 25 times as
+many. With T = 1024 and window = 256, 229,504 scores are needed, a mask computes 1,048,576, and
+is_causal 524,800. Blocks compute 458,752 or fewer: the first 256 queries have no block before them
+(256 x 256, of which is_causal may skip half), then come three blocks of 256 x 512. A block here is
+a block of queries, not a layer, and unrelated to block_size.
 
 Differences from model.py, marked SWA: the cache is a ring buffer of `window` slots, however long
 the sequence; queries attend to their windows, in blocks if they are many; the count of FLOPs.
@@ -87,7 +89,7 @@ class KVCache:
         """
         B, T = k.size(0), k.size(2)
         end = self.pos + T
-        if end > self.max_len:
+        if end > self.max_len:  # SWA: there are min(window, max_len) slots, perhaps too few
             raise ValueError(
                 f"the cache has room for {self.max_len} tokens, not for {end}: "
                 f"make it with make_cache(batch_size, max_len={end})"
@@ -98,24 +100,24 @@ class KVCache:
             layer_k[:, :, self.pos % slots] = k[:, :, 0]
             layer_v[:, :, self.pos % slots] = v[:, :, 0]
             return layer_k[:B, :, :end], layer_v[:B, :, :end]  # end may exceed the slots
-        # SWA: the first new query needs the slots - 1 keys before it, in order of their positions
+        # SWA: the first new query needs the slots - 1 keys before it, in order of their positions.
         past = torch.arange(max(0, self.pos - slots + 1), self.pos, device=k.device) % slots
-        k = torch.cat([layer_k[:B, :, past], k], dim=2)
-        v = torch.cat([layer_v[:B, :, past], v], dim=2)
-        # Keep the last `slots` of them; the next token overwrites the oldest.
+        keys = torch.cat([layer_k[:B, :, past], k], dim=2)
+        values = torch.cat([layer_v[:B, :, past], v], dim=2)
+        # Store the last `slots` of them; those among them that are not new stay where they were.
         last = torch.arange(max(0, end - slots), end, device=k.device) % slots
-        layer_k[:, :, last] = k[:, :, -slots:]
-        layer_v[:, :, last] = v[:, :, -slots:]
-        return k, v
+        layer_k[:, :, last] = keys[:, :, -slots:]
+        layer_v[:, :, last] = values[:, :, -slots:]
+        return keys, values
 
 
 def with_earlier_blocks(x, n, m, size):
     """SWA: join each of the last n blocks of x (B, H, S, D) with the m blocks before it.
 
-    Returns (BH, n, (m + 1) size, D).
+    With blocks a b c, n = 2 and m = 1: (a b) and (b c). Returns (BH, n, (m + 1) size, D).
     """
     x = x[:, :, -(n + m) * size :].unflatten(2, (n + m, size)).flatten(0, 1)
-    shifted = [x[:, i : i + n] for i in range(m + 1)]  # the m-th block before, .., the block itself
+    shifted = [x[:, i : i + n] for i in range(m + 1)]  # (a b), then (b c)
     return torch.cat(shifted, dim=2)
 
 
@@ -174,24 +176,27 @@ class CausalSelfAttention(nn.Module):
         """SWA: compute attend_dense's result in O(T max(W, MIN_BLOCK)) time.
 
         The last n * size queries form n blocks. A block attends to its own keys and to those of the
-        m blocks before it, into which its windows reach. The T - n * size queries before the n
-        blocks, if any, go through attend_dense.
+        m blocks before it, into which its windows reach: all blocks have `size` queries at the end
+        of (m + 1) size keys, so one mask serves all. The T - n * size queries before the n blocks,
+        if any, go through attend_dense.
         """
         B, H, T, D = q.shape
         S, W = k.size(2), self.window
         size = min(max(W, MIN_BLOCK), MAX_BLOCK)
         m = (W - 1 + size - 1) // size  # (W - 1) / size, rounded up
-        n = min(T, S - m * size) // size
+        n = min(T, S - m * size) // size  # the first of the n blocks has m blocks of keys before it
         if n < 1:
             return self.attend_dense(q, k, v)
-        S_before, T_before = S - n * size, T - n * size  # T_before may be 0
+        T_before, S_before = T - n * size, S - n * size
+        q_blocks = q[:, :, T_before:].unflatten(2, (n, size)).flatten(0, 1)  # (BH, n, size, D)
+        k_blocks = with_earlier_blocks(k, n, m, size)  # (BH, n, (m + 1) size, D)
+        v_blocks = with_earlier_blocks(v, n, m, size)
+        y = self.attend_dense(q_blocks, k_blocks, v_blocks)  # blocks in the place of heads
+        y = y.reshape(B, H, n * size, D)
+        if T_before == 0:
+            return y
         k_before, v_before = k[:, :, :S_before], v[:, :, :S_before]
         y_before = self.attend_dense(q[:, :, :T_before], k_before, v_before)
-        q = q[:, :, T_before:].unflatten(2, (n, size)).flatten(0, 1)  # (BH, n, size, D)
-        k = with_earlier_blocks(k, n, m, size)  # (BH, n, (m + 1) size, D)
-        v = with_earlier_blocks(v, n, m, size)
-        y = self.attend_dense(q, k, v)  # (BH, n, size, D): blocks in the place of heads
-        y = y.reshape(B, H, n * size, D)
         return torch.cat([y_before, y], dim=2)
 
 
@@ -231,7 +236,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict()  # for the prefix "transformer." of parameter names
+        self.transformer = nn.ModuleDict()  # so that names begin with "transformer."
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -293,7 +298,7 @@ class GPT(nn.Module):
     def flops_per_token(self, T):
         """Return the FLOPs per token of a forward and backward pass over sequences of T tokens.
 
-        6 per weight of a matrix product, and 12 * head_dim per head and attended key.
+        6 per weight of a matrix product, and 12 * n_embd per layer and attended key.
         SWA: token i attends to min(i + 1, W) keys; their sum over T tokens is W T - W (W - 1) / 2.
         """
         config = self.config

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from common.download import download, file_sha256, hub_url
 from common.errors import UserError, program
-from common.files import write_json
+from common.files import fsync, lock, write_json
 from common.tokenizer import (
     EOT,
     NAMES,
@@ -139,7 +139,7 @@ def _documents(path, stream, field):
 
 
 def _text_pieces(path, stream):
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # without a byte order mark
     text, read, block = "", 0, True
     while block:
         block = stream.read(PIECE_BYTES)
@@ -179,7 +179,7 @@ def _jsonl_documents(path, stream, field):
             raise UserError(
                 f"{path}, line {number}: byte {error.start} of it is not UTF-8 ({error.reason})"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f'{path}, line {number}: no JSON object with the field "{field}" '
                 f"({type(error).__name__}); --field names another"
@@ -264,7 +264,6 @@ def prepare_text(folder, tokenizer_name, paths, field, val_fraction, source):
         raise UserError(
             f"{tokenizer.n_vocab} different characters do not fit in uint16: use --tokenizer=byte"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     parts = {split: folder / f"{split}.bin.part" for split in ("train", "val")}
     try:
         with open(parts["train"], "w+b") as train, open(parts["val"], "wb") as val:
@@ -283,17 +282,17 @@ def prepare_text(folder, tokenizer_name, paths, field, val_fraction, source):
             train.truncate(2 * n_train)
         meta |= {"vocab_size": tokenizer.n_vocab, "source": source, "val_fraction": val_fraction}
         for split, part in parts.items():
+            fsync(part)
             meta[split] = describe_bin(part, tokenizer)
         # Without train.bin the folder is not a dataset: it goes first and comes back last.
         (folder / "train.bin").unlink(missing_ok=True)
         parts["val"].replace(folder / "val.bin")
         write_json(folder / "meta.json", meta)
         parts["train"].replace(folder / "train.bin")
+        fsync(folder)
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the folder is empty only if nothing was made
-            folder.rmdir()
     return meta
 
 
@@ -307,10 +306,12 @@ def prepare_fineweb(folder, shards, overwrite):
     """
     if not 1 <= shards <= FINEWEB_SHARDS:
         raise UserError(f"shards={shards} must be from 1 to {FINEWEB_SHARDS}")
+    meta = {}
     if (folder / "meta.json").exists() and not overwrite:
         meta = read_meta(folder)
-    else:
-        (folder / "meta.json").unlink(missing_ok=True)
+    is_begun = has_dataset(folder) or meta.get("shards") == 0
+    if meta.get("source") != "fineweb" or not is_begun:
+        (folder / "train.bin").unlink(missing_ok=True)
         val_tokens = append_shard("fineweb_val_000000.bin", folder / "val.bin", 0)
         meta = {
             "tokenizer": "gpt2",
@@ -320,6 +321,7 @@ def prepare_fineweb(folder, shards, overwrite):
             "train": {"tokens": 0},
             "val": {"tokens": val_tokens},
         }
+        write_json(folder / "meta.json", meta)
     if meta["shards"] > shards:
         raise UserError(
             f"{folder} has {meta['shards']} shards already, more than --shards={shards}"
@@ -366,6 +368,7 @@ def append_shard(name, bin_path, tokens_before):
         bin_file.truncate(2 * tokens_before)  # an interrupted call may have added more
         file.seek(4 * SHARD_HEADER)
         shutil.copyfileobj(file, bin_file)
+    fsync(bin_path)
     shard.unlink()
     return tokens_before + header[2]
 
@@ -403,8 +406,13 @@ def input_files(pattern):
     raise UserError(message)
 
 
-def prepare(config, root="data"):
-    """Make the dataset that a PrepareConfig describes in root/NAME; return its meta.json."""
+def prepare(config, root="data", only_missing=False):
+    """Make the dataset that a PrepareConfig describes in root/NAME; return its meta.json.
+
+    only_missing   use a complete dataset of that name as it is
+
+    Waits for another process that prepares the same dataset, and uses what it has made.
+    """
     if not re.fullmatch(r"\w[\w.-]*", config.name):
         raise UserError(
             f"name a dataset: {', '.join(DATASETS)}, or one of your own with --input (--help "
@@ -414,26 +422,11 @@ def prepare(config, root="data"):
         raise UserError(
             f"{config.name} is not one of {', '.join(DATASETS)}: --input='FILES' names its text"
         )
-    folder, source = Path(root, config.name), config.input or config.name
-    if (folder / "meta.json").exists() and not config.overwrite:
-        before = read_meta(folder).get("source")
-        if before != source:
-            raise UserError(
-                f"{folder} was made from {before}: choose another name, or replace it with "
-                "--overwrite=True"
-            )
-    if config.name == "fineweb" and not config.input:
-        if config.tokenizer not in (None, "gpt2") or config.val_fraction is not None:
-            raise UserError(
-                "fineweb is tokenized for gpt2 and split already: --tokenizer and --val_fraction "
-                "do not apply"
-            )
-        return prepare_fineweb(folder, config.shards, config.overwrite)
-    has_foreign_bins = (folder / "train.bin").exists() and not (folder / "meta.json").exists()
-    if has_foreign_bins and not config.overwrite:
+    is_fineweb = config.name == "fineweb" and not config.input
+    if is_fineweb and (config.tokenizer not in (None, "gpt2") or config.val_fraction is not None):
         raise UserError(
-            f"{folder} has bins that this program did not make: choose another name, or replace "
-            "them with --overwrite=True"
+            "fineweb is tokenized for gpt2 and split already: --tokenizer and --val_fraction do "
+            "not apply"
         )
     tokenizer, val_fraction, _ = DATASETS.get(config.name, YOUR_OWN)
     tokenizer = config.tokenizer or tokenizer
@@ -443,8 +436,47 @@ def prepare(config, root="data"):
         raise UserError(f"tokenizer={tokenizer} must be one of {', '.join(NAMES)}")
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction} must be above 0 and below 1")
-    paths = source_files(config, root)
-    return prepare_text(folder, tokenizer, paths, config.field, val_fraction, source)
+
+    folder, source = Path(root, config.name), config.input or config.name
+    made = {"source": source, "tokenizer": tokenizer, "val_fraction": val_fraction}
+    waited = False
+
+    def report_wait():
+        nonlocal waited
+        waited = True
+        print(f"waiting for another process that prepares {folder}", file=sys.stderr, flush=True)
+
+    with lock(folder / ".lock", on_busy=report_wait):
+        if has_dataset(folder) and not config.overwrite:
+            if not only_missing:
+                check_replaceable(folder, source)
+            meta = read_meta(folder)
+            if only_missing or (waited and made.items() <= meta.items()):
+                return meta
+        if is_fineweb:
+            return prepare_fineweb(folder, config.shards, config.overwrite)
+        paths = source_files(config, root)
+        return prepare_text(folder, tokenizer, paths, config.field, val_fraction, source)
+
+
+def has_dataset(folder):
+    """Return whether a folder has a dataset. train.bin is its last file to be written."""
+    return (folder / "train.bin").exists()
+
+
+def check_replaceable(folder, source):
+    """Raise UserError if the dataset in a folder was not made from `source` by this program."""
+    if not (folder / "meta.json").exists():
+        raise UserError(
+            f"{folder} has bins that this program did not make: choose another name, or replace "
+            "them with --overwrite=True"
+        )
+    before = read_meta(folder).get("source")
+    if before != source:
+        raise UserError(
+            f"{folder} was made from {before}: choose another name, or replace it with "
+            "--overwrite=True"
+        )
 
 
 def source_files(config, root):
@@ -465,8 +497,7 @@ def open_dataset(name, prepare_missing=True):
     prepare_missing   False under torchrun: one process must prepare it before
     """
     folder = Path("data", name)
-    exists = (folder / "meta.json").exists() or (folder / "train.bin").exists()
-    if exists:
+    if has_dataset(folder):
         return folder, read_meta(folder)
     if name == "fineweb":
         raise UserError(
@@ -482,8 +513,7 @@ def open_dataset(name, prepare_missing=True):
             f"no {folder}: python prepare_data.py {name} makes it; run it before torchrun"
         )
     print(f"preparing {folder}", flush=True)
-    prepare(PrepareConfig(name=name))
-    return folder, read_meta(folder)
+    return folder, prepare(PrepareConfig(name=name), only_missing=True)
 
 
 def verify(folder):

@@ -10,10 +10,13 @@ else to stderr. A single sample is printed while it is generated.
 
 import codecs
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
 
+if __name__ == "__main__":  # see train.py
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 
 import torch
@@ -22,7 +25,7 @@ from common.device import is_out_of_memory, keep_freed_memory, pick_device, pick
 from common.errors import UserError, program
 from common.pretrained import load_model
 from common.tokenizer import encode, get_tokenizer
-from configurator import check_range, configure
+from configurator import check_minimum, configure
 
 
 @dataclass
@@ -68,6 +71,7 @@ def keep_nucleus(logits, top_p):
     probabilities, ids = logits.softmax(dim=-1).sort(descending=True)
     before = probabilities.cumsum(dim=-1) - probabilities  # total of the more likely tokens
     removed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, before >= top_p)
+    removed.scatter_(1, ids[:, :1], False)  # keep the most likely token, however small top_p
     return logits.masked_fill(removed, -torch.inf)
 
 
@@ -167,8 +171,8 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, **sampling):
 
 def check_config(config):
     """Raise UserError for options that make no sense."""
-    check_range(config, 1, "num_samples", "max_new_tokens", "top_k")
-    check_range(config, 0, "temperature", "seed")
+    check_minimum(config, 1, "num_samples", "max_new_tokens", "top_k")
+    check_minimum(config, 0, "temperature", "seed")
     if config.top_p is not None and not 0 < config.top_p <= 1:
         raise UserError(f"top_p={config.top_p} must be above 0 and at most 1")
     if config.stop == "":

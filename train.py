@@ -28,6 +28,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported ends the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 # OpenMP threads that busy-wait slow down everything else on their core, and each other, up to a
 # hundredfold; a short spin costs nothing. OpenMP reads this variable when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -59,10 +62,10 @@ from common.distributed import (
     wrap_ddp,
 )
 from common.errors import UserError, program
-from common.models import model_module, models_with_option
+from common.models import make_config, model_module, models_with_option
 from common.optimizer import learning_rate, make_optimizer
 from common.pretrained import load_model
-from configurator import check_range, configure_with_model
+from configurator import check_minimum, configure_with_model
 from prepare_data import open_dataset
 
 MAX_TIMEOUT = 10**7  # seconds, four months
@@ -96,7 +99,7 @@ class TrainConfig:
     eval_interval: int = 250  # steps between evaluations
     eval_tokens: int = 2**20  # validation tokens, rounded up to whole sequences
     log_interval: int = 10  # steps between lines on the console
-    checkpoint_interval: int = 1000  # steps; a better validation loss is saved at once, too
+    checkpoint_interval: int = 1000  # steps between checkpoints; each new best loss is saved, too
     keep_checkpoints: int = 2  # the last ones; the best is kept besides
     # Device
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -106,7 +109,7 @@ class TrainConfig:
     deterministic: bool = False  # the same bits on CUDA too; slower
     # Several processes, started by torchrun
     fsdp: bool = False  # shard parameters, gradients and optimizer state (FSDP) instead of DDP
-    shard_degree: int = 0  # ranks that share one copy of the model, with fsdp; 0: all of them
+    shard_degree: int = 0  # ranks over which a copy of the model is sharded, with fsdp; 0: all
     dist_timeout: int = 600  # seconds that a rank waits for the others
 
 
@@ -149,7 +152,7 @@ class Run:
 
     config: TrainConfig
     out_dir: Path
-    info: dict  # what checkpoints record of the run: options, model_config, data, meta
+    record: dict  # for checkpoints: options, model_config, data (sizes, hash), meta (meta.json)
     group: ProcessGroup
     device: torch.device
     dtype: torch.dtype  # of the computation; weights and optimizer state are float32
@@ -166,18 +169,18 @@ class Run:
     overflows: int = 0  # float16 steps in a row with an infinite gradient
 
     def autocast(self):
-        """Compute in the run's dtype. Under FSDP the gathered parameters have that dtype."""
+        """Compute in the run's dtype. FSDP needs no autocast: it gathers parameters in it."""
         enabled = self.dtype != torch.float32 and not self.config.fsdp
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
 
 def check_config(config, group):
     """Raise UserError for options that make no sense, for this number of ranks."""
-    check_range(config, 1, "batch_size", "total_batch_size", "max_steps")
-    check_range(config, 1, "eval_interval", "eval_tokens", "log_interval")
-    check_range(config, 1, "checkpoint_interval", "keep_checkpoints")
-    check_range(config, 0, "seed", "learning_rate", "min_lr", "warmup_steps")
-    check_range(config, 0, "weight_decay", "grad_clip", "shard_degree")
+    check_minimum(config, 1, "batch_size", "total_batch_size", "max_steps")
+    check_minimum(config, 1, "eval_interval", "eval_tokens", "log_interval")
+    check_minimum(config, 1, "checkpoint_interval", "keep_checkpoints")
+    check_minimum(config, 0, "seed", "learning_rate", "min_lr", "warmup_steps")
+    check_minimum(config, 0, "weight_decay", "grad_clip", "shard_degree")
     if config.min_lr > config.learning_rate:
         raise UserError(
             f"min_lr={config.min_lr} must not exceed learning_rate={config.learning_rate}"
@@ -232,18 +235,21 @@ def check_batch(config, block_size, world_size):
     )
 
 
-def initial_model(config, module, options, meta):
-    """Return the model of a new run, on the CPU: initialized, or with loaded weights."""
+def initial_model(config, module, model_options, meta):
+    """Return the model of a new run, on the CPU: initialized, or with loaded weights.
+
+    meta   the dataset's meta.json: tokenizer, vocab_size, and more
+    """
     data_vocab_size = meta["vocab_size"]
-    if options.get("vocab_size", data_vocab_size) < data_vocab_size:
+    if model_options.get("vocab_size", data_vocab_size) < data_vocab_size:
         raise UserError(
-            f"vocab_size={options['vocab_size']} is below the {data_vocab_size} of "
+            f"vocab_size={model_options['vocab_size']} is below the {data_vocab_size} of "
             f"data/{config.dataset}"
         )
     if config.init_from == "scratch":
         torch.manual_seed(config.seed)
-        return module.GPT(module.GPTConfig(**scratch_options(options, meta)))
-    model, source_meta = load_model(config.init_from, config.model, options)
+        return module.GPT(make_config(module, scratch_options(model_options, meta)))
+    model, source_meta = load_model(config.init_from, config.model, model_options)
     if source_meta["tokenizer"] != meta["tokenizer"]:
         raise UserError(
             f"{config.init_from} was trained with the tokenizer {source_meta['tokenizer']}, "
@@ -257,44 +263,47 @@ def initial_model(config, module, options, meta):
     return model
 
 
-def scratch_options(options, meta):
+def scratch_options(model_options, meta):
     """Return the model options of a run from scratch; the vocabulary is by default the data's."""
-    return {"vocab_size": meta["vocab_size"]} | options
+    return {"vocab_size": meta["vocab_size"]} | model_options
 
 
 def find_checkpoint_to_resume(config, out_dir):
-    """Return the path and the config.json of the checkpoint to resume from, or (None, None)."""
-    checkpoints = checkpoint.list_checkpoints(out_dir)
-    if config.overwrite or not checkpoints:
+    """Return the path and the record of the checkpoint to resume from, or (None, None)."""
+    if config.overwrite:
         return None, None
-    stored = checkpoint.read_config(checkpoints[-1])
-    # scratch is the default: it does not ask for other weights than those of the run.
-    is_other = config.init_from not in ("scratch", stored["options"]["init_from"])
-    if config.eval_only and is_other:
-        return None, None  # as in --eval_only=True --init_from=gpt2, where out_dir has a run
-    return checkpoints[-1], stored
+    path, stored = checkpoint.checkpoint_to_resume(out_dir, rename_damaged=not config.eval_only)
+    if config.eval_only and stored is not None:
+        # --init_from=gpt2 evaluates GPT-2, also if out_dir has a run. The default, scratch, does
+        # not ask for untrained weights: it evaluates the run.
+        if config.init_from not in ("scratch", stored["options"]["init_from"]):
+            return None, None
+    return path, stored
 
 
-def resumed_model_config(config, module, options, meta, stored):
-    """Return the model config that the options ask for, to be compared with the stored one."""
+def resumed_model_config(config, module, model_options, meta, stored):
+    """Return the model config that the options ask for; it must equal the stored one."""
     if config.init_from == "scratch":
-        return asdict(module.GPTConfig(**scratch_options(options, meta)))
-    # Options that are not given were taken from init_from's weights when the run began.
-    return stored["model_config"] | options
+        return asdict(make_config(module, scratch_options(model_options, meta)))
+    # Model options that are not given were taken from init_from's weights when the run began.
+    return stored["model_config"] | model_options
 
 
-def setup(config, options, argv, group):
+def setup(config, model_options, argv, group, stack):
     """Prepare everything before the loop: data, model, optimizer, and the state to resume from.
 
-    options   the model options of the command line and the config files
+    model_options   those of the command line and the config files
+    stack           ExitStack that holds the lock on out_dir until the program ends
 
-    Returns a Run. Writes nothing, except that a run without torchrun prepares a missing dataset if
-    it is one of prepare_data.SMALL_DATASETS. Rank 0 initializes or reads the weights, on its CPU,
-    and the other ranks receive them, so that one process, DDP and FSDP start with the same bits.
+    Returns a Run. A run without torchrun prepares a missing dataset if it is one of
+    prepare_data.SMALL_DATASETS. In out_dir only what an interrupted run left unfinished or damaged
+    is removed or renamed, and with eval_only nothing. Rank 0 initializes or reads the weights, on
+    its CPU, and the other ranks receive them, so that one process, DDP and FSDP start with the same
+    bits.
     """
     module = model_module(config.model)
     out_dir = Path(config.out_dir or default_out_dir(argv))
-    path, stored = None, None  # the checkpoint to resume from, and its config.json
+    path, stored = None, None  # the checkpoint to resume from, and its record
     model_config = None
     weights = None  # of a new run, on rank 0 only
     with group.exit_together():
@@ -304,29 +313,29 @@ def setup(config, options, argv, group):
         if config.fsdp and dtype == torch.float16:
             raise UserError("dtype=float16 does not work with fsdp=True: use bfloat16 or float32")
         if config.init_from == "scratch":
-            try:
-                module.GPTConfig(**options)  # check the numbers before anything that takes long
-            except ValueError as error:
-                raise UserError(str(error)) from error
+            make_config(module, model_options)  # check it before what takes long
         folder, meta = open_dataset(config.dataset, prepare_missing=not group.launched)
-        # info["options"] are train.py's own; the model's go into info["model_config"] below.
+        # record["options"] are train.py's own; the model's go into record["model_config"] below.
         resolved = {"out_dir": str(out_dir), "dtype": str(dtype).removeprefix("torch.")}
-        info = {"options": asdict(config) | resolved, "meta": meta}
+        record = {"options": asdict(config) | resolved, "meta": meta}
+        if group.rank == 0 and not config.eval_only:
+            stack.enter_context(checkpoint.lock_run(out_dir))
+            checkpoint.remove_unfinished(out_dir)
         if group.rank == 0:
             path, stored = find_checkpoint_to_resume(config, out_dir)
             if stored is None:
-                new_model = initial_model(config, module, options, meta)
+                new_model = initial_model(config, module, model_options, meta)
                 model_config, weights = asdict(new_model.config), new_model.state_dict()
             else:
-                model_config = resumed_model_config(config, module, options, meta, stored)
-                now = info | {"model_config": model_config}
+                model_config = resumed_model_config(config, module, model_options, meta, stored)
+                now = record | {"model_config": model_config}
                 checkpoint.check_same_options(now, stored, out_dir)
     path, stored, model_config = group.broadcast((path, stored, model_config))
 
     with group.exit_together():
         # No memory yet: under FSDP a device may have room for its shard only.
         with torch.device("meta"):
-            model = module.GPT(module.GPTConfig(**model_config))
+            model = module.GPT(make_config(module, model_config))
         loader = Loader(folder, model.config.block_size, model.config.vocab_size, config.seed)
         tokens = [loader.n_train, loader.n_val]
         data = {"tokens": tokens, "sha256": meta.get("train", {}).get("sha256")}
@@ -335,17 +344,17 @@ def setup(config, options, argv, group):
         if stored is not None:
             checkpoint.check_same_data(data, stored, out_dir)
     # End the run if the ranks were started with different options or data.
-    group.check_equal(info["options"] | options | {"data": data})
+    group.check_equal(record["options"] | model_options | {"data": data})
 
     set_float32_precision(device, config.deterministic)
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
-    prepare_blocks(model, config, group, device, dtype)
+    prepare_blocks(model, config, group, device, dtype)  # with fsdp, shards the model
     if stored is None:
-        load_initial_weights(model, weights, group, device)
+        load_initial_weights(model, weights, group, device)  # allocates; sends rank 0's weights
     else:
-        model.to_empty(device=device)  # load_checkpoint fills it below
+        model.to_empty(device=device)  # load_checkpoint fills it below, also inside DDP
     wrapped = wrap_ddp(model, device) if group.launched and not config.fsdp else model
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -354,11 +363,11 @@ def setup(config, options, argv, group):
         checkpoint.load_checkpoint(path, model, optimizer)
         scaler.load_state_dict(stored["scaler"])
         step, metrics = stored["step"], stored["metrics"]
-        best_loss = group.broadcast(checkpoint.best_loss(out_dir))
+        _, best_loss = group.broadcast(checkpoint.best_checkpoint(out_dir))
     return Run(
         config=config,
         out_dir=out_dir,
-        info=info | {"model_config": model_config, "data": data},
+        record=record | {"model_config": model_config, "data": data},
         group=group,
         device=device,
         dtype=dtype,
@@ -375,7 +384,7 @@ def setup(config, options, argv, group):
 
 
 def prepare_blocks(model, config, group, device, dtype):
-    """Apply activation checkpointing, compilation and sharding to a model on the meta device.
+    """Apply activation checkpointing and, with FSDP, compilation and sharding; in place.
 
     Without FSDP the model is compiled as a whole, later, by compile_forward.
     """
@@ -411,7 +420,7 @@ def print_compiling(group):
 
 
 def compile_forward(run):
-    """Collective. Compile the forward and backward pass; train uncompiled if that fails."""
+    """Collective. Compile the forward and backward pass; if that fails, leave it uncompiled."""
     print_compiling(run.group)
     compiled = torch.compile(run.wrapped)  # checkpoints use run.model, whose names stay plain
     x, y = run.loader.train_batch(0, run.config.batch_size)
@@ -583,10 +592,11 @@ def train_loop(run):
             checkpoint.truncate_log(run.out_dir, run.step)
 
     while True:
-        is_last = run.step >= config.max_steps
+        is_last = run.step == config.max_steps
 
-        # Log every step; once in a while evaluate and save. A resumed run has its validation loss
-        # already if the step of its checkpoint was evaluated.
+        # First finish the step before, or the one resumed from: log it (truncate_log has removed
+        # its line from an earlier log), and once in a while evaluate and save. A resumed run has
+        # its validation loss already if the step of its checkpoint was evaluated.
         if (run.step % config.eval_interval == 0 or is_last) and "val_loss" not in run.metrics:
             val_loss = evaluate(run)
             if val_loss is not None:
@@ -672,7 +682,7 @@ def save(run):
         run.out_dir,
         run.model,
         run.optimizer,
-        config=run.info | state,
+        record=run.record | state,
         keep=run.config.keep_checkpoints,
         group=run.group,
     )
@@ -697,31 +707,35 @@ def train(run):
         val_loss = evaluate(run)
         run.group.print("stopped" if val_loss is None else describe_loss(val_loss, run.loader.meta))
         return
-    if run.step >= run.config.max_steps and "val_loss" in run.metrics:
+    with run.group.exit_together():
+        if run.group.rank == 0 and run.config.overwrite:
+            checkpoint.remove_run(run.out_dir)
+        elif run.group.rank == 0:
+            checkpoint.prune_checkpoints(run.out_dir, run.config.keep_checkpoints)
+    if run.step > run.config.max_steps:
+        run.group.print(
+            f"{run.out_dir} is at step {run.step}, past max_steps={run.config.max_steps}: "
+            "nothing to do; a larger --max_steps continues the run"
+        )
+        return
+    if run.step == run.config.max_steps and "val_loss" in run.metrics:
         run.group.print(
             f"{run.out_dir} is finished, at step {run.step}: a larger --max_steps continues it"
         )
         return
-    with contextlib.ExitStack() as stack:
-        with run.group.exit_together():
-            if run.group.rank == 0:
-                run.out_dir.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(checkpoint.lock_run(run.out_dir))
-                if run.config.overwrite:
-                    checkpoint.remove_run(run.out_dir)
-        with run.group.exit_together():
-            if not run.out_dir.is_dir():
-                raise UserError(f"{run.out_dir} must be a directory that all machines share")
-        if uses_compile(run.config, run.device) and not run.config.fsdp:
-            compile_forward(run)
-        if run.wrapped is not run.model:
-            settle_ddp_buckets(run)
-        try:
-            train_loop(run)
-        except OSError:  # for example: stdout is a closed pipe
-            if run.group.world_size == 1:  # save is a collective; other ranks may be elsewhere
-                save(run)
-            raise
+    with run.group.exit_together():
+        if not run.out_dir.is_dir():
+            raise UserError(f"{run.out_dir} must be a directory that all machines share")
+    if uses_compile(run.config, run.device) and not run.config.fsdp:
+        compile_forward(run)
+    if run.wrapped is not run.model:
+        settle_ddp_buckets(run)
+    try:
+        train_loop(run)
+    except OSError:  # for example: stdout is a closed pipe
+        if run.group.world_size == 1:  # save is a collective; other ranks may be elsewhere
+            save(run)
+        raise
     if run.step < run.config.max_steps:
         run.group.print(
             f"stopped after step {run.step}: the same command, without --overwrite, resumes the run"
@@ -733,7 +747,7 @@ def train(run):
 def print_summary(run):
     config, loader = run.config, run.loader
     world_size = run.group.world_size
-    options = run.info["options"] | run.info["model_config"]
+    options = run.record["options"] | run.record["model_config"]
     run.group.print(" ".join(f"{name}={value}" for name, value in options.items()))
     n_parameters = sum(p.numel() for p in run.model.parameters())
     micro_steps = config.total_batch_size // (config.batch_size * loader.block_size * world_size)
@@ -752,16 +766,16 @@ def print_summary(run):
 
 @program  # prints a UserError as one line and exits with status 2
 def main(argv):
-    config = options = option_error = None
+    config = model_options = option_error = None
     try:
-        config, options = configure_with_model(
+        config, model_options = configure_with_model(
             TrainConfig,
             argv,
             __doc__,
             model_config=lambda config: model_module(config.model).GPTConfig,
-            hint=models_with_option,  # names the models that have an option that this one lacks
+            hint=models_with_option,  # for the error about an unknown option
         )
-        check_range(config, 1, "dist_timeout")
+        check_minimum(config, 1, "dist_timeout")
         if config.dist_timeout > MAX_TIMEOUT:
             raise UserError(f"dist_timeout={config.dist_timeout} must be at most {MAX_TIMEOUT}")
     except UserError as error:
@@ -775,9 +789,10 @@ def main(argv):
     keep_freed_memory()  # malloc keeps freed pages, which saves a quarter of a step on a CPU
     run = None
     try:
-        run = setup(config, options, argv, group)
-        with run.stop:
-            train(run)
+        with contextlib.ExitStack() as stack:
+            run = setup(config, model_options, argv, group, stack)
+            with run.stop:
+                train(run)
     except (RuntimeError, MemoryError) as error:
         user_error = explain_error(error, config, run, group.world_size)
         if user_error is None:
@@ -787,7 +802,7 @@ def main(argv):
 
 def explain_error(error, config, run, world_size):
     """Return a UserError for an error of torch that the options can cure, else None."""
-    # Without FSDP, compile_forward trains uncompiled by itself.
+    # Without FSDP, compile_forward has caught it, and the run goes on uncompiled.
     if config.fsdp and isinstance(error, TorchDynamoException):
         name = type(error).__name__
         return UserError(f"torch.compile failed ({name}): --compile=False trains without it")

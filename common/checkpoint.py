@@ -3,13 +3,15 @@
     out/run/step_00000120/
         shard-*.safetensors    model and optimizer state; each rank writes files of its own,
                                by torch.distributed.checkpoint
-        config.json            step, metrics, scaler, options, model_config, data, meta (which
-                               names the tokenizer); files: the size and CRC-32 of each shard;
-                               crc32: of the rest of config.json
-    out/run/best.json          names the checkpoint with the lowest validation loss
+        config.json            the record of the checkpoint: step, metrics, scaler, options,
+                               model_config, data, meta (which names the tokenizer); files: the
+                               size and CRC-32 of each shard; crc32: of the rest of config.json
 
 A checkpoint appears under its final name only when it is complete and on disk. Before it is used,
-its list of files, their sizes and their checksums are verified. Nothing in it is a pickle.
+its list of files, their sizes and their checksums are verified. Nothing in it is a pickle. The best
+checkpoint of a run is the one whose metrics have the lowest validation loss.
+
+docs/RELIABILITY.md says what holds after a crash, and which test shows it.
 """
 
 import contextlib
@@ -17,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -35,12 +38,34 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from common.errors import UserError
-from common.files import fsync_directory, write_json
+from common.errors import DamagedError, UserError
+from common.files import (
+    fsync,
+    lock,
+    parse_json,
+    read_json,
+    read_text,
+    remove_directory,
+    write_json,
+)
+from common.tokenizer import META_SHAPE
 
 CHECKPOINT_GLOB = "step_" + 8 * "[0-9]"  # of complete checkpoints
+DAMAGED_GLOB = CHECKPOINT_GLOB + ".damaged*"
 FILE_BYTES = 64e6  # size of a file, unless it holds a single, larger tensor
 LAST_PICKLE_COMMIT = "5e9f7b2"  # the last commit that reads checkpoints with a .metadata pickle
+# What config.json must hold; see common.files.parse_json.
+RECORD_SHAPE = {
+    "crc32": str,
+    "step": int,
+    "metrics": {"seconds": float, "val_loss?": float},
+    "scaler": dict,
+    "options": {"model": str, "init_from": str},
+    "model_config": dict,
+    "data": {"tokens": [int]},
+    "meta": META_SHAPE,
+    "files": {"*": {"size": int, "crc32": str}},
+}
 # One flat name per tensor, such as state.transformer.wte.weight.exp_avg.
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -72,22 +97,24 @@ RESUMABLE_CHANGES = {
 # Save -----------------------------------------------------------------------------------------
 
 
-def save_checkpoint(out_dir, model, optimizer, config, keep, group):
-    """Collective. Save the checkpoint of config["step"] unless it exists; prune older ones.
+def save_checkpoint(out_dir, model, optimizer, record, keep, group):
+    """Collective. Save the checkpoint of record["step"] unless it exists; prune older ones.
 
     Each rank writes its own shards; no rank gathers the full model. What several ranks hold, as
     under DDP, is written once.
 
-    config   what config.json says about the run: a dict with "step", "metrics" and more
+    record   what config.json says about the run: a dict with "step", "metrics" and more
     keep     how many of the last checkpoints to keep, besides the best
     """
-    final = Path(out_dir) / f"step_{config['step']:08d}"
+    final = Path(out_dir) / f"step_{record['step']:08d}"
     part = final.with_name(final.name + ".part")
+    log = Path(out_dir) / "log.jsonl"
     with group.exit_together():
-        if group.rank == 0:
-            _remove_unfinished(out_dir)
-            if not final.exists():
-                part.mkdir(parents=True)
+        if group.rank == 0 and log.exists():
+            fsync(log)  # a checkpoint on disk has its log on disk
+        if group.rank == 0 and not final.exists():
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
     is_new = group.broadcast(part.exists())  # rank 0 has made `part` if the checkpoint is new
     if is_new:
         _write_shards(part, model, optimizer, group)
@@ -95,18 +122,15 @@ def save_checkpoint(out_dir, model, optimizer, config, keep, group):
     with group.exit_together():
         if group.rank == 0:
             if is_new:
-                _publish(part, final, config | {"files": files})
-            _update_best(out_dir, final.name, config["metrics"])
+                _publish(part, final, record | {"files": files})
             prune_checkpoints(out_dir, keep)
 
 
-def _remove_unfinished(out_dir):
-    for part in Path(out_dir).glob(CHECKPOINT_GLOB + ".part"):
-        shutil.rmtree(part)
-
-
 def _write_shards(part, model, optimizer, group):
-    """Collective. Write each rank's tensors to files of its own; the writer fsyncs each file."""
+    """Collective. Write each rank's tensors to files of its own, by DCP's writer without pickle.
+
+    save_distributed=True lets each rank write its shards; the writer fsyncs each file.
+    """
     tensors, _, _ = _training_tensors(model, optimizer)
     writer = HuggingFaceStorageWriter(
         path=str(part), fqn_to_index_mapping=_file_indices(tensors), save_distributed=True
@@ -156,34 +180,41 @@ def _describe_files(part, group):
     return all_files
 
 
-def _publish(part, final, config):
+def _publish(part, final, record):
     """Write config.json, flush the directory to disk, and give the checkpoint its final name."""
-    write_json(part / "config.json", {"crc32": _config_crc32(config)} | config)
-    fsync_directory(part)
+    write_json(part / "config.json", {"crc32": _record_crc32(record)} | record)
+    fsync(part)
     part.replace(final)
-    fsync_directory(final.parent)
-
-
-def _update_best(out_dir, name, metrics):
-    val_loss = metrics.get("val_loss", math.inf)
-    if val_loss < best_loss(out_dir):
-        write_json(Path(out_dir) / "best.json", {"checkpoint": name, "val_loss": val_loss})
+    fsync(final.parent)
 
 
 def prune_checkpoints(out_dir, keep):
-    """Delete all checkpoints but the last `keep` and the best."""
-    best = _read_best(out_dir).get("checkpoint")
+    """Delete all checkpoints but the last `keep`, the best, and those that are damaged."""
+    best, _ = best_checkpoint(out_dir)
     for path in list_checkpoints(out_dir)[:-keep]:
-        if path.name != best:
-            shutil.rmtree(path)
+        if path != best and _read_undamaged(path) is not None:
+            remove_directory(path)
 
 
 def remove_run(out_dir):
-    """Delete the run in out_dir: its checkpoints, best.json and log.jsonl. Other files stay."""
+    """Delete the run in out_dir: its checkpoints and log.jsonl. Other files stay.
+
+    The newest checkpoint goes last: if this is interrupted, what is left is an earlier state of the
+    run, which can still be resumed or removed.
+    """
     for path in list_checkpoints(out_dir):
-        shutil.rmtree(path)
-    for name in ("best.json", "log.jsonl"):
-        Path(out_dir, name).unlink(missing_ok=True)
+        remove_directory(path)
+    for path in list(Path(out_dir).glob(DAMAGED_GLOB)):
+        remove_directory(path)
+    Path(out_dir, "log.jsonl").unlink(missing_ok=True)
+
+
+def remove_unfinished(out_dir):
+    """Delete what an interrupted save, deletion or truncation has left in out_dir."""
+    for suffix in (".part", ".deleting", ".damaged*.deleting"):
+        for path in list(Path(out_dir).glob(CHECKPOINT_GLOB + suffix)):
+            shutil.rmtree(path)
+    Path(out_dir, "log.part").unlink(missing_ok=True)
 
 
 # Find -----------------------------------------------------------------------------------------
@@ -194,38 +225,90 @@ def list_checkpoints(out_dir):
     return sorted(Path(out_dir).glob(CHECKPOINT_GLOB))
 
 
-def best_loss(out_dir):
-    """Return the lowest validation loss of a saved checkpoint in nats per token, or infinity."""
-    return _read_best(out_dir).get("val_loss", math.inf)
+def best_checkpoint(out_dir):
+    """Return the path and the loss of the undamaged checkpoint with the lowest validation loss.
+
+    The loss is in nats per token. Without an evaluated checkpoint: (None, infinity).
+    """
+    best, best_loss = None, math.inf
+    for path in list_checkpoints(out_dir):
+        record = _read_undamaged(path)
+        if record is not None and record["metrics"].get("val_loss", math.inf) < best_loss:
+            best, best_loss = path, record["metrics"]["val_loss"]
+    return best, best_loss
 
 
-def _read_best(out_dir):
-    """Return the content of best.json, or {} if it or the checkpoint that it names is missing."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        best = json.loads((Path(out_dir) / "best.json").read_text(encoding="utf-8"))
-        if (Path(out_dir) / best["checkpoint"]).exists():
-            return best
-    return {}
+def _read_undamaged(path):
+    """Return the record of a checkpoint, or None if config.json is damaged or missing."""
+    with contextlib.suppress(DamagedError, FileNotFoundError):
+        return read_record(path)
+    return None
 
 
-def find_checkpoint(directory):
-    """Return the checkpoint to start from: the directory itself, or a run's best, or its last."""
+def checkpoint_to_resume(out_dir, rename_damaged):
+    """Return the path and the record of a run's last checkpoint, (None, None) if it has none.
+
+    A damaged checkpoint is reported on stderr, renamed if `rename_damaged`, and the one before it
+    is taken. Raises UserError if all are damaged: a new run would overwrite what can be saved.
+    """
+    for path in reversed(list_checkpoints(out_dir)):
+        try:
+            return path, verify_checkpoint(path)
+        except DamagedError as error:
+            action = "not used"
+            if rename_damaged:
+                action = f"renamed to {_rename_damaged(path).name}"
+            print(f"warning: {error}; {path.name} is {action}", file=sys.stderr)
+    if list(Path(out_dir).glob(CHECKPOINT_GLOB)) + list(Path(out_dir).glob(DAMAGED_GLOB)):
+        raise UserError(
+            f"{out_dir} has damaged checkpoints only: --overwrite=True deletes them and starts over"
+        )
+    return None, None
+
+
+def _rename_damaged(path):
+    """Rename a checkpoint to NAME.damaged, or NAME.damaged2 and so on; return the new path."""
+    number, target = 1, path.with_name(path.name + ".damaged")
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.damaged{number}")
+    path.replace(target)
+    return target
+
+
+def load_best(directory, load):
+    """Return load(path, record) for a checkpoint: the directory itself, or a run's best or last.
+
+    A run may be training: if a checkpoint disappears, the search starts again. A damaged one is
+    reported on stderr, and the next one is taken.
+    """
     directory = Path(directory)
     if (directory / "config.json").exists() or (directory / ".metadata").exists():
-        return directory
-    checkpoints = list_checkpoints(directory)
-    if not checkpoints:
-        raise UserError(f"{directory} has no checkpoint")
-    return directory / _read_best(directory).get("checkpoint", checkpoints[-1].name)
+        return load(directory, verify_checkpoint(directory))
+    failed = set()
+    while True:
+        best, _ = best_checkpoint(directory)
+        newest_first = list(reversed(list_checkpoints(directory)))
+        paths = [path for path in (best, *newest_first) if path is not None and path not in failed]
+        if not paths:
+            break
+        try:
+            return load(paths[0], verify_checkpoint(paths[0]))
+        except (DamagedError, FileNotFoundError) as error:
+            if paths[0].exists():
+                print(f"warning: {error}; {paths[0].name} is not used", file=sys.stderr)
+            failed.add(paths[0])
+    raise UserError(f"{directory} has no {'undamaged ' if failed else ''}checkpoint")
 
 
 # Verify ---------------------------------------------------------------------------------------
 
 
-def read_config(path):
-    """Return the config.json of a checkpoint, after verifying it and the files that it lists.
+def verify_checkpoint(path):
+    """Return the record of a checkpoint, after verifying it and the files that it lists.
 
-    Raises UserError if the checkpoint is damaged or was written in the old, pickled format.
+    Raises DamagedError, or UserError if the checkpoint has the old, pickled format or a file that
+    does not belong to it.
     """
     path = Path(path)
     if (path / ".metadata").exists():
@@ -233,25 +316,29 @@ def read_config(path):
             f"{path} has a .metadata pickle, which this version does not read: the last commit "
             f"that does is {LAST_PICKLE_COMMIT} (git checkout {LAST_PICKLE_COMMIT})"
         )
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        expected = config.pop("crc32")
-        actual = _config_crc32(config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = type(error).__name__
-        raise UserError(
-            f"{path}/config.json is missing or damaged ({reason}): {_advice(path)}"
-        ) from error
+    record = read_record(path)
+    _verify_files(path, record["files"])
+    return record
+
+
+def read_record(path):
+    """Return the content of a checkpoint's config.json, after verifying its own checksum.
+
+    Raises DamagedError or FileNotFoundError.
+    """
+    file = Path(path) / "config.json"
+    if Path(path).is_dir() and not file.exists():
+        raise DamagedError(f"{file} is missing")
+    record = read_json(file, RECORD_SHAPE)
+    expected = record.pop("crc32")
+    actual = _record_crc32(record)
     if actual != expected:
-        raise UserError(
-            f"{path}/config.json is damaged (CRC-32 {actual}, expected {expected}): {_advice(path)}"
-        )
-    _verify_files(path, config["files"])
-    return config
+        raise DamagedError(f"{file} is damaged (CRC-32 {actual}, expected {expected})")
+    return record
 
 
 def _verify_files(path, files):
-    """Raise UserError unless the checkpoint has exactly these files, unchanged.
+    """Raise DamagedError unless the checkpoint has these files, unchanged; UserError for others.
 
     An extra file matters too: DCP's reader takes every *.safetensors in the directory.
     """
@@ -260,32 +347,26 @@ def _verify_files(path, files):
             raise UserError(f"{path}/{name} does not belong to the checkpoint: remove that file")
     for name, expected in files.items():
         file = path / name
-        if not file.is_file():
-            raise UserError(f"{file} is missing: {_advice(path)}")
+        if name != file.name or not file.is_file():
+            raise DamagedError(f"{file} is missing")
         size = file.stat().st_size
         if size != expected["size"]:
-            raise UserError(
-                f"{file} has {size} bytes, expected {expected['size']}: {_advice(path)}"
-            )
+            raise DamagedError(f"{file} has {size} bytes, expected {expected['size']}")
         if _file_crc32(file) != expected["crc32"]:
-            raise UserError(f"{file} is damaged (CRC-32 mismatch): {_advice(path)}")
+            raise DamagedError(f"{file} is damaged (CRC-32 mismatch)")
 
 
-def _advice(path):
-    return f"remove {path} to use the checkpoint before it, if there is one"
-
-
-def check_same_options(config, stored, out_dir):
+def check_same_options(now, stored, out_dir):
     """Raise UserError if the run in out_dir was started with other options or another model.
 
-    config, stored   dicts with "options" and "model_config": of this command, of the checkpoint
+    now, stored   dicts with "options" and "model_config": of this command, of the checkpoint
     """
-    before = stored["options"] | stored["model_config"]
-    now = config["options"] | config["model_config"]
+    options_before = stored["options"] | stored["model_config"]
+    options_now = now["options"] | now["model_config"]
     changes = [
-        f"{name} was {before.get(name)}, is {now[name]}"
-        for name in now
-        if name not in RESUMABLE_CHANGES and before.get(name) != now[name]
+        f"{name} was {options_before.get(name)}, is {value}"
+        for name, value in options_now.items()
+        if name not in RESUMABLE_CHANGES and options_before.get(name) != value
     ]
     if changes:
         _refuse_other_run(out_dir, "; ".join(changes))
@@ -308,9 +389,9 @@ def _refuse_other_run(out_dir, difference):
     )
 
 
-def _config_crc32(config):
-    """Return the CRC-32 of a config as canonical JSON, independent of its layout in the file."""
-    text = json.dumps(config, sort_keys=True, ensure_ascii=True)
+def _record_crc32(record):
+    """Return the CRC-32 of a record as canonical JSON, independent of its layout in the file."""
+    text = json.dumps(record, sort_keys=True, ensure_ascii=True)
     return f"{zlib.crc32(text.encode()):08x}"
 
 
@@ -328,19 +409,20 @@ def _file_crc32(path):
 def load_checkpoint(path, model, optimizer=None):
     """Load a checkpoint into a model, and its optimizer, in place.
 
-    read_config must have verified it. Any mode and world size can load what another one saved.
-    Collective with an optimizer; without one, a rank may load a model by itself.
+    Call verify_checkpoint first. Any mode and world size can load what another one saved.
+    Collective with an optimizer; without one, a rank may load a model by itself. Raises
+    DamagedError if the files do not hold the tensors that the model needs.
     """
     reader = HuggingFaceStorageReader(str(path))
-    with _without_process_group_warning():
+    with _without_process_group_warning(), _explain_load_failure(path):
         if optimizer is None:
             tensors = _with_prefix("model", model.state_dict())
             dcp.load(tensors, storage_reader=reader, no_dist=True)
         else:
             tensors, model_state, optimizer_state = _training_tensors(model, optimizer)
             dcp.load(tensors, storage_reader=reader)
-            # dcp.load has filled the tensors of both state dicts in place. Those of the model are
-            # its parameters; set_state_dict is needed for the optimizer.
+            # dcp.load has filled the tensors of both state dicts in place. set_state_dict gives
+            # them to the model and the optimizer: DCP does not promise that they are theirs.
             set_state_dict(
                 model,
                 optimizer,
@@ -370,6 +452,15 @@ def _with_prefix(prefix, state):
 
 
 @contextlib.contextmanager
+def _explain_load_failure(path):
+    try:
+        yield
+    except (CheckpointException, FileNotFoundError) as error:
+        reason = str(error).splitlines()[-1]
+        raise DamagedError(f"{path} failed to load: {reason}") from error
+
+
+@contextlib.contextmanager
 def _without_process_group_warning():
     """Silence DCP's warning that there is no process group: one process needs none."""
     with warnings.catch_warnings():
@@ -384,37 +475,31 @@ def _without_process_group_warning():
 def truncate_log(out_dir, step):
     """Remove the lines of log.jsonl from `step` on, which the resumed run writes again.
 
-    A line that a crash cut short is removed too.
+    Damaged lines, such as one that a crash cut short, are removed too, and reported on stderr.
     """
     path = Path(out_dir) / "log.jsonl"
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] < step:
+    kept, damaged = [], []
+    for number, line in enumerate(read_text(path, errors="replace").split("\n"), 1):
+        if not line:
+            continue
+        try:
+            if parse_json(line, {"step": int}, path)["step"] < step:
                 kept.append(line + "\n")
+        except DamagedError:
+            damaged.append(str(number))
+    if damaged:
+        print(f"warning: {path}: removed damaged line {', '.join(damaged)}", file=sys.stderr)
     part = path.with_suffix(".part")
     part.write_text("".join(kept), encoding="utf-8")
     part.replace(path)
 
 
-@contextlib.contextmanager
 def lock_run(out_dir):
     """Lock a run's directory. Raises UserError if another process is training in it."""
-    try:
-        import fcntl  # not on Windows
-    except ImportError:
-        yield
-        return
-    directory = os.open(out_dir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is training in {out_dir}: choose another --out_dir"
-            ) from None
-        yield
-    finally:
-        os.close(directory)
+
+    def refuse():
+        raise UserError(f"another process is training in {out_dir}: choose another --out_dir")
+
+    return lock(Path(out_dir) / ".lock", on_busy=refuse)

@@ -1,28 +1,187 @@
-"""Files that are either complete or not there, also after a crash."""
+"""Files that are either complete or not there, also after a crash; locks; and checked JSON."""
 
+import contextlib
+import errno
 import json
 import os
+import shutil
+import sys
 from pathlib import Path
 
+from common.errors import DamagedError, UserError
 
-def write_json(path, value):
-    """Replace a JSON file in one step: a reader sees the old or the new file, never a part."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of file systems that have no locks
+
+# Write ----------------------------------------------------------------------------------------
+
+
+def write_text(path, text):
+    """Replace a UTF-8 file in one step: a reader sees the old or the new file, never a part."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     with open(part, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+        file.write(text)
+    fsync(part)
     part.replace(path)
 
 
-def fsync_directory(path):
-    """Flush a directory's entries to disk, so that a rename in it survives a power failure."""
-    if os.name == "nt":  # Windows cannot open a directory
+def write_json(path, value):
+    """Replace a JSON file in one step."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def fsync(path):
+    """Flush a file, or the entries of a directory, to disk: they survive a power failure."""
+    if os.name == "nt":  # Windows cannot open a directory, nor flush a file that it only reads
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_directory(path):
+    """Delete a directory. A kill in between leaves NAME.deleting, never a part under its name."""
+    path = Path(path)
+    deleting = path.with_name(path.name + ".deleting")
+    if deleting.exists():
+        shutil.rmtree(deleting)
+    path.replace(deleting)
+    shutil.rmtree(deleting)
+
+
+# Lock -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock(path, on_busy):
+    """Hold the lock file `path` inside a `with` block.
+
+    Its folders are made if need be; those that stay empty are removed at the end, as is the file.
+
+    on_busy   called before waiting for another process that holds the lock; may raise instead
+
+    The system releases the lock when the process ends, however it ends. Without locks (Windows,
+    some network file systems) nothing is locked.
+    """
+    path = Path(path)
+    missing = [folder for folder in path.parents if not folder.exists()]  # the innermost is first
+    file = None
+    while file is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # the other process has removed the folder
+            file = open(path, "w")
+        if file is not None:
+            _wait_for_lock(file, on_busy)
+            if not _is_same_file(file, path):  # the process that held the lock has removed it
+                file.close()
+                file = None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before it is unlocked
+        file.close()
+        with contextlib.suppress(OSError):  # not empty
+            for folder in missing:
+                folder.rmdir()
+
+
+def _wait_for_lock(file, on_busy):
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        try:
+            on_busy()
+        except BaseException:
+            file.close()
+            raise
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"warning: {file.name} cannot be locked: {error.strerror}", file=sys.stderr)
+
+
+def _is_same_file(file, path):
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+# Read -----------------------------------------------------------------------------------------
+
+
+def read_text(path, errors="strict"):
+    """Return the text of a UTF-8 file; `errors` as in bytes.decode.
+
+    Raises FileNotFoundError, UserError for a folder or a pipe (opening a pipe would block), and
+    DamagedError for bytes that are not UTF-8.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file")
+    try:
+        return path.read_text(encoding="utf-8", errors=errors)
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
+
+
+def read_json(path, shape):
+    """Return the object in a JSON file; see parse_json for `shape` and read_text for errors."""
+    return parse_json(read_text(path), shape, path)
+
+
+def parse_json(text, shape, where):
+    """Return the value of a JSON text. Raises DamagedError, which names `where`, for other shapes.
+
+    shape   a type, a tuple of types, [shape of all items], or {key: shape}. A key that ends in "?"
+            may be missing; "*" stands for all keys; float allows integers, too.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise DamagedError(f"{where} is not JSON: {reason}") from error
+    mismatch = _find_mismatch(value, shape, "it")
+    if mismatch:
+        raise DamagedError(f"{where} is damaged: {mismatch}")
+    return value
+
+
+def _find_mismatch(value, shape, name):
+    """Return what a value has that its shape does not allow, or None."""
+    if isinstance(shape, dict):
+        if type(value) is not dict:
+            return f"{name} is {_kind(value)}, not an object"
+        for key, part in shape.items():
+            keys = list(value) if key == "*" else [key.removesuffix("?")]
+            for k in keys:
+                if k in value:
+                    mismatch = _find_mismatch(value[k], part, k)
+                elif key.endswith("?"):
+                    mismatch = None
+                else:
+                    mismatch = f"{k} is missing"
+                if mismatch:
+                    return mismatch
+        return None
+    if isinstance(shape, list):
+        if type(value) is not list:
+            return f"{name} is {_kind(value)}, not a list"
+        mismatches = (_find_mismatch(item, shape[0], f"an item of {name}") for item in value)
+        return next(filter(None, mismatches), None)
+    types = shape if isinstance(shape, tuple) else (shape,)
+    if type(value) in types or (float in types and type(value) is int):
+        return None
+    names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+    return f"{name} is {_kind(value)}, not {names}"
+
+
+def _kind(value):
+    return "null" if value is None else type(value).__name__

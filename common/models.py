@@ -7,6 +7,9 @@ from pathlib import Path
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
+# Beyond these a model could only exhaust time or memory.
+MAX_LAYERS = 10_000
+MAX_SIZE = 10**9  # of any other number of a GPTConfig
 
 
 def model_names():
@@ -19,6 +22,18 @@ def model_module(name):
     if name not in model_names():
         raise UserError(f"model={name} has no {name}.py; the models are {', '.join(model_names())}")
     return importlib.import_module(name)
+
+
+def make_config(module, fields):
+    """Return the GPTConfig of a model file with these fields. Raises UserError for bad values."""
+    for field, value in fields.items():
+        limit = MAX_LAYERS if field == "n_layer" else MAX_SIZE
+        if type(value) is int and value > limit:
+            raise UserError(f"{field}={value} must be at most {limit}")
+    try:
+        return module.GPTConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{module.__name__}.py: {error}") from error
 
 
 def config_fields(name):

@@ -9,7 +9,6 @@ and rotary positions replace wpe, which is dropped.
 
 import contextlib
 import dataclasses
-import json
 import re
 import sys
 from pathlib import Path
@@ -21,8 +20,9 @@ from safetensors.torch import load_file
 from common import checkpoint
 from common.download import download, file_sha256, hub_url
 from common.errors import UserError
-from common.models import model_module
-from common.tokenizer import VOCAB_SIZES, read_meta
+from common.files import read_json, read_text, write_text
+from common.models import make_config, model_module
+from common.tokenizer import VOCAB_SIZES, check_meta, read_meta
 
 HUB = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -73,12 +73,7 @@ def load_model(source, name=None, options=None):
     config |= {field: value for field, value in loaded.shape.items() if field in config}
     config |= options
     with torch.device("meta"):  # skip an initialization that would be overwritten
-        try:
-            model = module.GPT(module.GPTConfig(**config))
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{source} has a configuration that {name}.py refuses: {error}"
-            ) from error
+        model = module.GPT(make_config(module, config))
     expected = model.state_dict()
     _check_options(source, options, loaded.shape, has_wpe=WPE in expected)
     changes = _convert(source, loaded, expected, model.config)
@@ -108,7 +103,7 @@ def _read_source(source):
 def _is_transformers(directory):
     """Return whether config.json is transformers'; a checkpoint of ours has one too."""
     path = directory / "config.json"
-    return path.exists() and '"model_type"' in path.read_text(encoding="utf-8", errors="replace")
+    return path.exists() and '"model_type"' in read_text(path, errors="replace")
 
 
 # Fit weights to a model -----------------------------------------------------------------------
@@ -196,10 +191,11 @@ def _fetch(name):
         with contextlib.suppress(UserError):  # a mirror may have the weights only: see HEAD_SIZE
             download(hub_url(f"{HUB[name]}/resolve/main/config.json"), folder / "config.json")
         _read_transformers(folder)  # only a file that can be read gets a hash that vouches for it
-        sums.write_text(f"{file_sha256(weights)}  model.safetensors\n")
-    elif file_sha256(weights) != sums.read_text().split()[0]:
+        write_text(sums, f"{file_sha256(weights)}  model.safetensors\n")
+    elif read_text(sums).split()[:1] != [file_sha256(weights)]:
         raise UserError(
-            f"{weights} has changed since its download: remove {folder} to download it again"
+            f"{weights} is not the file that {sums.name} was made from: remove {folder} to "
+            "download it again"
         )
     return folder
 
@@ -222,7 +218,7 @@ def _read_transformers(folder):
             raise UserError(
                 f"{folder} has quantized weights: use the model in float32, bfloat16 or float16"
             )
-        if CONV1D.fullmatch(key):
+        if CONV1D.fullmatch(key) and value.dim() == 2:
             value = value.t()
         weights[f"transformer.{key}"] = value.contiguous().float()
     shape = _gpt2_shape(folder, config, raw)
@@ -239,11 +235,8 @@ def _read_gpt2_config(folder):
     path = folder / "config.json"
     if not path.exists():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    kind = config.get("model_type") if isinstance(config, dict) else config
+    config = read_json(path, {"model_type?": str, "n_head?": (int, type(None))})
+    kind = config.get("model_type")
     if kind != "gpt2":
         raise UserError(f"{path} describes a model of type {kind}, not gpt2")
     for key, value in FIXED.items():
@@ -259,6 +252,8 @@ def _read_safetensors(folder):
     tensors = {}
     try:
         for path in paths:
+            if not path.is_file():
+                raise UserError(f"{path} is not a regular file")
             tensors |= load_file(path)
     except SafetensorError as error:
         raise UserError(
@@ -269,13 +264,17 @@ def _read_safetensors(folder):
 
 def _gpt2_shape(folder, config, raw):
     """Return the GPTConfig fields of GPT-2 weights; they must agree with config.json."""
+    if raw["wte.weight"].dim() != 2 or raw["wpe.weight"].dim() != 2:
+        raise UserError(f"{folder} has a wte.weight or a wpe.weight that is not a matrix")
     vocab_size, n_embd = raw["wte.weight"].shape
     block_size = len(raw["wpe.weight"])
-    layers = [int(key.split(".")[1]) for key in raw if key.startswith("h.")]
+    layers = {key.split(".")[1] for key in raw if key.startswith("h.")}
+    if layers != {str(i) for i in range(len(layers))} or not layers:
+        raise UserError(f"{folder} has weights of the layers {sorted(layers)}, not of 0, 1, 2 ...")
     shape = {
         "block_size": block_size,
         "vocab_size": vocab_size,
-        "n_layer": 1 + max(layers),
+        "n_layer": len(layers),
         "n_head": config.get("n_head") or n_embd // HEAD_SIZE,
         "n_embd": n_embd,
         "bias": True,
@@ -291,13 +290,22 @@ def _gpt2_shape(folder, config, raw):
 
 
 def _read_run(directory):
-    """Return the Source of a run's checkpoint."""
-    path = checkpoint.find_checkpoint(directory)
-    config = checkpoint.read_config(path)
-    name, shape = config["options"]["model"], config["model_config"]
+    """Return the Source of a run's best checkpoint, its last one if none has a validation loss."""
+    return checkpoint.load_best(directory, _read_checkpoint)
+
+
+def _read_checkpoint(path, record):
+    name, shape = record["options"]["model"], record["model_config"]
+    check_meta(record["meta"], path / "config.json")
     module = model_module(name)
     with torch.device("meta"):
-        model = module.GPT(module.GPTConfig(**shape))
+        model = module.GPT(make_config(module, shape))
+    needed = sum(p.nbytes for p in model.parameters())
+    stored = sum(file["size"] for file in record["files"].values())
+    if needed > stored:  # before the memory is allocated
+        raise UserError(
+            f"{path} has {stored} bytes in all, but the weights of its configuration {needed}"
+        )
     model.to_empty(device="cpu")
     checkpoint.load_checkpoint(path, model)
-    return Source(name, shape, model.state_dict(), config["meta"])
+    return Source(name, shape, model.state_dict(), record["meta"])

@@ -8,17 +8,30 @@ All have the part of tiktoken.Encoding's interface that this project uses: n_voc
 id of <|endoftext|>, or None), encode_to_numpy(text) and decode_single_token_bytes(token_id).
 """
 
-import json
+import re
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from common.errors import UserError
+from common.errors import DamagedError, UserError
+from common.files import read_json
 
 EOT = "<|endoftext|>"
 NAMES = ("gpt2", "byte", "char")
 VOCAB_SIZES = {"gpt2": 50257, "byte": 257}  # char: the number of its characters
+LONGEST_WHITE_SPACE = 500_000  # characters; tiktoken fails at a million in a row
+LONG_WHITE_SPACE = re.compile(rf"(?<!\s)\s{{{LONGEST_WHITE_SPACE},}}")
+BIN_SHAPE = {"tokens?": int, "largest_id?": int, "sha256?": str, "bytes?": int}
+META_SHAPE = {  # what meta.json may hold; see common.files.parse_json
+    "tokenizer": str,
+    "chars?": [str],
+    "vocab_size?": int,
+    "source?": str,
+    "shards?": int,
+    "train?": BIN_SHAPE,
+    "val?": BIN_SHAPE,
+}
 
 
 class CharTokenizer:
@@ -91,10 +104,24 @@ def without_surrogates(text):
 
 def encode(tokenizer, text):
     """Return the token ids of a text, (T,) uint32. "<|endoftext|>" in it is ordinary text."""
+    pieces = _cut_white_space(text)
     try:
-        return tokenizer.encode_to_numpy(text, disallowed_special=())
+        ids = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
     except UnicodeEncodeError:
-        return tokenizer.encode_to_numpy(without_surrogates(text), disallowed_special=())
+        return encode(tokenizer, without_surrogates(text))
+    return np.concatenate(ids)
+
+
+def _cut_white_space(text):
+    """Cut a text inside of runs of white space at which tiktoken fails; return the pieces.
+
+    At least two characters of a run are left for the next piece, because the last one belongs to
+    the word after it.
+    """
+    cuts = []
+    for run in LONG_WHITE_SPACE.finditer(text):
+        cuts += range(run.start() + LONGEST_WHITE_SPACE, run.end() - 1, LONGEST_WHITE_SPACE)
+    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
 def token_bytes(tokenizer):
@@ -113,25 +140,26 @@ def read_meta(directory):
     """
     path = Path(directory) / "meta.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = read_json(path, META_SHAPE)
     except FileNotFoundError:
         raise UserError(
             f'no {path}: for bins of GPT-2 tokens, a file with {{"tokenizer": "gpt2"}} is enough'
         ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(meta, dict) or meta.get("tokenizer") not in NAMES:
-        raise UserError(
-            f'{path} names no tokenizer: {{"tokenizer": NAME}} is enough, with NAME one of '
-            f"{', '.join(NAMES)}"
-        )
-    if meta["tokenizer"] == "char" and not meta.get("chars"):
-        raise UserError(f'{path} has {{"tokenizer": "char"}} without "chars", its characters')
-    for split in ("train", "val"):
-        if not isinstance(meta.get(split, {}), dict):
-            raise UserError(f"{path} is damaged: {split} is {meta[split]!r}")
+    check_meta(meta, path)
     vocab_size = VOCAB_SIZES.get(meta["tokenizer"]) or len(meta["chars"])
-    meta = {"vocab_size": vocab_size} | meta
-    if type(meta["vocab_size"]) is not int or meta["vocab_size"] < 1:
-        raise UserError(f"{path} is damaged: vocab_size is {meta['vocab_size']!r}")
-    return meta
+    return {"vocab_size": vocab_size} | meta
+
+
+def check_meta(meta, path):
+    """Raise DamagedError, which names the file, if the content of a meta.json makes no sense."""
+    if meta["tokenizer"] not in NAMES:
+        raise DamagedError(
+            f"{path} has the tokenizer {meta['tokenizer']!r}: it must be one of {', '.join(NAMES)}"
+        )
+    chars = meta.get("chars")
+    if meta["tokenizer"] == "char" and not chars:
+        raise DamagedError(f'{path} has {{"tokenizer": "char"}} without "chars", its characters')
+    if chars and not all(len(char) == 1 or char == EOT for char in chars):
+        raise DamagedError(f'{path} is damaged: "chars" must be single characters')
+    if meta.get("vocab_size", 1) < 1:
+        raise DamagedError(f"{path} is damaged: vocab_size is {meta['vocab_size']}")

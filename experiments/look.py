@@ -14,7 +14,7 @@ import torch
 
 from common.errors import UserError, program
 from common.models import model_module, models_with_option
-from configurator import check_range, configure_with_model
+from configurator import check_minimum, configure_with_model
 from experiments.study import Study
 
 VARIANTS = {
@@ -102,7 +102,7 @@ def main(argv):
         model_config=lambda config: model_module(config.model or "model").GPTConfig,
         hint=models_with_option,
     )
-    check_range(config, 1, "tokens")
+    check_minimum(config, 1, "tokens")
     if config.model or options:
         try:
             print(describe_model(config.model or "model", options, config.tokens))

@@ -27,8 +27,13 @@ ROOT = Path(train.__file__).parent
 def refusal_of_last(run):
     """Return the error that refuses the last checkpoint of a run."""
     with pytest.raises(UserError) as refusal:
-        checkpoint.read_config(checkpoint.list_checkpoints(run)[-1])
+        checkpoint.verify_checkpoint(checkpoint.list_checkpoints(run)[-1])
     return str(refusal.value)
+
+
+def loaded_name(directory):
+    """Return the name of the checkpoint that sampling from a directory would load."""
+    return checkpoint.load_best(directory, lambda path, record: path.name)
 
 
 def test_the_last_two_and_the_best_are_kept(workdir, monkeypatch):
@@ -37,25 +42,24 @@ def test_the_last_two_and_the_best_are_kept(workdir, monkeypatch):
     train.main(arguments(eval_interval=3, checkpoint_interval=2))
     run = workdir / "out/tiny"
     assert [path.name[-2:] for path in checkpoint.list_checkpoints(run)] == ["03", "10", "12"]
-    best = json.loads((run / "best.json").read_text())
-    assert best == {"checkpoint": "step_00000003", "val_loss": 3.0}
-    assert checkpoint.find_checkpoint(run).name == "step_00000003"
+    assert checkpoint.best_checkpoint(run) == (run / "step_00000003", 3.0)
+    assert loaded_name(run) == "step_00000003"
 
 
 def test_the_last_checkpoint_is_found_if_none_was_evaluated(workdir, monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda run: None)
     train.main(arguments())
-    assert checkpoint.find_checkpoint(workdir / "out/tiny").name == "step_00000012"
+    assert loaded_name(workdir / "out/tiny") == "step_00000012"
 
 
 def test_a_step_directory_is_found_as_itself(tiny_run):
     step = checkpoint.list_checkpoints(tiny_run)[0]
-    assert checkpoint.find_checkpoint(step) == step
+    assert loaded_name(step) == step.name
 
 
 def test_a_directory_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
-        checkpoint.find_checkpoint(tmp_path)
+        loaded_name(tmp_path)
 
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -126,7 +130,7 @@ def test_whitespace_and_key_order_of_config_json_do_not_matter(tiny_run):
     path = checkpoint.list_checkpoints(tiny_run)[-1]
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config, indent=8, sort_keys=True))
-    assert checkpoint.read_config(path) | {"crc32": config["crc32"]} == config
+    assert checkpoint.verify_checkpoint(path) | {"crc32": config["crc32"]} == config
 
 
 def test_a_checkpoint_with_a_pickle_is_refused_before_it_is_opened(tiny_run, workdir):
@@ -266,7 +270,7 @@ def make_model(config):
 
 def test_a_loaded_optimizer_has_the_saved_state(tiny_run):
     path = tiny_run / "step_00000012"
-    model = make_model(checkpoint.read_config(path))
+    model = make_model(checkpoint.verify_checkpoint(path))
     optimizer = make_optimizer(model, train.TrainConfig())
     checkpoint.load_checkpoint(path, model, optimizer)
     states = list(optimizer.state.values())
@@ -297,7 +301,7 @@ def test_a_save_killed_at_any_point_leaves_the_previous_checkpoint_loadable(work
             process.kill()
             process.wait()
         last = checkpoint.list_checkpoints(run)[-1]
-        config = checkpoint.read_config(last)
+        config = checkpoint.verify_checkpoint(last)
         model = make_model(config)
         checkpoint.load_checkpoint(last, model)
         assert last.name == f"step_{config['step']:08d}"

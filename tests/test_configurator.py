@@ -12,7 +12,7 @@ import sample
 import train
 from common.errors import UserError, program
 from common.models import config_fields, model_module, model_names
-from configurator import OTHER_NAMES, check_range, configure, configure_with_model
+from configurator import OTHER_NAMES, check_minimum, configure, configure_with_model
 from tools import plot_loss
 
 
@@ -411,7 +411,7 @@ def test_a_list_is_not_read_from_an_option(argv):
 
 
 def test_an_option_at_its_lower_bound_or_none_is_accepted():
-    check_range(Options(batch_size=16, top_k=None), 16, "batch_size", "top_k")
+    check_minimum(Options(batch_size=16, top_k=None), 16, "batch_size", "top_k")
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_an_option_at_its_lower_bound_or_none_is_accepted():
 )
 def test_a_number_out_of_range_is_refused_with_the_bound_that_it_breaks(value, bound):
     with pytest.raises(UserError) as error:
-        check_range(Options(learning_rate=value), 0, "batch_size", "learning_rate")
+        check_minimum(Options(learning_rate=value), 0, "batch_size", "learning_rate")
     message = str(error.value)
     assert f"learning_rate={value}" in message
     assert bound in message.replace(f"learning_rate={value}", "")

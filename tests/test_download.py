@@ -55,7 +55,7 @@ def sha256_of(content):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
 def test_a_download_is_the_served_bytes(fetch, target):

@@ -138,7 +138,8 @@ def test_pieces_give_the_gpt2_tokens_of_the_whole_text(gpt2_tokenizer, monkeypat
             text += rng.choice(SPACES if rng.random() < space_probability else FRAGMENTS)
         write("text.txt", text)
         ids = ids_of(read_pieces(["text.txt"], "text", ""), gpt2_tokenizer)
-        assert ids == gpt2_tokenizer.encode_ordinary(text), f"seed {seed}"
+        expected = gpt2_tokenizer.encode_ordinary(text.removeprefix("\ufeff"))
+        assert ids == expected, f"seed {seed}"
 
 
 # Token ids ------------------------------------------------------------------------------------

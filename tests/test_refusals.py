@@ -104,11 +104,14 @@ def test_an_out_dir_below_a_file_is_refused(workdir, capsys):
     assert (workdir / "out").read_text() == "mine"
 
 
-def test_a_truncated_checkpoint_is_refused_with_the_file_and_both_sizes(tiny_run, capsys):
+def test_a_truncated_checkpoint_is_refused_by_its_path_with_the_file_and_both_sizes(
+    tiny_run, capsys
+):
     file = next((tiny_run / "step_00000012").glob("*.safetensors"))
     size = file.stat().st_size
     os.truncate(file, size - 10)
-    line = refused(capsys, arguments(max_steps=20))
+    options = arguments(init_from="out/tiny/step_00000012", out_dir="out/new")
+    line = refused(capsys, options)
     assert "step_00000012" in line
     assert file.name in line
     assert {str(size - 10), str(size)} <= set(re.findall(r"\d+", line))

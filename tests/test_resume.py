@@ -155,7 +155,7 @@ def test_sigterm_ends_the_program_with_status_0_after_a_finished_step(tiny_run, 
     assert process.returncode == 0, output
     last_step = steps(run)[-1]
     assert f"step {last_step}" in output.splitlines()[-1]
-    assert checkpoint.find_checkpoint(run).name == f"step_{last_step:08d}"
+    assert checkpoint.list_checkpoints(run)[-1].name == f"step_{last_step:08d}"
 
 
 def test_a_second_signal_ends_the_program_at_once():

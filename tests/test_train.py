@@ -281,7 +281,7 @@ def test_bfloat16_follows_float32(tiny_run, workdir):
 
 def test_a_float16_run_scales_its_loss_and_resumes_with_the_scale(workdir):
     train.main(arguments(dtype="float16", max_steps=6))
-    stored = checkpoint.read_config(checkpoint.list_checkpoints(workdir / "out/tiny")[-1])
+    stored = checkpoint.verify_checkpoint(checkpoint.list_checkpoints(workdir / "out/tiny")[-1])
     assert stored["scaler"]["scale"] > 1
     train.main(arguments(dtype="float16", max_steps=8))
     assert read_log(workdir / "out/tiny")[-1]["step"] == 8
@@ -392,8 +392,8 @@ def test_a_block_with_activation_checkpointing_compiles_to_one_graph():
 
 def test_a_run_can_start_from_the_best_weights_of_another(tiny_run, workdir):
     train.main(arguments(out_dir="out/next", init_from="out/tiny", max_steps=1))
-    best = json.loads((tiny_run / "best.json").read_text())
-    assert read_log(workdir / "out/next")[0]["val_loss"] == best["val_loss"]
+    _, best_loss = checkpoint.best_checkpoint(tiny_run)
+    assert read_log(workdir / "out/next")[0]["val_loss"] == best_loss
 
 
 def test_eval_only_prints_the_loss_of_the_run_and_writes_nothing(tiny_run, capsys):

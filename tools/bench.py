@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from common.device import device_name, keep_freed_memory, peak_memory, pick_device
 from common.errors import UserError, program
 from common.models import model_module
-from configurator import check_range, configure
+from configurator import check_minimum, configure
 
 
 @dataclass
@@ -243,7 +243,7 @@ def show(row):
 @program
 def main(argv):
     config = configure(BenchConfig, argv, __doc__, positional="what")
-    check_range(config, 1, "rounds", "position")
+    check_minimum(config, 1, "rounds", "position")
     if config.what not in BENCHMARKS:
         raise UserError(f"what={config.what} must be one of {', '.join(BENCHMARKS)}")
     device = pick_device(config.device)

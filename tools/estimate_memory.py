@@ -27,7 +27,7 @@ import torch.nn as nn
 from common.device import pick_dtype
 from common.errors import UserError, program
 from common.models import model_module, models_with_option
-from configurator import check_range, configure_with_model
+from configurator import check_minimum, configure_with_model
 
 FLOAT32 = 4  # bytes of a master weight, of its gradient and of each of AdamW's two moments
 INT64 = 8  # bytes of a token id
@@ -344,8 +344,8 @@ def main(argv):
         model_config=lambda config: model_module(config.model).GPTConfig,
         hint=models_with_option,
     )
-    check_range(config, 1, "batch_size", "micro_steps", "world_size")
-    check_range(config, 0, "shard_degree")
+    check_minimum(config, 1, "batch_size", "micro_steps", "world_size")
+    check_minimum(config, 0, "shard_degree")
     return estimate(config, options)
 
 

@@ -12,12 +12,13 @@ import sys
 if __name__ == "__main__" and not __package__:
     sys.exit("error: run it from the repository root as: python -m tools.export")
 
-import tempfile
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tiktoken.load import read_file_cached
 
 from common.errors import UserError, program
@@ -123,7 +124,7 @@ FORMATS = {
 # The class of transformers that comes closest, and why it is not written here.
 NO_FORMAT = {
     "model_gqa": "GPT-2 with several KV heads is not among its models (GPTBigCode has one or all)",
-    "model_swa": "GPT-2 with a window in every layer is not among its models (GPT-Neo is close)",
+    "model_swa": "GPT-2 with windows everywhere is not among its models (GPT-Neo lacks biases)",
 }
 
 
@@ -149,15 +150,20 @@ def export(source, out_dir):
     theirs |= {"vocab_size": meta["vocab_size"], "dtype": "float32"}
     theirs |= {"bos_token_id": eot, "eos_token_id": eot}
 
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=out_dir.name + ".part", dir=out_dir.parent))
-    save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
-    write_json(part / "config.json", theirs)
-    write_json(part / "meta.json", meta)
-    if meta["tokenizer"] == "gpt2":
-        write_gpt2_tokenizer(part, model.config.block_size)
-    part.chmod(0o755)  # mkdtemp makes a directory that only its owner can read
-    part.replace(out_dir)
+    part = out_dir.with_name(f"{out_dir.name}.part{os.getpid()}")
+    part.mkdir(parents=True)
+    try:
+        # save_file would make a file that only its owner can read; written here, its mode follows
+        # the umask.
+        (part / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+        write_json(part / "config.json", theirs)
+        write_json(part / "meta.json", meta)
+        if meta["tokenizer"] == "gpt2":
+            write_gpt2_tokenizer(part, model.config.block_size)
+        part.replace(out_dir)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def exported_weights(model, meta):

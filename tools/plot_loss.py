@@ -11,12 +11,20 @@ import sys
 if __name__ == "__main__" and not __package__:
     sys.exit("error: run it from the repository root as: python -m tools.plot_loss")
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError, program
+from common.files import parse_json, read_text
 from configurator import configure
+
+LINE_SHAPE = {  # of a line of log.jsonl; see common.files.parse_json
+    "step": int,
+    "tokens": int,
+    "seconds": float,
+    "train_loss?": (float, type(None)),
+    "val_loss?": float,
+}
 
 
 @dataclass
@@ -32,11 +40,13 @@ def read_log(directory):
     """
     path = Path(directory, "log.jsonl")
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
+        text = read_text(path)
+    except FileNotFoundError as error:
         raise UserError(f"no {path}: {directory} is not a run of train.py") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    records = [
+        parse_json(line, LINE_SHAPE, f"{path}, line {number},")
+        for number, line in enumerate(text.splitlines(), 1)
+    ]
     if len(records) < 2:
         raise UserError(f"{path} has {len(records)} lines, too few to draw: train longer")
     return records
