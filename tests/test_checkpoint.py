@@ -57,6 +57,26 @@ def test_a_step_directory_is_found_as_itself(tiny_run):
     assert loaded_name(step) == step.name
 
 
+def test_a_checkpoint_that_disappears_while_it_is_loaded_is_replaced_by_the_next(tiny_run):
+    expected = [checkpoint.best_checkpoint(tiny_run)[0]]
+
+    def remove_and_load(path, record):
+        if path in expected:  # as a training run does that has a better one
+            shutil.rmtree(path)
+            raise FileNotFoundError(path)
+        return path
+
+    loaded = checkpoint.load_best(tiny_run, remove_and_load)
+    assert loaded.exists() and loaded not in expected
+
+
+def test_a_damaged_best_checkpoint_is_reported_and_the_next_one_is_loaded(tiny_run, capsys):
+    best, _ = checkpoint.best_checkpoint(tiny_run)
+    os.truncate(best / SHARD, 100)
+    assert loaded_name(tiny_run) != best.name
+    assert best.name in capsys.readouterr().err
+
+
 def test_a_directory_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         loaded_name(tmp_path)

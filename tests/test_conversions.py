@@ -2,6 +2,8 @@
 transformers' format. transformers is the oracle.
 """
 
+import errno
+import os
 import re
 from pathlib import Path
 
@@ -255,6 +257,30 @@ def test_a_rotary_model_exported_as_starcoder2_has_equal_logits(workdir, options
     assert type(theirs).__name__ == "Starcoder2ForCausalLM"
     assert theirs.config.vocab_size == 257
     assert max_difference(logits(ours, ids)[..., :257], logits(theirs, ids)) < 1e-4
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_modes_of_exported_files_follow_the_umask(tiny_run, workdir, umask):
+    before = os.umask(umask)
+    try:
+        export("out/tiny", "exported")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (workdir / "exported").iterdir()}
+    assert modes == {0o666 & ~umask}
+    assert (workdir / "exported").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_an_export_that_fails_leaves_nothing(tiny_run, workdir, monkeypatch):
+    before = sorted(workdir.iterdir())
+
+    def fail(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("tools.export.write_json", fail)
+    with pytest.raises(OSError):
+        export("out/tiny", "exported")
+    assert sorted(workdir.iterdir()) == before
 
 
 @pytest.mark.parametrize(

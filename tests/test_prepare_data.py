@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -236,6 +237,13 @@ def test_an_interrupt_before_meta_json_is_written_leaves_no_train_bin(existing, 
     with pytest.raises(KeyboardInterrupt):
         make(input="text.txt")
     assert "train.bin" not in contents(folder)
+
+
+def test_a_dataset_without_train_bin_is_prepared_again(existing):
+    expected = Path("data/mine/train.bin").read_bytes()
+    os.remove("data/mine/train.bin")  # as after a kill while it was written
+    make(input="text.txt")
+    assert Path("data/mine/train.bin").read_bytes() == expected
 
 
 def test_the_same_call_again_reads_a_changed_text(existing):

@@ -1,6 +1,7 @@
 """Two equal runs have the same bits, and so has a run that was interrupted and resumed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,6 +177,83 @@ def test_a_finished_run_is_not_changed_and_max_steps_is_reported(tiny_run, capsy
     output = capsys.readouterr().out
     assert "--max_steps" in output and "12" in output
     assert (tiny_run / "log.jsonl").read_text() == before
+
+
+def test_a_smaller_max_steps_than_the_run_has_done_trains_nothing(tiny_run, capsys):
+    before = (tiny_run / "log.jsonl").read_text()
+    train.main(arguments(max_steps=3))
+    output = capsys.readouterr().out
+    assert "step 12" in output and "max_steps=3" in output
+    assert (tiny_run / "log.jsonl").read_text() == before
+
+
+def damage(path):
+    """Flip a bit in the middle of a checkpoint's weights."""
+    file = next(path.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_run_with_a_damaged_last_checkpoint_ends_with_the_same_bits(tiny_run, capsys):
+    expected_losses, expected_weights = losses(tiny_run), weights(tiny_run)
+    damage(tiny_run / "step_00000012")
+    train.main(arguments())
+    warning = capsys.readouterr().err
+    assert "step_00000012.damaged" in warning and warning.count("\n") == 1
+    assert (tiny_run / "step_00000012.damaged").is_dir()
+    assert losses(tiny_run) == expected_losses
+    for name, weight in weights(tiny_run).items():
+        assert torch.equal(weight, expected_weights[name]), name
+
+
+def test_a_run_with_damaged_checkpoints_only_is_not_started_over(tiny_run, capsys):
+    for path in checkpoint.list_checkpoints(tiny_run):
+        damage(path)
+    log = (tiny_run / "log.jsonl").read_text()
+    for _ in range(2):  # the first call renames them
+        with pytest.raises(SystemExit):
+            train.main(arguments())
+        assert "--overwrite=True" in capsys.readouterr().err
+    assert (tiny_run / "log.jsonl").read_text() == log
+    train.main(arguments(overwrite=True))
+    assert not list(tiny_run.glob("*.damaged*"))
+
+
+def test_eval_only_evaluates_the_checkpoint_before_a_damaged_one_and_renames_nothing(
+    tiny_run, capsys
+):
+    damage(tiny_run / "step_00000012")
+    train.main(arguments(eval_only=True))
+    output = capsys.readouterr()
+    assert "step_00000012" in output.err and "val loss" in output.out
+    assert (tiny_run / "step_00000012").is_dir()
+
+
+def test_damaged_lines_of_the_log_are_removed_with_a_warning(tiny_run, capsys):
+    log = tiny_run / "log.jsonl"
+    lines = log.read_text().splitlines()
+    lines[3] = '{"step": "three"}'
+    lines[5] = lines[5][:20]
+    log.write_text("\n".join(lines) + "\n")
+    train.main(arguments(max_steps=13))
+    warning = capsys.readouterr().err
+    assert "log.jsonl" in warning and "4, 6" in warning
+    assert steps(tiny_run) == [0, 1, 2, 4, *range(6, 14)]
+
+
+def test_leftovers_of_an_interrupted_deletion_are_removed_at_the_next_start(tiny_run):
+    (tiny_run / "step_00000004.deleting").mkdir()
+    (tiny_run / "step_00000013.part").mkdir()
+    train.main(arguments())
+    assert not list(tiny_run.glob("*.deleting")) + list(tiny_run.glob("*.part"))
+
+
+def test_a_finished_run_is_pruned_if_a_kill_kept_it_from_that(tiny_run):
+    kept = [path.name for path in checkpoint.list_checkpoints(tiny_run)]
+    shutil.copytree(tiny_run / kept[0], tiny_run / "step_00000001")
+    train.main(arguments())
+    assert [path.name for path in checkpoint.list_checkpoints(tiny_run)] == kept
 
 
 def test_a_run_resumes_if_an_option_is_given_the_value_that_it_has(tiny_run):

@@ -123,6 +123,14 @@ def test_gpt2_ids_are_the_published_ones(gpt2_tokenizer):
     assert encode(gpt2_tokenizer, "Hello world").tolist() == [15496, 995]
 
 
+@pytest.mark.parametrize("space", [" ", "\n", "\t "])
+def test_gpt2_encodes_more_white_space_than_tiktoken_takes_at_once(gpt2_tokenizer, space):
+    text = "a" + 1_000_100 * space + "b"
+    ids = encode(gpt2_tokenizer, text)
+    assert decode(gpt2_tokenizer, ids.tolist()) == text
+    assert gpt2_tokenizer.decode(ids[-3:].tolist()).endswith(f"{space[-1]}b")
+
+
 def test_byte_ids_are_the_utf8_bytes(text):
     assert encode(byte_tokenizer(), text).tolist() == list(text.encode("utf-8"))
 
