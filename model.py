@@ -214,7 +214,8 @@ class GPT(nn.Module):
         """Return the FLOPs per token of a forward and backward pass over sequences of T tokens.
 
         6 per weight of a matrix product, and 12 * n_embd per layer and attended key. A token
-        attends to (T + 1) / 2 keys on average. (The MFU that train.py prints counts T, as PaLM's.)
+        attends to (T + 1) / 2 keys on average. (The `mfu` of train.py's log counts T keys, as in
+        the PaLM paper: see mfu_flops_per_token there.)
         """
         config = self.config
         # wte counts, as the output head; wpe is only looked up

@@ -80,7 +80,7 @@ class KVCache:
         """
         B, T = k.size(0), k.size(2)
         end = self.pos + T
-        if end > self.max_len:  # SWA: there are min(window, max_len) slots, perhaps too few
+        if end > self.max_len:  # SWA: a ring of max_len < window slots would lose keys it needs
             raise ValueError(
                 f"the cache has room for {self.max_len} tokens, not for {end}: "
                 f"make it with make_cache(batch_size, max_len={end})"
@@ -90,12 +90,12 @@ class KVCache:
         if T == 1:  # decode
             layer_k[:, :, self.pos % slots] = k[:, :, 0]
             layer_v[:, :, self.pos % slots] = v[:, :, 0]
-            return layer_k[:B, :, :end], layer_v[:B, :, :end]  # end may exceed the slots
+            return layer_k[:B, :, :end], layer_v[:B, :, :end]  # all slots, if end exceeds them
         # SWA: the first new query needs the slots - 1 keys before it, in order of their positions.
         past = torch.arange(max(0, self.pos - slots + 1), self.pos, device=k.device) % slots
         keys = torch.cat([layer_k[:B, :, past], k], dim=2)
         values = torch.cat([layer_v[:B, :, past], v], dim=2)
-        # Store the last `slots` of them; those among them that are not new stay where they were.
+        # Store the last `slots` of these keys; old ones are written again to the slots they have.
         last = torch.arange(max(0, end - slots), end, device=k.device) % slots
         layer_k[:, :, last] = keys[:, :, -slots:]
         layer_v[:, :, last] = values[:, :, -slots:]
@@ -112,11 +112,11 @@ def rotate(x, cos, sin):
 def with_earlier_blocks(x, n, m, size):
     """SWA: join each of the last n blocks of x (B, H, S, D) with the m blocks before it.
 
-    With blocks a b c, n = 2 and m = 1: (a b) and (b c). Returns (BH, n, (m + 1) size, D).
+    With blocks a b c d, n = 3 and m = 1: ab, bc and cd. Returns (BH, n, (m + 1) size, D).
     """
     x = x[:, :, -(n + m) * size :].unflatten(2, (n + m, size)).flatten(0, 1)
-    shifted = [x[:, i : i + n] for i in range(m + 1)]  # (a b), then (b c)
-    return torch.cat(shifted, dim=2)
+    shifted = [x[:, i : i + n] for i in range(m + 1)]  # [a b c] and [b c d]
+    return torch.cat(shifted, dim=2)  # [ab bc cd]
 
 
 class CausalSelfAttention(nn.Module):
@@ -187,14 +187,15 @@ class CausalSelfAttention(nn.Module):
 
         The last n * size queries form n blocks. A block attends to its own keys and to those of the
         m blocks before it, into which its windows reach: all blocks have `size` queries at the end
-        of (m + 1) size keys, so one mask serves all. The T - n * size queries before the n blocks,
-        if any, go through attend_dense.
+        of (m + 1) size keys, so one mask serves all. Queries that are left over before the n blocks
+        go through attend_dense: the first of a sequence, which have fewer than m blocks of keys
+        before them, and those that do not fill a block.
         """
         B, H, T, D = q.shape
         S, W = k.size(2), self.window
         size = min(max(W, MIN_BLOCK), MAX_BLOCK)
         m = (W - 1 + size - 1) // size  # (W - 1) / size, rounded up
-        n = min(T, S - m * size) // size  # the first of the n blocks has m blocks of keys before it
+        n = min(T, S - m * size) // size  # blocks with m whole blocks of keys before the first
         if n < 1:
             return self.attend_dense(q, k, v)
         T_before, S_before = T - n * size, S - n * size

@@ -5,30 +5,33 @@
 itself: query i attends to key j if 0 <= i - j < window. Stacked windows reach further: the
 receptive field of L layers is L (window - 1) tokens into the past.
 
-    the mask, window = 3         blocks of 2 queries          the ring buffer, 3 slots
+    the mask, window = 3         blocks of 3 queries          the ring buffer, 3 slots
            keys                    queries   keys               after token 4: slot  0 1 2
-           0 1 2 3 4 5              0 1      0 1                               token 3 4 2
-    q 0    x                        2 3      0 1 2 3            after token 5: slot  0 1 2
-      1    x x                      4 5      2 3 4 5                           token 3 4 5
+           0 1 2 3 4 5             0 1 2     0 1 2                             token 3 4 2
+    q 0    x                       3 4 5     0 1 2 3 4 5        after token 5: slot  0 1 2
+      1    x x                                                                 token 3 4 5
       2    x x x
       3      x x x               A block attends to its       Position p is in slot p % 3. The
       4        x x x             own keys and to those of     order of the keys does not matter
       5          x x x           the block before it.         to softmax(QK^T) V.
 
-A mask alone would save nothing: all T^2 scores are computed before it applies. (Without a mask,
-is_causal=True can skip the later keys: T (T + 1) / 2 scores.) A block has as many queries as the
-window, but at least 64 and at most 256. For windows of 64 to 256, a query is therefore compared
-with at most 2 window keys, twice as many as needed; for a window of 5 with 128 keys, 25 times as
-many. With T = 1024 and window = 256, 229,504 scores are needed, a mask computes 1,048,576, and
-is_causal 524,800. Blocks compute 458,752 or fewer: the first 256 queries have no block before them
-(256 x 256, of which is_causal may skip half), then come three blocks of 256 x 512. A block here is
-a block of queries, not a layer, and unrelated to block_size.
+A mask alone would save nothing: all T^2 scores are computed before it applies. (Full attention with
+is_causal=True can at least skip the later keys: T (T + 1) / 2 scores.) Therefore queries are
+computed in blocks, each with only the keys that its windows reach. A block (of queries; not a
+layer, and not block_size) has as many queries as the window, but at least 64 and at most 256; a
+window of more than 257 reaches into several blocks. For windows of 64 to 256, the keys of two
+blocks are twice as many as needed. For a window of 5, two blocks of 64 are 25 times as many.
+
+With T = 1024 and window = 256, 229,504 scores are needed, a mask computes 1,048,576, and is_causal
+524,800. Blocks compute 458,752 or fewer: the first 256 queries have no block before them (256 x
+256, of which is_causal may skip half), then come three blocks of 256 x 512.
 
 Differences from model.py, marked SWA: the cache is a ring buffer of `window` slots, however long
 the sequence; queries attend to their windows, in blocks if they are many; the count of FLOPs.
 
-Shapes: B batch, T new tokens, S keys (S - T from the cache, then T new; in ring order if T = 1),
-C channels, H heads, D = C / H channels of a head, V vocabulary, W window.
+Shapes: B batch, T new tokens, S keys (at most W - 1 from the cache, then T new; when decoding,
+T = 1, the slots of the ring buffer as they lie), C channels, H heads, D = C / H channels of a head,
+V vocabulary, W window.
 """
 
 from dataclasses import dataclass
@@ -89,7 +92,7 @@ class KVCache:
         """
         B, T = k.size(0), k.size(2)
         end = self.pos + T
-        if end > self.max_len:  # SWA: there are min(window, max_len) slots, perhaps too few
+        if end > self.max_len:  # SWA: a ring of max_len < window slots would lose keys it needs
             raise ValueError(
                 f"the cache has room for {self.max_len} tokens, not for {end}: "
                 f"make it with make_cache(batch_size, max_len={end})"
@@ -99,12 +102,12 @@ class KVCache:
         if T == 1:  # decode
             layer_k[:, :, self.pos % slots] = k[:, :, 0]
             layer_v[:, :, self.pos % slots] = v[:, :, 0]
-            return layer_k[:B, :, :end], layer_v[:B, :, :end]  # end may exceed the slots
+            return layer_k[:B, :, :end], layer_v[:B, :, :end]  # all slots, if end exceeds them
         # SWA: the first new query needs the slots - 1 keys before it, in order of their positions.
         past = torch.arange(max(0, self.pos - slots + 1), self.pos, device=k.device) % slots
         keys = torch.cat([layer_k[:B, :, past], k], dim=2)
         values = torch.cat([layer_v[:B, :, past], v], dim=2)
-        # Store the last `slots` of them; those among them that are not new stay where they were.
+        # Store the last `slots` of these keys; old ones are written again to the slots they have.
         last = torch.arange(max(0, end - slots), end, device=k.device) % slots
         layer_k[:, :, last] = keys[:, :, -slots:]
         layer_v[:, :, last] = values[:, :, -slots:]
@@ -114,11 +117,11 @@ class KVCache:
 def with_earlier_blocks(x, n, m, size):
     """SWA: join each of the last n blocks of x (B, H, S, D) with the m blocks before it.
 
-    With blocks a b c, n = 2 and m = 1: (a b) and (b c). Returns (BH, n, (m + 1) size, D).
+    With blocks a b c d, n = 3 and m = 1: ab, bc and cd. Returns (BH, n, (m + 1) size, D).
     """
     x = x[:, :, -(n + m) * size :].unflatten(2, (n + m, size)).flatten(0, 1)
-    shifted = [x[:, i : i + n] for i in range(m + 1)]  # (a b), then (b c)
-    return torch.cat(shifted, dim=2)
+    shifted = [x[:, i : i + n] for i in range(m + 1)]  # [a b c] and [b c d]
+    return torch.cat(shifted, dim=2)  # [ab bc cd]
 
 
 class CausalSelfAttention(nn.Module):
@@ -177,14 +180,15 @@ class CausalSelfAttention(nn.Module):
 
         The last n * size queries form n blocks. A block attends to its own keys and to those of the
         m blocks before it, into which its windows reach: all blocks have `size` queries at the end
-        of (m + 1) size keys, so one mask serves all. The T - n * size queries before the n blocks,
-        if any, go through attend_dense.
+        of (m + 1) size keys, so one mask serves all. Queries that are left over before the n blocks
+        go through attend_dense: the first of a sequence, which have fewer than m blocks of keys
+        before them, and those that do not fill a block.
         """
         B, H, T, D = q.shape
         S, W = k.size(2), self.window
         size = min(max(W, MIN_BLOCK), MAX_BLOCK)
         m = (W - 1 + size - 1) // size  # (W - 1) / size, rounded up
-        n = min(T, S - m * size) // size  # the first of the n blocks has m blocks of keys before it
+        n = min(T, S - m * size) // size  # blocks with m whole blocks of keys before the first
         if n < 1:
             return self.attend_dense(q, k, v)
         T_before, S_before = T - n * size, S - n * size

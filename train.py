@@ -75,7 +75,7 @@ MAX_OVERFLOWS = 20  # float16 steps in a row with an infinite gradient before th
 @dataclass
 class TrainConfig:
     # Run
-    out_dir: str | None = None  # checkpoints, log; None: out/ and the names of configs and --model
+    out_dir: str | None = None  # for checkpoints and log; None: out/CONFIG, or out/CONFIG-MODEL
     model: str = "model"  # the model file, without .py
     dataset: str = "fineweb"  # folder of data/, made by prepare_data.py
     init_from: str = "scratch"  # scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a directory
@@ -109,7 +109,7 @@ class TrainConfig:
     deterministic: bool = False  # the same bits on CUDA too; slower
     # Several processes, started by torchrun
     fsdp: bool = False  # shard parameters, gradients and optimizer state (FSDP) instead of DDP
-    shard_degree: int = 0  # ranks over which a copy of the model is sharded, with fsdp; 0: all
+    shard_degree: int = 0  # with fsdp: ranks that share a copy of the model; 0: all, one copy
     dist_timeout: int = 600  # seconds that a rank waits for the others
 
 
@@ -169,7 +169,7 @@ class Run:
     overflows: int = 0  # float16 steps in a row with an infinite gradient
 
     def autocast(self):
-        """Compute in the run's dtype. FSDP needs no autocast: it gathers parameters in it."""
+        """Return a context that computes in the run's dtype; FSDP gathers parameters in it."""
         enabled = self.dtype != torch.float32 and not self.config.fsdp
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
@@ -274,38 +274,51 @@ def find_checkpoint_to_resume(config, out_dir):
         return None, None
     path, stored = checkpoint.checkpoint_to_resume(out_dir, rename_damaged=not config.eval_only)
     if config.eval_only and stored is not None:
-        # --init_from=gpt2 evaluates GPT-2, also if out_dir has a run. The default, scratch, does
-        # not ask for untrained weights: it evaluates the run.
+        # The run is evaluated if init_from is the default or what the run began with. Any other
+        # init_from asks for those weights, for example GPT-2's.
         if config.init_from not in ("scratch", stored["options"]["init_from"]):
             return None, None
     return path, stored
 
 
 def resumed_model_config(config, module, model_options, meta, stored):
-    """Return the model config that the options ask for; it must equal the stored one."""
+    """Return the model config that the options ask for; the caller compares it with `stored`."""
     if config.init_from == "scratch":
         return asdict(make_config(module, scratch_options(model_options, meta)))
     # Model options that are not given were taken from init_from's weights when the run began.
     return stored["model_config"] | model_options
 
 
+def choose_start(config, module, model_options, record, out_dir):
+    """Choose what a run starts from, on rank 0: its last checkpoint or, for a new run, weights.
+
+    Returns (path, stored, model_config, weights): the checkpoint to resume from with its record,
+    the model's config, and None; or None, None, the config, and the state dict of the new model.
+    """
+    path, stored = find_checkpoint_to_resume(config, out_dir)
+    if stored is None:
+        model = initial_model(config, module, model_options, record["meta"])
+        return None, None, asdict(model.config), model.state_dict()
+    model_config = resumed_model_config(config, module, model_options, record["meta"], stored)
+    checkpoint.check_same_options(record | {"model_config": model_config}, stored, out_dir)
+    return path, stored, model_config, None
+
+
 def setup(config, model_options, argv, group, stack):
-    """Prepare everything before the loop: data, model, optimizer, and the state to resume from.
+    """Collective. Prepare all that the loop needs: data, model, optimizer, the state to resume.
 
     model_options   those of the command line and the config files
     stack           ExitStack that holds the lock on out_dir until the program ends
 
     Returns a Run. A run without torchrun prepares a missing dataset if it is one of
-    prepare_data.SMALL_DATASETS. In out_dir only what an interrupted run left unfinished or damaged
-    is removed or renamed, and with eval_only nothing. Rank 0 initializes or reads the weights, on
-    its CPU, and the other ranks receive them, so that one process, DDP and FSDP start with the same
-    bits.
+    prepare_data.SMALL_DATASETS. Unless eval_only, what an interrupted save left in out_dir is
+    removed, and damaged checkpoints are renamed; --overwrite deletes nothing before train(). Rank 0
+    initializes or reads the weights, on its CPU, and the other ranks receive them, so that one
+    process, DDP and FSDP start with the same bits.
     """
     module = model_module(config.model)
     out_dir = Path(config.out_dir or default_out_dir(argv))
-    path, stored = None, None  # the checkpoint to resume from, and its record
-    model_config = None
-    weights = None  # of a new run, on rank 0 only
+    start = None
     with group.exit_together():
         check_config(config, group)
         device = pick_device(config.device, group.local_rank)
@@ -322,15 +335,10 @@ def setup(config, model_options, argv, group, stack):
             stack.enter_context(checkpoint.lock_run(out_dir))
             checkpoint.remove_unfinished(out_dir)
         if group.rank == 0:
-            path, stored = find_checkpoint_to_resume(config, out_dir)
-            if stored is None:
-                new_model = initial_model(config, module, model_options, meta)
-                model_config, weights = asdict(new_model.config), new_model.state_dict()
-            else:
-                model_config = resumed_model_config(config, module, model_options, meta, stored)
-                now = record | {"model_config": model_config}
-                checkpoint.check_same_options(now, stored, out_dir)
-    path, stored, model_config = group.broadcast((path, stored, model_config))
+            *start, weights = choose_start(config, module, model_options, record, out_dir)
+        else:
+            weights = None  # rank 0 sends them
+    path, stored, model_config = group.broadcast(start)
 
     with group.exit_together():
         # No memory yet: under FSDP a device may have room for its shard only.
@@ -354,7 +362,7 @@ def setup(config, model_options, argv, group, stack):
     if stored is None:
         load_initial_weights(model, weights, group, device)  # allocates; sends rank 0's weights
     else:
-        model.to_empty(device=device)  # load_checkpoint fills it below, also inside DDP
+        model.to_empty(device=device)  # load_checkpoint fills these tensors in place, below
     wrapped = wrap_ddp(model, device) if group.launched and not config.fsdp else model
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -522,9 +530,9 @@ def to_device(tensor, device):
 
 
 def check_finite(run, loss, grad_norm):
-    """Collective. If the loss or the gradient norm is not finite, end the run; the weights stay.
+    """Collective. End the run if loss or gradient norm is not finite, before the weights change.
 
-    Both are the same on all ranks.
+    Loss and norm are the same on all ranks, so all ranks end here together.
 
     In float16 the scaler skips such a step and halves its scale; only MAX_OVERFLOWS of them in a
     row end the run.
@@ -594,9 +602,9 @@ def train_loop(run):
     while True:
         is_last = run.step == config.max_steps
 
-        # First finish the step before, or the one resumed from: log it (truncate_log has removed
-        # its line from an earlier log), and once in a while evaluate and save. A resumed run has
-        # its validation loss already if the step of its checkpoint was evaluated.
+        # First finish the step just taken or, on resuming, that of the checkpoint: evaluate it if
+        # due, log it, save it if due. On resuming, truncate_log has removed that step's line, and
+        # run.metrics has its val_loss if it was evaluated before the save.
         if (run.step % config.eval_interval == 0 or is_last) and "val_loss" not in run.metrics:
             val_loss = evaluate(run)
             if val_loss is not None:
@@ -674,7 +682,10 @@ def append_log(run):
 
 
 def save(run):
-    """Collective. Save the state after the last finished step; nothing before the first step."""
+    """Collective. Save the state after the last finished step, if there is one.
+
+    If the step has a checkpoint, only a new validation loss is added to it.
+    """
     if run.step == 0:
         return
     state = {"step": run.step, "metrics": run.metrics, "scaler": run.scaler.state_dict()}
@@ -724,7 +735,7 @@ def train(run):
         )
         return
     with run.group.exit_together():
-        if not run.out_dir.is_dir():
+        if not run.out_dir.is_dir():  # rank 0 has made it, in lock_run
             raise UserError(f"{run.out_dir} must be a directory that all machines share")
     if uses_compile(run.config, run.device) and not run.config.fsdp:
         compile_forward(run)

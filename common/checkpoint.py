@@ -66,7 +66,7 @@ RECORD_SHAPE = {
     "meta": META_SHAPE,
     "files": {"*": {"size": int, "crc32": str}},
 }
-# One flat name per tensor, such as state.transformer.wte.weight.exp_avg.
+# Each tensor of the optimizer gets one flat name, such as state.transformer.wte.weight.exp_avg.
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 # Options that may differ when a run is resumed: they say at which steps something is saved or
@@ -98,10 +98,11 @@ RESUMABLE_CHANGES = {
 
 
 def save_checkpoint(out_dir, model, optimizer, record, keep, group):
-    """Collective. Save the checkpoint of record["step"] unless it exists; prune older ones.
+    """Collective. Save the checkpoint of record["step"]; prune older ones.
 
-    Each rank writes its own shards; no rank gathers the full model. What several ranks hold, as
-    under DDP, is written once.
+    If the step has a checkpoint already, its metrics are replaced if they are others: a run that
+    stopped before an evaluation is evaluated when it resumes. Each rank writes its own shards; no
+    rank gathers the full model. What several ranks hold, as under DDP, is written once.
 
     record   what config.json says about the run: a dict with "step", "metrics" and more
     keep     how many of the last checkpoints to keep, besides the best
@@ -115,7 +116,7 @@ def save_checkpoint(out_dir, model, optimizer, record, keep, group):
         if group.rank == 0 and not final.exists():
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-    is_new = group.broadcast(part.exists())  # rank 0 has made `part` if the checkpoint is new
+    is_new = group.broadcast(not final.exists())
     if is_new:
         _write_shards(part, model, optimizer, group)
         files = _describe_files(part, group)
@@ -123,6 +124,8 @@ def save_checkpoint(out_dir, model, optimizer, record, keep, group):
         if group.rank == 0:
             if is_new:
                 _publish(part, final, record | {"files": files})
+            else:
+                _update_metrics(final, record["metrics"])
             prune_checkpoints(out_dir, keep)
 
 
@@ -140,10 +143,15 @@ def _write_shards(part, model, optimizer, group):
             dcp.save(tensors, storage_writer=writer)
         except (CheckpointException, RuntimeError) as error:  # DCP wraps the OSError
             free = shutil.disk_usage(part).free / 1e9
-            reason = str(error).splitlines()[-1]
+            reason = _last_line(error)
             raise UserError(
                 f"{part} could not be written, {free:.1f} GB are free on that disk: {reason}"
             ) from error
+
+
+def _last_line(error):
+    lines = str(error).splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
 def _file_indices(tensors):
@@ -188,8 +196,21 @@ def _publish(part, final, record):
     fsync(final.parent)
 
 
+def _update_metrics(final, metrics):
+    """Replace the metrics in the config.json of a complete checkpoint, in one step."""
+    record = read_record(final)
+    if record["metrics"] == metrics:
+        return
+    record["metrics"] = metrics
+    # Outside of the checkpoint: an extra file in it would make it invalid.
+    file = final.with_name(final.name + ".json")
+    write_json(file, {"crc32": _record_crc32(record)} | record)
+    file.replace(final / "config.json")
+    fsync(final)
+
+
 def prune_checkpoints(out_dir, keep):
-    """Delete all checkpoints but the last `keep`, the best, and those that are damaged."""
+    """Delete all checkpoints but the last `keep`, the best, and those with a damaged record."""
     best, _ = best_checkpoint(out_dir)
     for path in list_checkpoints(out_dir)[:-keep]:
         if path != best and _read_undamaged(path) is not None:
@@ -210,10 +231,16 @@ def remove_run(out_dir):
 
 
 def remove_unfinished(out_dir):
-    """Delete what an interrupted save, deletion or truncation has left in out_dir."""
+    """Delete what an interrupted call has left in out_dir.
+
+    save_checkpoint leaves NAME.part or NAME.json*, remove_directory NAME.deleting, and truncate_log
+    log.part.
+    """
     for suffix in (".part", ".deleting", ".damaged*.deleting"):
         for path in list(Path(out_dir).glob(CHECKPOINT_GLOB + suffix)):
             shutil.rmtree(path)
+    for path in list(Path(out_dir).glob(CHECKPOINT_GLOB + ".json*")):
+        path.unlink()
     Path(out_dir, "log.part").unlink(missing_ok=True)
 
 
@@ -226,9 +253,10 @@ def list_checkpoints(out_dir):
 
 
 def best_checkpoint(out_dir):
-    """Return the path and the loss of the undamaged checkpoint with the lowest validation loss.
+    """Return the path and the loss of the checkpoint with the lowest validation loss.
 
-    The loss is in nats per token. Without an evaluated checkpoint: (None, infinity).
+    The loss is in nats per token. Without an evaluated checkpoint: (None, infinity). Only
+    config.json is verified here; where it is damaged, the checkpoint is passed over.
     """
     best, best_loss = None, math.inf
     for path in list_checkpoints(out_dir):
@@ -254,6 +282,8 @@ def checkpoint_to_resume(out_dir, rename_damaged):
     for path in reversed(list_checkpoints(out_dir)):
         try:
             return path, verify_checkpoint(path)
+        except FileNotFoundError:  # with eval_only: deleted by a process that trains
+            continue
         except DamagedError as error:
             action = "not used"
             if rename_damaged:
@@ -277,10 +307,11 @@ def _rename_damaged(path):
 
 
 def load_best(directory, load):
-    """Return load(path, record) for a checkpoint: the directory itself, or a run's best or last.
+    """Call load(path, record) for a checkpoint and return its result.
 
-    A run may be training: if a checkpoint disappears, the search starts again. A damaged one is
-    reported on stderr, and the next one is taken.
+    The checkpoint is `directory` itself or, if that is a run, its best one, or its newest one if
+    none was evaluated. A run may be training: if a checkpoint disappears, the search starts again.
+    A damaged one is reported on stderr, and the next one is taken.
     """
     directory = Path(directory)
     if (directory / "config.json").exists() or (directory / ".metadata").exists():
@@ -347,7 +378,7 @@ def _verify_files(path, files):
             raise UserError(f"{path}/{name} does not belong to the checkpoint: remove that file")
     for name, expected in files.items():
         file = path / name
-        if name != file.name or not file.is_file():
+        if name != file.name or not file.is_file():  # a name such as ../x is none of its files
             raise DamagedError(f"{file} is missing")
         size = file.stat().st_size
         if size != expected["size"]:
@@ -421,8 +452,8 @@ def load_checkpoint(path, model, optimizer=None):
         else:
             tensors, model_state, optimizer_state = _training_tensors(model, optimizer)
             dcp.load(tensors, storage_reader=reader)
-            # dcp.load has filled the tensors of both state dicts in place. set_state_dict gives
-            # them to the model and the optimizer: DCP does not promise that they are theirs.
+            # dcp.load has filled the tensors of both state dicts in place. They may be those of the
+            # model and the optimizer, but DCP does not promise it: set_state_dict copies them.
             set_state_dict(
                 model,
                 optimizer,
@@ -456,7 +487,7 @@ def _explain_load_failure(path):
     try:
         yield
     except (CheckpointException, FileNotFoundError) as error:
-        reason = str(error).splitlines()[-1]
+        reason = _last_line(error)
         raise DamagedError(f"{path} failed to load: {reason}") from error
 
 
@@ -497,7 +528,10 @@ def truncate_log(out_dir, step):
 
 
 def lock_run(out_dir):
-    """Lock a run's directory. Raises UserError if another process is training in it."""
+    """Return a context manager that locks a run's directory, and makes it if need be.
+
+    It raises UserError if another process is training in it.
+    """
 
     def refuse():
         raise UserError(f"another process is training in {out_dir}: choose another --out_dir")

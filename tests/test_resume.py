@@ -187,6 +187,22 @@ def test_a_smaller_max_steps_than_the_run_has_done_trains_nothing(tiny_run, caps
     assert (tiny_run / "log.jsonl").read_text() == before
 
 
+def test_a_validation_loss_found_on_resuming_is_added_to_the_checkpoint(tiny_run, monkeypatch):
+    def interrupt(run):
+        run.stop.received = True
+
+    original = train.evaluate
+    monkeypatch.setattr(train, "evaluate", interrupt)
+    train.main(arguments(max_steps=15))  # stops in the evaluation at step 15
+    last = checkpoint.list_checkpoints(tiny_run)[-1]
+    assert "val_loss" not in checkpoint.verify_checkpoint(last)["metrics"]
+    monkeypatch.setattr(train, "evaluate", original)
+    train.main(arguments(max_steps=15))
+    assert checkpoint.verify_checkpoint(last)["metrics"] == {
+        name: value for name, value in read_log(tiny_run)[-1].items() if name != "step"
+    }
+
+
 def damage(path):
     """Flip a bit in the middle of a checkpoint's weights."""
     file = next(path.glob("*.safetensors"))
