@@ -29,6 +29,7 @@ from common.errors import UserError
 
 PATHS = ("init_from", "input", "out", "out_dir")  # options in which ~ is the home directory
 FREE_TEXT = ("prompt", "stop")  # options that may hold any characters
+MAX_BITS = 1000  # of an integer; a float holds 1023
 KV_HEADS = "use --n_kv_head, of model_gqa and model_rope_gqa_swa"
 WINDOW = "use --window, of model_swa and model_rope_gqa_swa"
 STEP_TOKENS = "use --total_batch_size, in tokens; the number of micro-steps follows from it"
@@ -260,9 +261,13 @@ def _suggest(name, known, hint):
 
 def _convert(name, kind, value):
     """Return the value as one of the types of `kind`, or raise UserError."""
-    if isinstance(value, str) and name not in FREE_TEXT:
-        if re.search("[\0\ud800-\udfff]", value):  # Python reads undecodable bytes as surrogates
-            raise UserError(f"{name}={value!r} has a NUL character or bytes that are not UTF-8")
+    for text in value if isinstance(value, list) else [value]:
+        is_text = isinstance(text, str) and name not in FREE_TEXT
+        # Python reads undecodable bytes as surrogates.
+        if is_text and re.search("[\0\ud800-\udfff]", text):
+            raise UserError(f"{name}={text!r} has a NUL character or bytes that are not UTF-8")
+    if type(value) is int and value.bit_length() > MAX_BITS:  # Python would not print it
+        raise UserError(f"{name} is an integer of {value.bit_length()} bits, more than {MAX_BITS}")
     if isinstance(value, str) and name in PATHS and value.startswith("~"):
         value = type(value)(os.path.expanduser(value))  # the shell leaves --out_dir=~/x alone
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)

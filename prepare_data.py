@@ -15,6 +15,11 @@ becomes val.bin. Text is tokenized piece by piece on all cores, so memory does n
 file appears under its final name only when it is complete.
 """
 
+import signal
+
+if __name__ == "__main__":  # see train.py
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import codecs
 import contextlib
 import glob
@@ -37,7 +42,7 @@ from tqdm import tqdm
 
 from common.download import download, file_sha256, hub_url
 from common.errors import UserError, program
-from common.files import fsync, lock, write_json
+from common.files import check_regular, fsync, lock, name_in_errors, write_json
 from common.tokenizer import (
     EOT,
     NAMES,
@@ -112,6 +117,7 @@ def read_pieces(paths, field, description):
 
 def _read_file(path, field, bar):
     """Yield (whether a document begins here, piece) for each piece of a file."""
+    check_regular(path)
     position = 0
     try:
         with contextlib.ExitStack() as stack:
@@ -230,6 +236,7 @@ def _batches(pieces):
 
 def describe_bin(path, tokenizer):
     """Return what meta.json says about a bin; without a tokenizer not the bytes of its text."""
+    check_regular(path)
     counts = np.zeros(1 << 16, dtype=np.int64)  # how often each id occurs
     with open(path, "rb") as file:
         while (ids := np.fromfile(file, "<u2", PIECE_BYTES)).size:
@@ -264,9 +271,15 @@ def prepare_text(folder, tokenizer_name, paths, field, val_fraction, source):
         raise UserError(
             f"{tokenizer.n_vocab} different characters do not fit in uint16: use --tokenizer=byte"
         )
-    parts = {split: folder / f"{split}.bin.part" for split in ("train", "val")}
+    parts = {name: folder / f"{name}.part" for name in ("train.bin", "val.bin", "meta.json")}
+    for part in parts.values():
+        check_regular(part)
     try:
-        with open(parts["train"], "w+b") as train, open(parts["val"], "wb") as val:
+        with (
+            name_in_errors(folder),
+            open(parts["train.bin"], "w+b") as train,
+            open(parts["val.bin"], "wb") as val,
+        ):
             for ids in tokenize(tokenizer, read_pieces(paths, field, "tokens")):
                 train.write(ids)
             total = train.tell() // 2
@@ -281,14 +294,15 @@ def prepare_text(folder, tokenizer_name, paths, field, val_fraction, source):
             shutil.copyfileobj(train, val)
             train.truncate(2 * n_train)
         meta |= {"vocab_size": tokenizer.n_vocab, "source": source, "val_fraction": val_fraction}
-        for split, part in parts.items():
+        for split in ("train", "val"):
+            part = parts[f"{split}.bin"]
             fsync(part)
             meta[split] = describe_bin(part, tokenizer)
+        write_json(parts["meta.json"], meta)  # all that needs room, before the old dataset goes
         # Without train.bin the folder is not a dataset: it goes first and comes back last.
         (folder / "train.bin").unlink(missing_ok=True)
-        parts["val"].replace(folder / "val.bin")
-        write_json(folder / "meta.json", meta)
-        parts["train"].replace(folder / "train.bin")
+        for name in ("val.bin", "meta.json", "train.bin"):
+            parts[name].replace(folder / name)
         fsync(folder)
     finally:
         for part in parts.values():
@@ -347,8 +361,9 @@ def prepare_fineweb(folder, shards, overwrite):
 def append_shard(name, bin_path, tokens_before):
     """Download a shard and append it to a bin of `tokens_before` tokens; return the new count."""
     shard = bin_path.with_name(name)
-    if not shard.exists():
-        download(hub_url(f"{FINEWEB}/{name}"), shard)
+    check_regular(shard)
+    check_regular(bin_path)
+    download(hub_url(f"{FINEWEB}/{name}"), shard)
     tokens = (shard.stat().st_size - 4 * SHARD_HEADER) / 2
     expected = [SHARD_MAGIC, SHARD_VERSION, tokens]
     header = np.fromfile(shard, "<i4", 3).tolist()
@@ -358,7 +373,7 @@ def append_shard(name, bin_path, tokens_before):
             f"{name} has magic, version, tokens {header}, expected {expected} by its size: "
             "deleted; run the same command again"
         )
-    with open(bin_path, "ab") as bin_file, open(shard, "rb") as file:
+    with name_in_errors(bin_path), open(bin_path, "ab") as bin_file, open(shard, "rb") as file:
         size = bin_file.tell() // 2
         if size < tokens_before:
             raise UserError(
@@ -486,8 +501,7 @@ def source_files(config, root):
     if config.name == "stdlib":
         return stdlib_files()
     path = Path(root, "download", "tinyshakespeare.txt")
-    if not path.exists():
-        download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
+    download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
     return [str(path)]
 
 
@@ -501,16 +515,17 @@ def open_dataset(name, prepare_missing=True):
         return folder, read_meta(folder)
     if name == "fineweb":
         raise UserError(
-            f"no {folder}: python prepare_data.py fineweb downloads 1 of its 10 billion tokens, "
-            "2 GB (python train.py config/quickstart.py needs no download)"
+            f"no {folder}/train.bin: python prepare_data.py fineweb downloads 1 of its 10 billion "
+            "tokens, 2 GB (python train.py config/quickstart.py needs no download)"
         )
     if name not in SMALL_DATASETS:
         raise UserError(
-            f"no {folder}: python prepare_data.py {name} --input='FILES' makes it from your text"
+            f"no {folder}/train.bin: python prepare_data.py {name} --input='FILES' makes it from "
+            "your text"
         )
     if not prepare_missing:
         raise UserError(
-            f"no {folder}: python prepare_data.py {name} makes it; run it before torchrun"
+            f"no {folder}/train.bin: python prepare_data.py {name} makes it; run it before torchrun"
         )
     print(f"preparing {folder}", flush=True)
     return folder, prepare(PrepareConfig(name=name), only_missing=True)

@@ -8,15 +8,17 @@ token costs one forward pass over that token alone, thanks to the KV cache. Text
 else to stderr. A single sample is printed while it is generated.
 """
 
+import signal
+
+if __name__ == "__main__":  # see train.py
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import codecs
 import os
-import signal
 import sys
 import time
 from dataclasses import dataclass
 
-if __name__ == "__main__":  # see train.py
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 
 import torch
@@ -26,6 +28,8 @@ from common.errors import UserError, program
 from common.pretrained import load_model
 from common.tokenizer import encode, get_tokenizer
 from configurator import check_minimum, configure
+
+MAX_SAMPLES = 100_000  # each has a decoder of its own
 
 
 @dataclass
@@ -173,6 +177,8 @@ def check_config(config):
     """Raise UserError for options that make no sense."""
     check_minimum(config, 1, "num_samples", "max_new_tokens", "top_k")
     check_minimum(config, 0, "temperature", "seed")
+    if config.num_samples > MAX_SAMPLES:
+        raise UserError(f"num_samples={config.num_samples} must be at most {MAX_SAMPLES}")
     if config.top_p is not None and not 0 < config.top_p <= 1:
         raise UserError(f"top_p={config.top_p} must be above 0 and at most 1")
     if config.stop == "":

@@ -17,19 +17,21 @@ an error on any rank inside `with group.exit_together()` ends all ranks with one
 `group.exit(message)`, called by all ranks, ends the run.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the other imports ends the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import json
 import math
 import os
-import signal
+import shlex
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-if __name__ == "__main__":  # Ctrl-C while torch is imported ends the program without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # OpenMP threads that busy-wait slow down everything else on their core, and each other, up to a
 # hundredfold; a short spin costs nothing. OpenMP reads this variable when torch is imported.
@@ -55,6 +57,7 @@ from common.device import (
 )
 from common.distributed import (
     ProcessGroup,
+    describe_lost_rank,
     full_tensor,
     gradient_sync,
     load_initial_weights,
@@ -62,6 +65,7 @@ from common.distributed import (
     wrap_ddp,
 )
 from common.errors import UserError, program
+from common.files import name_in_errors
 from common.models import make_config, model_module, models_with_option
 from common.optimizer import learning_rate, make_optimizer
 from common.pretrained import load_model
@@ -350,7 +354,7 @@ def setup(config, model_options, argv, group, stack):
         if not config.eval_only:
             check_batch(config, loader.block_size, group.world_size)
         if stored is not None:
-            checkpoint.check_same_data(data, stored, out_dir)
+            checkpoint.check_same_data(data, stored, out_dir, folder)
     # End the run if the ranks were started with different options or data.
     group.check_equal(record["options"] | model_options | {"data": data})
 
@@ -554,7 +558,7 @@ def advice(run):
     checkpoints = checkpoint.list_checkpoints(run.out_dir)
     if not checkpoints:
         return f"; start a new run {remedy}"
-    weights = f"--init_from={checkpoints[-1]} --out_dir=NEW"
+    weights = f"--init_from={shlex.quote(str(checkpoints[-1]))} --out_dir=NEW"
     return f"; start a new run from earlier weights, such as {weights}, {remedy}"
 
 
@@ -673,12 +677,21 @@ def mfu_flops_per_token(model, T):
 
 def append_log(run):
     """Append run.metrics to log.jsonl; return an error message, or None."""
+    path = run.out_dir / "log.jsonl"
     try:
-        with open(run.out_dir / "log.jsonl", "a", encoding="utf-8") as log:
+        with name_in_errors(path), open(path, "a", encoding="utf-8") as log:
             print(json.dumps({"step": run.step} | run.metrics), file=log)
     except OSError as error:
         return str(error)
     return None
+
+
+def rewrite_last_line(run):
+    """Write the log's last line again: it is missing if the disk was full when the run finished."""
+    checkpoint.truncate_log(run.out_dir, run.step)
+    log_error = append_log(run)
+    if log_error is not None:
+        raise UserError(log_error)
 
 
 def save(run):
@@ -705,7 +718,7 @@ def describe_loss(loss, meta):
     perplexity = math.exp(min(loss, 700))  # exp overflows above 709
     text = f"val loss {loss:.4f} | perplexity {perplexity:.2f}"
     val = meta.get("val", {})
-    if "bytes" in val:
+    if val.get("bytes") and "tokens" in val:
         bits_per_byte = loss / math.log(2) * val["tokens"] / val["bytes"]
         text += f" | {bits_per_byte:.3f} bits per byte"
     return text
@@ -730,6 +743,9 @@ def train(run):
         )
         return
     if run.step == run.config.max_steps and "val_loss" in run.metrics:
+        with run.group.exit_together():
+            if run.group.rank == 0:
+                rewrite_last_line(run)
         run.group.print(
             f"{run.out_dir} is finished, at step {run.step}: a larger --max_steps continues it"
         )
@@ -752,7 +768,7 @@ def train(run):
             f"stopped after step {run.step}: the same command, without --overwrite, resumes the run"
         )
     else:
-        run.group.print(f"python sample.py --init_from={run.out_dir}")
+        run.group.print(f"python sample.py --init_from={shlex.quote(str(run.out_dir))}")
 
 
 def print_summary(run):
@@ -812,11 +828,17 @@ def main(argv):
 
 
 def explain_error(error, config, run, world_size):
-    """Return a UserError for an error of torch that the options can cure, else None."""
+    """Return a UserError for an error of torch that the user can cure, else None."""
     # Without FSDP, compile_forward has caught it, and the run goes on uncompiled.
     if config.fsdp and isinstance(error, TorchDynamoException):
         name = type(error).__name__
         return UserError(f"torch.compile failed ({name}): --compile=False trains without it")
+    lost_rank = describe_lost_rank(error)
+    if lost_rank is not None:
+        return UserError(
+            f"another rank does not answer ({lost_rank}): the same command, without --overwrite, "
+            "resumes the run"
+        )
     if not is_out_of_memory(error):
         return None
     if run is None:
@@ -827,12 +849,11 @@ def explain_error(error, config, run, world_size):
 def out_of_memory_advice(config, block_size, world_size=1):
     """Return what to do when memory ran out: a batch_size that keeps total_batch_size."""
     sequences = config.total_batch_size // block_size // world_size  # per rank and step
-    smaller = [n for n in range(1, config.batch_size) if sequences % n == 0]
+    largest = min(config.batch_size - 1, sequences)
+    smaller = next((n for n in range(largest, 0, -1) if sequences % n == 0), None)
     remedies = []
     if smaller:
-        remedies.append(
-            f"--batch_size={smaller[-1]} keeps total_batch_size={config.total_batch_size}"
-        )
+        remedies.append(f"--batch_size={smaller} keeps total_batch_size={config.total_batch_size}")
     if not config.activation_checkpointing:
         remedies.append("--activation_checkpointing=True")
     if not remedies:

@@ -16,6 +16,7 @@ docs/RELIABILITY.md says what holds after a crash, and which test shows it.
 
 import contextlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -42,10 +43,12 @@ from common.errors import DamagedError, UserError
 from common.files import (
     fsync,
     lock,
+    name_in_errors,
     parse_json,
     read_json,
     read_text,
     remove_directory,
+    remove_tree,
     write_json,
 )
 from common.tokenizer import META_SHAPE
@@ -100,7 +103,7 @@ RESUMABLE_CHANGES = {
 def save_checkpoint(out_dir, model, optimizer, record, keep, group):
     """Collective. Save the checkpoint of record["step"]; prune older ones.
 
-    If the step has a checkpoint already, its metrics are replaced if they are others: a run that
+    If the step has a checkpoint already, it gets the validation loss if it has none: a run that
     stopped before an evaluation is evaluated when it resumes. Each rank writes its own shards; no
     rank gathers the full model. What several ranks hold, as under DDP, is written once.
 
@@ -125,7 +128,7 @@ def save_checkpoint(out_dir, model, optimizer, record, keep, group):
             if is_new:
                 _publish(part, final, record | {"files": files})
             else:
-                _update_metrics(final, record["metrics"])
+                _add_val_loss(part, final, record["metrics"])
             prune_checkpoints(out_dir, keep)
 
 
@@ -196,24 +199,24 @@ def _publish(part, final, record):
     fsync(final.parent)
 
 
-def _update_metrics(final, metrics):
-    """Replace the metrics in the config.json of a complete checkpoint, in one step."""
-    record = read_record(final)
-    if record["metrics"] == metrics:
+def _add_val_loss(part, final, metrics):
+    """Replace the record of a checkpoint that a stop signal let save before its evaluation."""
+    stored = read_record(final)
+    if "val_loss" not in metrics or "val_loss" in stored["metrics"]:
         return
-    record["metrics"] = metrics
-    # Outside of the checkpoint: an extra file in it would make it invalid.
-    file = final.with_name(final.name + ".json")
-    write_json(file, {"crc32": _record_crc32(record)} | record)
-    file.replace(final / "config.json")
+    record = stored | {"metrics": metrics}
+    part.mkdir()  # not in the checkpoint, where a reader would take it for a foreign file
+    write_json(part / "config.json", {"crc32": _record_crc32(record)} | record)
+    (part / "config.json").replace(final / "config.json")
     fsync(final)
+    part.rmdir()
 
 
 def prune_checkpoints(out_dir, keep):
     """Delete all checkpoints but the last `keep`, the best, and those with a damaged record."""
     best, _ = best_checkpoint(out_dir)
     for path in list_checkpoints(out_dir)[:-keep]:
-        if path != best and _read_undamaged(path) is not None:
+        if path != best and _is_readable(path):
             remove_directory(path)
 
 
@@ -233,14 +236,11 @@ def remove_run(out_dir):
 def remove_unfinished(out_dir):
     """Delete what an interrupted call has left in out_dir.
 
-    save_checkpoint leaves NAME.part or NAME.json*, remove_directory NAME.deleting, and truncate_log
-    log.part.
+    save_checkpoint leaves NAME.part, remove_directory NAME.deleting, and truncate_log log.part.
     """
     for suffix in (".part", ".deleting", ".damaged*.deleting"):
         for path in list(Path(out_dir).glob(CHECKPOINT_GLOB + suffix)):
-            shutil.rmtree(path)
-    for path in list(Path(out_dir).glob(CHECKPOINT_GLOB + ".json*")):
-        path.unlink()
+            remove_tree(path)
     Path(out_dir, "log.part").unlink(missing_ok=True)
 
 
@@ -252,25 +252,33 @@ def list_checkpoints(out_dir):
     return sorted(Path(out_dir).glob(CHECKPOINT_GLOB))
 
 
-def best_checkpoint(out_dir):
+def best_checkpoint(out_dir, on_damaged=None):
     """Return the path and the loss of the checkpoint with the lowest validation loss.
+
+    on_damaged   called with the path and the error of each checkpoint whose loss cannot be read
 
     The loss is in nats per token. Without an evaluated checkpoint: (None, infinity). Only
     config.json is verified here; where it is damaged, the checkpoint is passed over.
     """
     best, best_loss = None, math.inf
     for path in list_checkpoints(out_dir):
-        record = _read_undamaged(path)
-        if record is not None and record["metrics"].get("val_loss", math.inf) < best_loss:
-            best, best_loss = path, record["metrics"]["val_loss"]
+        try:
+            loss = read_record(path)["metrics"].get("val_loss", math.inf)
+        except (DamagedError, FileNotFoundError) as error:
+            if on_damaged is not None:
+                on_damaged(path, error)
+            continue
+        if loss < best_loss:
+            best, best_loss = path, loss
     return best, best_loss
 
 
-def _read_undamaged(path):
-    """Return the record of a checkpoint, or None if config.json is damaged or missing."""
+def _is_readable(path):
+    """Return whether the config.json of a checkpoint is there and undamaged."""
     with contextlib.suppress(DamagedError, FileNotFoundError):
-        return read_record(path)
-    return None
+        read_record(path)
+        return True
+    return False
 
 
 def checkpoint_to_resume(out_dir, rename_damaged):
@@ -317,8 +325,14 @@ def load_best(directory, load):
     if (directory / "config.json").exists() or (directory / ".metadata").exists():
         return load(directory, verify_checkpoint(directory))
     failed = set()
+
+    def report(path, error):
+        if path.exists() and path not in failed:
+            print(f"warning: {error}; {path.name} is not used", file=sys.stderr)
+        failed.add(path)
+
     while True:
-        best, _ = best_checkpoint(directory)
+        best, _ = best_checkpoint(directory, on_damaged=report)
         newest_first = list(reversed(list_checkpoints(directory)))
         paths = [path for path in (best, *newest_first) if path is not None and path not in failed]
         if not paths:
@@ -326,10 +340,10 @@ def load_best(directory, load):
         try:
             return load(paths[0], verify_checkpoint(paths[0]))
         except (DamagedError, FileNotFoundError) as error:
-            if paths[0].exists():
-                print(f"warning: {error}; {paths[0].name} is not used", file=sys.stderr)
-            failed.add(paths[0])
-    raise UserError(f"{directory} has no {'undamaged ' if failed else ''}checkpoint")
+            report(paths[0], error)
+    if failed:
+        raise UserError(f"{directory} has no undamaged checkpoint")
+    raise UserError(f"{directory} has no checkpoint, and no config.json of a transformers model")
 
 
 # Verify ---------------------------------------------------------------------------------------
@@ -403,14 +417,14 @@ def check_same_options(now, stored, out_dir):
         _refuse_other_run(out_dir, "; ".join(changes))
 
 
-def check_same_data(data, stored, out_dir):
-    """Raise UserError if the dataset of the run in out_dir has changed."""
+def check_same_data(data, stored, out_dir, folder):
+    """Raise UserError if the dataset of the run in out_dir, in `folder`, has changed."""
     if data != stored["data"]:
         before = stored["data"]["tokens"]
         now = data["tokens"]
         if now == before:
-            _refuse_other_run(out_dir, "the data have the same size but another SHA-256")
-        _refuse_other_run(out_dir, f"[training, validation] tokens were {before}, are {now}")
+            _refuse_other_run(out_dir, f"the SHA-256 in {folder}/meta.json has changed")
+        _refuse_other_run(out_dir, f"{folder} had {before} tokens [train.bin, val.bin], has {now}")
 
 
 def _refuse_other_run(out_dir, difference):
@@ -445,6 +459,7 @@ def load_checkpoint(path, model, optimizer=None):
     DamagedError if the files do not hold the tensors that the model needs.
     """
     reader = HuggingFaceStorageReader(str(path))
+    _check_headers(reader, path)
     with _without_process_group_warning(), _explain_load_failure(path):
         if optimizer is None:
             tensors = _with_prefix("model", model.state_dict())
@@ -482,13 +497,35 @@ def _with_prefix(prefix, state):
     return {f"{prefix}.{name}": tensor for name, tensor in state.items()}
 
 
+def _check_headers(reader, path):
+    """Raise DamagedError if the headers of the shards are not what DCP writes.
+
+    DCP reads them again, and would log this error with a traceback.
+    """
+    try:
+        reader.read_metadata()
+    except Exception as error:  # of safetensors, or of DCP's code that meets other fields
+        reason = " ".join(str(error).split())
+        raise DamagedError(
+            f"{path} failed to load: {type(error).__name__} in a shard: {reason}"
+        ) from error
+
+
 @contextlib.contextmanager
 def _explain_load_failure(path):
+    """Raise DamagedError for what DCP raises; DCP's own report, a traceback, is not logged."""
+
+    def is_not_of_dcp(record):
+        return record.module != "state_dict_loader"
+
+    logging.getLogger().addFilter(is_not_of_dcp)  # DCP logs to the root logger
     try:
         yield
     except (CheckpointException, FileNotFoundError) as error:
         reason = _last_line(error)
         raise DamagedError(f"{path} failed to load: {reason}") from error
+    finally:
+        logging.getLogger().removeFilter(is_not_of_dcp)
 
 
 @contextlib.contextmanager
@@ -523,7 +560,8 @@ def truncate_log(out_dir, step):
     if damaged:
         print(f"warning: {path}: removed damaged line {', '.join(damaged)}", file=sys.stderr)
     part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
+    with name_in_errors(part):
+        part.write_text("".join(kept), encoding="utf-8")
     part.replace(path)
 
 

@@ -151,5 +151,5 @@ def peak_flops(device, dtype):
 
 def is_out_of_memory(error):
     """Return whether an exception means that memory ran out; each device words it differently."""
-    words = ("out of memory", "not enough memory", "can't allocate memory")
+    words = ("out of memory", "not enough memory", "can't allocate memory", "size calculation over")
     return isinstance(error, MemoryError) or any(text in str(error) for text in words)

@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import gc
 import os
+import re
 import sys
 
 import torch
@@ -40,7 +41,13 @@ class ProcessGroup:
         # Not by torchrun: other launchers may leave LOCAL_RANK out.
         self.local_rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
         if self.launched and not dist.is_initialized():
-            self._init_process_group(datetime.timedelta(seconds=timeout))
+            try:
+                self._init_process_group(datetime.timedelta(seconds=timeout))
+            except RuntimeError as error:
+                reason = describe_lost_rank(error)
+                if reason is None:
+                    raise
+                raise UserError(f"the ranks cannot connect to each other: {reason}") from error
         # Each machine's torchrun counts its own restarts.
         self.restarted = self.any_rank(_restart_count() != "0")
 
@@ -140,6 +147,15 @@ def _destroy_process_group():
     # Without this call gloo sometimes aborts at exit, and also while a wrapped model still exists.
     gc.collect()
     dist.destroy_process_group()
+
+
+def describe_lost_rank(error):
+    """Return why an error says that another rank does not answer; None for other errors."""
+    is_lost = isinstance(error, (dist.DistNetworkError, dist.DistStoreError))
+    if not is_lost and "gloo" not in str(error):  # gloo raises a plain RuntimeError
+        return None
+    reason = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0])  # without gloo's source line
+    return reason.split(". ")[0]
 
 
 # DDP, FSDP, HSDP ------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """UserError ends a program with one line for the person at the terminal, not a traceback."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -12,6 +13,15 @@ class UserError(Exception):
 
 class DamagedError(UserError):
     """A file does not hold what was once written to it."""
+
+
+@contextlib.contextmanager
+def prefix_errors(path):
+    """Let the message of a UserError in a `with` block begin with the file that is at fault."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def program(main):

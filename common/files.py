@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from common.errors import DamagedError, UserError
 
+FOLDER_ATTEMPTS = 100  # to open a file in a folder that other processes make and remove
+DEEPEST = 50  # levels of a JSON value; ours have five
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of file systems that have no locks
 
 # Write ----------------------------------------------------------------------------------------
@@ -19,10 +22,16 @@ def write_text(path, text):
     """Replace a UTF-8 file in one step: a reader sees the old or the new file, never a part."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-    fsync(part)
-    part.replace(path)
+    check_regular(part)
+    try:
+        with name_in_errors(part), open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+        fsync(part)
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
 
 
 def write_json(path, value):
@@ -36,9 +45,21 @@ def fsync(path):
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with name_in_errors(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def name_in_errors(path):
+    """Add the path to an OSError in the block that names no file, such as one of write()."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def remove_directory(path):
@@ -46,9 +67,18 @@ def remove_directory(path):
     path = Path(path)
     deleting = path.with_name(path.name + ".deleting")
     if deleting.exists():
-        shutil.rmtree(deleting)
+        remove_tree(deleting)
     path.replace(deleting)
-    shutil.rmtree(deleting)
+    remove_tree(deleting)
+
+
+def remove_tree(path):
+    """Delete a directory; an OSError names it, not a file relative to it as shutil's does."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 # Lock -----------------------------------------------------------------------------------------
@@ -69,14 +99,12 @@ def lock(path, on_busy):
     missing = [folder for folder in path.parents if not folder.exists()]  # the innermost is first
     file = None
     while file is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # the other process has removed the folder
-            file = open(path, "w")
-        if file is not None:
-            _wait_for_lock(file, on_busy)
-            if not _is_same_file(file, path):  # the process that held the lock has removed it
-                file.close()
-                file = None
+        check_regular(path)
+        file = _open_in_folder(path)
+        _wait_for_lock(file, on_busy)
+        if not _is_same_file(file, path):  # the process that held the lock has removed it
+            file.close()
+            file = None
     try:
         yield
     finally:
@@ -85,6 +113,16 @@ def lock(path, on_busy):
         with contextlib.suppress(OSError):  # not empty
             for folder in missing:
                 folder.rmdir()
+
+
+def _open_in_folder(path):
+    """Open a file for writing, and make its folders, which others may remove at the same time."""
+    for _ in range(FOLDER_ATTEMPTS):
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return open(path, "w")
+    path.parent.mkdir(parents=True, exist_ok=True)  # it is something else: a file in the way
+    return open(path, "w")
 
 
 def _wait_for_lock(file, on_busy):
@@ -117,17 +155,21 @@ def _is_same_file(file, path):
 # Read -----------------------------------------------------------------------------------------
 
 
+def check_regular(path):
+    """Raise UserError if the path is a folder or a pipe: opening a pipe would block."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is not a regular file")
+
+
 def read_text(path, errors="strict"):
     """Return the text of a UTF-8 file; `errors` as in bytes.decode.
 
-    Raises FileNotFoundError, UserError for a folder or a pipe (opening a pipe would block), and
-    DamagedError for bytes that are not UTF-8.
+    Raises FileNotFoundError, UserError for a folder or a pipe, and DamagedError for bytes that are
+    not UTF-8.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a regular file")
+    check_regular(path)
     try:
-        return path.read_text(encoding="utf-8", errors=errors)
+        return Path(path).read_text(encoding="utf-8", errors=errors)
     except UnicodeDecodeError as error:
         raise DamagedError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
 
@@ -141,17 +183,29 @@ def parse_json(text, shape, where):
     """Return the value of a JSON text. Raises DamagedError, which names `where`, for other shapes.
 
     shape   a type, a tuple of types, [shape of all items], or {key: shape}. A key that ends in "?"
-            may be missing; "*" stands for all keys; float allows integers, too.
+            may be missing; "*" stands for all keys; float allows integers, too. Numbers must be
+            finite and have at most 64 bits, and strings must be valid Unicode.
     """
     try:
         value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # fails at half a surrogate pair
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise DamagedError(f"{where} is not JSON: {reason}") from error
+    if _is_nested(value, DEEPEST):
+        raise DamagedError(f"{where} is damaged: it is nested more than {DEEPEST} levels deep")
     mismatch = _find_mismatch(value, shape, "it")
     if mismatch:
         raise DamagedError(f"{where} is damaged: {mismatch}")
     return value
+
+
+def _is_nested(value, levels):
+    """Return whether a JSON value has more than so many lists and objects around a value."""
+    inner = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, (dict, list)):
+        return False
+    return levels == 0 or any(_is_nested(item, levels - 1) for item in inner)
 
 
 def _find_mismatch(value, shape, name):
@@ -177,6 +231,10 @@ def _find_mismatch(value, shape, name):
         mismatches = (_find_mismatch(item, shape[0], f"an item of {name}") for item in value)
         return next(filter(None, mismatches), None)
     types = shape if isinstance(shape, tuple) else (shape,)
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        return f"{name} is beyond 64 bits"
+    if type(value) is float and not math.isfinite(value):
+        return f"{name} is {value}"
     if type(value) in types or (float in types and type(value) is int):
         return None
     names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)

@@ -2,14 +2,15 @@
 
 import dataclasses
 import importlib
+import typing
 from pathlib import Path
 
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 # Beyond these a model could only exhaust time or memory.
-MAX_LAYERS = 10_000
-MAX_SIZE = 10**9  # of any other number of a GPTConfig
+MAX_LAYERS = 1000  # the depth of DeepNet (Wang et al. 2022); building takes seconds
+MAX_SIZE = 10**8  # of any other number of a GPTConfig
 
 
 def model_names():
@@ -26,7 +27,13 @@ def model_module(name):
 
 def make_config(module, fields):
     """Return the GPTConfig of a model file with these fields. Raises UserError for bad values."""
+    kinds = typing.get_type_hints(module.GPTConfig)
     for field, value in fields.items():
+        kind = kinds.get(field, object)  # GPTConfig refuses an unknown field
+        is_number = kind is float and type(value) is int
+        is_bool_for_int = kind is int and type(value) is bool
+        if is_bool_for_int or not (isinstance(value, kind) or is_number):
+            raise UserError(f"{field}={value!r}: expected {getattr(kind, '__name__', kind)}")
         limit = MAX_LAYERS if field == "n_layer" else MAX_SIZE
         if type(value) is int and value > limit:
             raise UserError(f"{field}={value} must be at most {limit}")

@@ -9,6 +9,7 @@ and rotary positions replace wpe, which is dropped.
 
 import contextlib
 import dataclasses
+import os
 import re
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from common import checkpoint
 from common.download import download, file_sha256, hub_url
-from common.errors import UserError
+from common.errors import UserError, prefix_errors
 from common.files import read_json, read_text, write_text
 from common.models import make_config, model_module
 from common.tokenizer import VOCAB_SIZES, check_meta, read_meta
@@ -28,6 +29,7 @@ HUB = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
 FOLDER = Path("data/pretrained")
+SUMMED = ("model.safetensors", "config.json")  # files whose hashes are stored
 HEAD_SIZE = 64  # of all released GPT-2s; used if there is no config.json to give n_head
 CONV1D = re.compile(r".*\.(c_attn|c_proj|c_fc)\.weight")
 # Attention masks, and the head, which is wte.
@@ -72,7 +74,8 @@ def load_model(source, name=None, options=None):
     config = {field.name: field.default for field in dataclasses.fields(module.GPTConfig)}
     config |= {field: value for field, value in loaded.shape.items() if field in config}
     config |= options
-    with torch.device("meta"):  # skip an initialization that would be overwritten
+    # On the meta device, to skip an initialization that would be overwritten.
+    with prefix_errors(source), torch.device("meta"):
         model = module.GPT(make_config(module, config))
     expected = model.state_dict()
     _check_options(source, options, loaded.shape, has_wpe=WPE in expected)
@@ -84,7 +87,9 @@ def load_model(source, name=None, options=None):
         )
     _check_shapes(source, name, loaded.weights, expected)
     model.load_state_dict(loaded.weights, assign=True)
-    return model.requires_grad_(True), loaded.meta
+    # A meta.json can name a tokenizer with more ids than the weights have.
+    vocab_size = min(loaded.meta["vocab_size"], model.config.vocab_size)
+    return model.requires_grad_(True), loaded.meta | {"vocab_size": vocab_size}
 
 
 def _read_source(source):
@@ -182,22 +187,38 @@ def _check_shapes(source, name, weights, expected):
 
 
 def _fetch(name):
-    """Return the folder of a released GPT-2, downloaded once and verified by its hash."""
+    """Return the folder of a released GPT-2, downloaded once and verified by its hashes."""
     folder = FOLDER / name
     weights, sums = folder / "model.safetensors", folder / "model.safetensors.sha256"
     if not (weights.exists() and sums.exists()):
         print(f"downloading {name} to {folder}", file=sys.stderr)
-        download(hub_url(f"{HUB[name]}/resolve/main/model.safetensors"), weights)
+        url = hub_url(f"{HUB[name]}/resolve/main")
+        download(f"{url}/model.safetensors", weights, replace=True)
         with contextlib.suppress(UserError):  # a mirror may have the weights only: see HEAD_SIZE
-            download(hub_url(f"{HUB[name]}/resolve/main/config.json"), folder / "config.json")
+            download(f"{url}/config.json", folder / "config.json", replace=True)
         _read_transformers(folder)  # only a file that can be read gets a hash that vouches for it
-        write_text(sums, f"{file_sha256(weights)}  model.safetensors\n")
-    elif read_text(sums).split()[:1] != [file_sha256(weights)]:
-        raise UserError(
-            f"{weights} is not the file that {sums.name} was made from: remove {folder} to "
-            "download it again"
-        )
+        paths = [folder / file for file in SUMMED if (folder / file).exists()]
+        write_text(sums, "".join(f"{file_sha256(path)}  {path.name}\n" for path in paths))
+    _verify_sums(sums, weights)
     return folder
+
+
+def _verify_sums(sums, weights):
+    """Raise UserError unless the files that `sums` lists, as sha256sum does, are unchanged."""
+    names = []
+    for line in read_text(sums).splitlines():
+        expected, _, name = line.partition("  ")
+        names.append(name)
+        path = weights.with_name(name) if name in SUMMED else None
+        if path is None or not path.exists() or file_sha256(path) != expected:
+            raise UserError(
+                f"{path or weights} is not the file that {sums.name} was made from: remove "
+                f"{sums.parent} to download it again"
+            )
+    if weights.name not in names:
+        raise UserError(
+            f"{sums} lacks the line of {weights.name}: remove {sums.parent} to download it again"
+        )
 
 
 def _read_transformers(folder):
@@ -222,7 +243,7 @@ def _read_transformers(folder):
             value = value.t()
         weights[f"transformer.{key}"] = value.contiguous().float()
     shape = _gpt2_shape(folder, config, raw)
-    if (folder / "meta.json").exists():
+    if os.path.lexists(folder / "meta.json"):  # a broken link is not the absence of a file
         meta = read_meta(folder)
     else:
         vocab_size = min(shape["vocab_size"], VOCAB_SIZES["gpt2"])
@@ -296,9 +317,9 @@ def _read_run(directory):
 
 def _read_checkpoint(path, record):
     name, shape = record["options"]["model"], record["model_config"]
-    check_meta(record["meta"], path / "config.json")
-    module = model_module(name)
-    with torch.device("meta"):
+    meta = check_meta(record["meta"], path / "config.json")
+    with prefix_errors(path / "config.json"), torch.device("meta"):
+        module = model_module(name)
         model = module.GPT(make_config(module, shape))
     needed = sum(p.nbytes for p in model.parameters())
     stored = sum(file["size"] for file in record["files"].values())
@@ -308,4 +329,4 @@ def _read_checkpoint(path, record):
         )
     model.to_empty(device="cpu")
     checkpoint.load_checkpoint(path, model)
-    return Source(name, shape, model.state_dict(), record["meta"])
+    return Source(name, shape, model.state_dict(), meta)

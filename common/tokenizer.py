@@ -20,6 +20,7 @@ from common.files import read_json
 EOT = "<|endoftext|>"
 NAMES = ("gpt2", "byte", "char")
 VOCAB_SIZES = {"gpt2": 50257, "byte": 257}  # char: the number of its characters
+MAX_VOCAB_SIZE = 1 << 16  # bins hold uint16
 LONGEST_WHITE_SPACE = 500_000  # characters; tiktoken fails at a million in a row
 LONG_WHITE_SPACE = re.compile(rf"(?<!\s)\s{{{LONGEST_WHITE_SPACE},}}")
 BIN_SHAPE = {"tokens?": int, "largest_id?": int, "sha256?": str, "bytes?": int}
@@ -145,13 +146,14 @@ def read_meta(directory):
         raise UserError(
             f'no {path}: for bins of GPT-2 tokens, a file with {{"tokenizer": "gpt2"}} is enough'
         ) from None
-    check_meta(meta, path)
-    vocab_size = VOCAB_SIZES.get(meta["tokenizer"]) or len(meta["chars"])
-    return {"vocab_size": vocab_size} | meta
+    return check_meta(meta, path)
 
 
 def check_meta(meta, path):
-    """Raise DamagedError, which names the file, if the content of a meta.json makes no sense."""
+    """Return the content of a meta.json, with vocab_size filled in.
+
+    Raises DamagedError, which names the file, if it makes no sense.
+    """
     if meta["tokenizer"] not in NAMES:
         raise DamagedError(
             f"{path} has the tokenizer {meta['tokenizer']!r}: it must be one of {', '.join(NAMES)}"
@@ -161,5 +163,15 @@ def check_meta(meta, path):
         raise DamagedError(f'{path} has {{"tokenizer": "char"}} without "chars", its characters')
     if chars and not all(len(char) == 1 or char == EOT for char in chars):
         raise DamagedError(f'{path} is damaged: "chars" must be single characters')
-    if meta.get("vocab_size", 1) < 1:
-        raise DamagedError(f"{path} is damaged: vocab_size is {meta['vocab_size']}")
+    if chars and (chars == [EOT] or len(set(chars)) < len(chars)):
+        raise DamagedError(f'{path} is damaged: "chars" must be characters, each once')
+    counts = [*meta.get("train", {}).items(), *meta.get("val", {}).items()]
+    for key, value in counts:
+        if type(value) is int and value < 0:
+            raise DamagedError(f"{path} is damaged: {key} is {value}")
+    vocab_size = meta.get("vocab_size", VOCAB_SIZES.get(meta["tokenizer"], len(chars or [])))
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise DamagedError(
+            f"{path} is damaged: vocab_size is {vocab_size}, not from 1 to {MAX_VOCAB_SIZE}"
+        )
+    return {"vocab_size": vocab_size} | meta

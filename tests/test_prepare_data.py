@@ -227,8 +227,8 @@ def test_an_error_in_the_text_of_a_new_dataset_leaves_nothing(undecodable, refus
     assert not Path("data/mine").exists()
 
 
-def test_an_interrupt_before_meta_json_is_written_leaves_no_train_bin(existing, monkeypatch):
-    folder, _ = existing
+def test_an_interrupt_while_meta_json_is_written_keeps_the_old_dataset(existing, monkeypatch):
+    folder, before = existing
 
     def interrupt(path, value):
         raise KeyboardInterrupt
@@ -236,7 +236,7 @@ def test_an_interrupt_before_meta_json_is_written_leaves_no_train_bin(existing, 
     monkeypatch.setattr(prepare_data, "write_json", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make(input="text.txt")
-    assert "train.bin" not in contents(folder)
+    assert contents(folder) == before
 
 
 def test_a_dataset_without_train_bin_is_prepared_again(existing):

@@ -187,22 +187,6 @@ def test_a_smaller_max_steps_than_the_run_has_done_trains_nothing(tiny_run, caps
     assert (tiny_run / "log.jsonl").read_text() == before
 
 
-def test_a_validation_loss_found_on_resuming_is_added_to_the_checkpoint(tiny_run, monkeypatch):
-    def interrupt(run):
-        run.stop.received = True
-
-    original = train.evaluate
-    monkeypatch.setattr(train, "evaluate", interrupt)
-    train.main(arguments(max_steps=15))  # stops in the evaluation at step 15
-    last = checkpoint.list_checkpoints(tiny_run)[-1]
-    assert "val_loss" not in checkpoint.verify_checkpoint(last)["metrics"]
-    monkeypatch.setattr(train, "evaluate", original)
-    train.main(arguments(max_steps=15))
-    assert checkpoint.verify_checkpoint(last)["metrics"] == {
-        name: value for name, value in read_log(tiny_run)[-1].items() if name != "step"
-    }
-
-
 def damage(path):
     """Flip a bit in the middle of a checkpoint's weights."""
     file = next(path.glob("*.safetensors"))
@@ -290,6 +274,25 @@ def test_the_last_evaluation_is_repeated_after_a_signal_in_it(tiny_run, workdir,
     monkeypatch.setattr(train, "evaluate", original)
     train.main(arguments(out_dir="out/stopped"))
     assert losses(workdir / "out/stopped") == losses(tiny_run)
+
+
+def test_the_checkpoint_of_an_interrupted_evaluation_gets_its_loss(tiny_run, workdir, monkeypatch):
+    original = train.evaluate
+
+    def signal_and_evaluate(run):
+        if run.step == 12:
+            signal.raise_signal(signal.SIGTERM)
+        return original(run)
+
+    monkeypatch.setattr(train, "evaluate", signal_and_evaluate)
+    train.main(arguments(out_dir="out/stopped"))
+    monkeypatch.setattr(train, "evaluate", original)
+    train.main(arguments(out_dir="out/stopped"))
+    stopped = workdir / "out/stopped"
+    best, loss = checkpoint.best_checkpoint(stopped)
+    assert best.name == "step_00000012"
+    assert loss == losses(tiny_run)[-1][3]
+    assert checkpoint.verify_checkpoint(best)["metrics"]["val_loss"] == loss
 
 
 def test_a_closed_stdout_loses_no_step(workdir, monkeypatch):

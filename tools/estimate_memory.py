@@ -26,7 +26,7 @@ import torch.nn as nn
 
 from common.device import pick_dtype
 from common.errors import UserError, program
-from common.models import model_module, models_with_option
+from common.models import make_config, model_module, models_with_option
 from configurator import check_minimum, configure_with_model
 
 FLOAT32 = 4  # bytes of a master weight, of its gradient and of each of AdamW's two moments
@@ -305,10 +305,7 @@ def estimate(config, options):
         raise UserError(f"shard_degree={shard_degree} must divide world_size={ranks}")
     dtype = pick_dtype(config.dtype, torch.device("cpu"))
     module = model_module(config.model)
-    try:
-        shape = module.GPTConfig(**options)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    shape = make_config(module, options)
     with torch.device("meta"):  # shapes without memory
         model = module.GPT(shape)
 

@@ -12,7 +12,6 @@ import sys
 if __name__ == "__main__" and not __package__:
     sys.exit("error: run it from the repository root as: python -m tools.export")
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors.torch import save
 from tiktoken.load import read_file_cached
 
 from common.errors import UserError, program
-from common.files import write_json
+from common.files import fsync, lock, name_in_errors, write_json
 from common.pretrained import CONV1D, FIXED, load_model
 from common.tokenizer import EOT, get_tokenizer
 from configurator import configure
@@ -135,35 +134,48 @@ def export(source, out_dir):
     transformers has no such model.
     """
     out_dir = Path(out_dir)
-    model, meta = load_model(source)
-    name = type(model).__module__
-    if name not in FORMATS:
-        reason = NO_FORMAT.get(name, "it is not among its models")
-        raise UserError(
-            f"{source} is a {name}, which cannot be exported to transformers: {reason}; "
-            f"{', '.join(FORMATS)} can"
-        )
-    if out_dir.exists():
-        raise UserError(f"{out_dir} exists already: choose a new directory")
-    weights, theirs = FORMATS[name](exported_weights(model, meta), model.config)
+
+    def refuse():
+        raise UserError(f"another process exports to {out_dir}: choose another directory")
+
+    with lock(out_dir.with_name(out_dir.name + ".lock"), on_busy=refuse):
+        if out_dir.exists():
+            raise UserError(f"{out_dir} exists already: choose a new directory")
+        model, meta = load_model(source)
+        name = type(model).__module__
+        if name not in FORMATS:
+            reason = NO_FORMAT.get(name, "it is not among its models")
+            raise UserError(
+                f"{source} is a {name}, which cannot be exported to transformers: {reason}; "
+                f"{', '.join(FORMATS)} can"
+            )
+        part = out_dir.with_name(out_dir.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
+        part.mkdir()
+        try:
+            with name_in_errors(part):
+                write_model(part, model, meta)
+            for path in (*part.iterdir(), part):
+                fsync(path)
+            part.replace(out_dir)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+def write_model(folder, model, meta):
+    """Write all files of a model in transformers' format."""
+    weights, theirs = FORMATS[type(model).__module__](exported_weights(model, meta), model.config)
     eot = get_tokenizer(meta).eot_token
     theirs |= {"vocab_size": meta["vocab_size"], "dtype": "float32"}
     theirs |= {"bos_token_id": eot, "eos_token_id": eot}
-
-    part = out_dir.with_name(f"{out_dir.name}.part{os.getpid()}")
-    part.mkdir(parents=True)
-    try:
-        # save_file would make a file that only its owner can read; written here, its mode follows
-        # the umask.
-        (part / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
-        write_json(part / "config.json", theirs)
-        write_json(part / "meta.json", meta)
-        if meta["tokenizer"] == "gpt2":
-            write_gpt2_tokenizer(part, model.config.block_size)
-        part.replace(out_dir)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    # save_file would make a file that only its owner can read; written here, its mode follows the
+    # umask.
+    (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+    write_json(folder / "config.json", theirs)
+    write_json(folder / "meta.json", meta)
+    if meta["tokenizer"] == "gpt2":
+        write_gpt2_tokenizer(folder, model.config.block_size)
 
 
 def exported_weights(model, meta):

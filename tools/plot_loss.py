@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError, program
-from common.files import parse_json, read_text
+from common.files import check_regular, parse_json, read_text
 from configurator import configure
 
 LINE_SHAPE = {  # of a line of log.jsonl; see common.files.parse_json
@@ -106,6 +106,7 @@ def main(argv):
     if not config.out.endswith(".png"):
         raise UserError(f"out={config.out} must end in .png")
     runs = {str(Path(directory)): read_log(directory) for directory in config.runs}
+    check_regular(config.out)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     draw(runs, config.out)
     print(config.out)
