@@ -13,6 +13,7 @@ A JSON file is a list of runs. A run has these keys, all but argv optional:
     saving         true: it is SIGKILL, sent while the rank saves a checkpoint
     restarts       it is sent after so many restarts of the workers, 0 by default
     measure_bytes  true: the bytes of tensors are recorded
+    spoil          {"what", "value", "step", "rank"}: arguments of spoiled() in tests/spoiled.py
 
 FILE.RANK then holds the list of what the rank recorded, for each run:
 
@@ -20,8 +21,10 @@ FILE.RANK then holds the list of what the rank recorded, for each run:
     sequences      for each step the sequences that the rank read
     step_bytes     the bytes of all its tensors before each optimizer step
     saving_bytes   the same while it saved a checkpoint
+    digests        of its weights and optimizer state, before and after the spoiled step
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -34,6 +37,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from spoiled import spoiled
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
@@ -100,10 +104,14 @@ def do_run(run):
     train.train_step = recording_train_step
     checkpoint.dcp.save = recording_save
     hook = register_optimizer_step_pre_hook(record_step_bytes)
+    spoil = spoiled(**run["spoil"]) if "spoil" in run else contextlib.nullcontext()
     try:
-        train.main(argv)
+        with spoil as record["digests"]:
+            train.main(argv)
         record["status"] = 0
     except SystemExit as stopped:
+        if "signal" in run:  # another rank was killed: torchrun must see that this one fails, too
+            raise
         record["status"] = stopped.code
     hook.remove()
     checkpoint.dcp.save = dcp_save
