@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import sys
 from pathlib import Path
 
@@ -157,7 +158,11 @@ def _is_same_file(file, path):
 
 def check_regular(path):
     """Raise UserError if the path is a folder or a pipe: opening a pipe would block."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    try:
+        mode = os.stat(path).st_mode  # one call: another process may remove the file between two
+    except (OSError, ValueError):
+        return  # opening it will say why it cannot be opened
+    if not stat.S_ISREG(mode):
         raise UserError(f"{path} is not a regular file")
 
 
