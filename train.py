@@ -653,10 +653,13 @@ def train_loop(run):
         }
         run.step += 1
         if run.step % config.log_interval == 0 or run.step == config.max_steps:
+            mfu = f" | MFU {run.metrics['mfu']:.1%}" if run.metrics["mfu"] is not None else ""
+            seconds_left = (config.max_steps - run.step) * run.metrics["seconds"] / run.step
+            time_left = describe_duration(seconds_left)
             group.print(
                 f"step {run.step}/{config.max_steps} | loss {loss:.4f} | norm {grad_norm:.2f} | "
                 f"lr {run.metrics['lr']:.1e} | {1000 * (now - begin):.1f} ms | "
-                f"{tokens_per_second / 1000:.1f}k tok/s"
+                f"{tokens_per_second / 1000:.1f}k tok/s{mfu} | {time_left} left"
             )
 
 
@@ -711,6 +714,14 @@ def save(run):
         group=run.group,
     )
     run.best_loss = min(run.best_loss, run.metrics.get("val_loss", math.inf))
+
+
+def describe_duration(seconds):
+    """Return a time as text, in the largest unit of which it has at least two."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def describe_loss(loss, meta):

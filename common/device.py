@@ -11,15 +11,50 @@ import torch
 from common.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Peak FLOP/s of dense bfloat16 and float16 matrix products, by the vendors' data sheets. The names
-# are regular expressions that must match the whole device name.
-PEAK_FLOPS = {
-    "NVIDIA A100.*": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
+# Peak TFLOP/s of dense bfloat16 matrix products with float32 accumulation, by the vendors' data
+# sheets and architecture white papers (half of a figure "with sparsity"); for V100, T4 and Quadro
+# RTX of float16. The names are regular expressions that must match the whole device name.
+PEAK_TFLOPS = {
+    # Data center
+    "NVIDIA GB200": 2500,
+    "NVIDIA B200": 2250,
+    "NVIDIA (GH200.*|H200|H100 80GB HBM3|H800)": 989,
+    "NVIDIA H200 NVL|NVIDIA H100 NVL": 835,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H20": 148,
+    "NVIDIA (A100|A800).*": 312,
+    "NVIDIA A30": 165,
+    "NVIDIA A40": 150,
+    "NVIDIA A10": 125,
+    "NVIDIA A10G": 70,
+    "NVIDIA L40S": 362,
+    "NVIDIA L40": 181,
+    "NVIDIA L20": 119.5,
+    "NVIDIA L4": 121,
+    "Tesla V100-SXM2.*": 125,
+    "Tesla V100-PCIE.*": 112,
+    "Tesla T4": 65,
+    # Workstations
+    "NVIDIA RTX 6000 Ada Generation": 364,
+    "NVIDIA RTX A6000": 155,
+    "NVIDIA RTX A5000": 111,
+    "NVIDIA RTX A4000": 77,
+    # GeForce
+    "NVIDIA GeForce RTX 5090": 209,
+    "NVIDIA GeForce RTX 5080": 113,
+    "NVIDIA GeForce RTX 5070 Ti": 88,
+    "NVIDIA GeForce RTX 5070": 62,
+    "NVIDIA GeForce RTX 4090": 165,
+    "NVIDIA GeForce RTX 4080 SUPER": 104,
+    "NVIDIA GeForce RTX 4080": 97,
+    "NVIDIA GeForce RTX 4070 Ti": 80,
+    "NVIDIA GeForce RTX 4070": 58,
+    "NVIDIA GeForce RTX 3090 Ti": 80,
+    "NVIDIA GeForce RTX 3090": 71,
+    "NVIDIA GeForce RTX 3070": 41,
+    # AMD
+    "AMD Instinct MI300X.*": 1307,
+    "AMD Instinct MI250X.*": 191.5,  # of one of its two dies, which are two devices
 }
 
 
@@ -143,9 +178,9 @@ def peak_flops(device, dtype):
     if dtype == torch.float32:
         return None
     name = device_name(device)
-    for pattern, flops in PEAK_FLOPS.items():
+    for pattern, tflops in PEAK_TFLOPS.items():
         if re.fullmatch(pattern, name):
-            return flops
+            return tflops * 1e12
     return None
 
 

@@ -56,7 +56,12 @@ def test_auto_is_float32_on_apple_gpus():
     [
         ("NVIDIA H100 80GB HBM3", BF16, 989e12),
         ("NVIDIA A100-SXM4-80GB", BF16, 312e12),
-        ("NVIDIA H100 PCIe", BF16, None),  # slower, and not listed
+        ("NVIDIA H100 PCIe", BF16, 756e12),
+        ("NVIDIA H200", BF16, 989e12),
+        ("NVIDIA H200 NVL", BF16, 835e12),
+        ("NVIDIA GH200 480GB", BF16, 989e12),
+        ("NVIDIA L4", BF16, 121e12),
+        ("NVIDIA L40S", BF16, 362e12),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", BF16, None),
         ("NVIDIA H100 80GB HBM3", FP32, None),
     ],

@@ -268,6 +268,29 @@ def test_the_log_has_the_mfu_if_the_peak_is_known(workdir, monkeypatch):
     assert record["mfu"] == pytest.approx(record["tokens_per_second"] / 1000)
 
 
+def test_the_console_shows_the_mfu_if_the_peak_is_known_and_the_time_left(
+    workdir, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "peak_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr(train, "describe_duration", lambda seconds: f"{seconds * 1e6:.0f} us")
+    train.main(arguments(max_steps=10, log_interval=1))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "tok/s" in line]
+    microseconds = []
+    for line in lines:
+        match = re.search(r"\| MFU \d+\.\d% \| (\d+) us left$", line)
+        microseconds.append(int(match[1]))
+    assert len(lines) == 10
+    assert microseconds[0] > 0 and microseconds[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (172_800, "2 days")],
+)
+def test_a_duration_is_in_the_largest_unit_of_which_it_has_two(seconds, text):
+    assert train.describe_duration(seconds) == text
+
+
 # Dtypes, failures, compilation ----------------------------------------------------------------
 
 
