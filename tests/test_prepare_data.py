@@ -239,6 +239,15 @@ def test_an_interrupt_while_meta_json_is_written_keeps_the_old_dataset(existing,
     assert contents(folder) == before
 
 
+def test_a_small_dataset_without_train_bin_is_prepared_when_it_is_opened(monkeypatch):
+    write("module.py", 100 * "x = 1\n")
+    monkeypatch.setattr(prepare_data, "stdlib_files", lambda: ["module.py"])
+    folder, meta = prepare_data.open_dataset("stdlib")
+    os.remove(folder / "train.bin")  # as after a kill while it was written
+    assert prepare_data.open_dataset("stdlib") == (folder, meta)
+    assert (folder / "train.bin").stat().st_size == 2 * meta["train"]["tokens"]
+
+
 def test_a_dataset_without_train_bin_is_prepared_again(existing):
     expected = Path("data/mine/train.bin").read_bytes()
     os.remove("data/mine/train.bin")  # as after a kill while it was written

@@ -179,11 +179,15 @@ def test_a_finished_run_is_not_changed_and_max_steps_is_reported(tiny_run, capsy
     assert (tiny_run / "log.jsonl").read_text() == before
 
 
-def test_a_smaller_max_steps_than_the_run_has_done_trains_nothing(tiny_run, capsys):
+def test_a_smaller_max_steps_than_the_run_has_done_trains_nothing(tiny_run, monkeypatch, capsys):
+    def fail(run):
+        raise AssertionError("a step was taken")
+
     before = (tiny_run / "log.jsonl").read_text()
+    monkeypatch.setattr(train, "train_step", fail)
     train.main(arguments(max_steps=3))
-    output = capsys.readouterr().out
-    assert "step 12" in output and "max_steps=3" in output
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert "step 12" in last_line and "max_steps=3" in last_line
     assert (tiny_run / "log.jsonl").read_text() == before
 
 
