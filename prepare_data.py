@@ -454,14 +454,11 @@ def prepare(config, root="data", only_missing=False):
 
     folder, source = Path(root, config.name), config.input or config.name
     made = {"source": source, "tokenizer": tokenizer, "val_fraction": val_fraction}
-    waited = False
 
     def report_wait():
-        nonlocal waited
-        waited = True
         print(f"waiting for another process that prepares {folder}", file=sys.stderr, flush=True)
 
-    with lock(folder / ".lock", on_busy=report_wait):
+    with lock(folder / ".lock", on_busy=report_wait) as waited:
         if has_dataset(folder) and not config.overwrite:
             if not only_missing:
                 check_replaceable(folder, source)

@@ -62,14 +62,11 @@ def download(url, path, sha256=None, replace=False):
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    waited = False
 
     def report_wait():
-        nonlocal waited
-        waited = True
         print(f"waiting for another process that downloads {path}", file=sys.stderr, flush=True)
 
-    with lock(path.with_name(path.name + ".lock"), on_busy=report_wait):
+    with lock(path.with_name(path.name + ".lock"), on_busy=report_wait) as waited:
         if path.exists() and (waited or not replace):
             return
         check_regular(part)

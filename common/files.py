@@ -87,7 +87,7 @@ def remove_tree(path):
 
 @contextlib.contextmanager
 def lock(path, on_busy):
-    """Hold the lock file `path` inside a `with` block.
+    """Hold the lock file `path` inside a `with` block, whose value says whether it had to wait.
 
     Its folders are made if need be; those that stay empty are removed at the end, as is the file.
 
@@ -98,16 +98,16 @@ def lock(path, on_busy):
     """
     path = Path(path)
     missing = [folder for folder in path.parents if not folder.exists()]  # the innermost is first
-    file = None
+    file, waited = None, False
     while file is None:
         check_regular(path)
         file = _open_in_folder(path)
-        _wait_for_lock(file, on_busy)
+        waited |= _wait_for_lock(file, on_busy)
         if not _is_same_file(file, path):  # the process that held the lock has removed it
             file.close()
             file = None
     try:
-        yield
+        yield waited
     finally:
         path.unlink(missing_ok=True)  # before it is unlocked
         file.close()
@@ -127,10 +127,11 @@ def _open_in_folder(path):
 
 
 def _wait_for_lock(file, on_busy):
+    """Lock an open file; return whether another process had it locked."""
     try:
         import fcntl  # not on Windows
     except ImportError:
-        return
+        return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -140,10 +141,12 @@ def _wait_for_lock(file, on_busy):
             file.close()
             raise
         fcntl.flock(file, fcntl.LOCK_EX)
+        return True
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
         print(f"warning: {file.name} cannot be locked: {error.strerror}", file=sys.stderr)
+    return False
 
 
 def _is_same_file(file, path):
