@@ -193,10 +193,14 @@ def _describe_files(part, group):
 
 def _publish(part, final, record):
     """Write config.json, flush the directory to disk, and give the checkpoint its final name."""
-    write_json(part / "config.json", {"crc32": _record_crc32(record)} | record)
+    _write_record(part, record)
     fsync(part)
     part.replace(final)
     fsync(final.parent)
+
+
+def _write_record(path, record):
+    write_json(path / "config.json", {"crc32": _record_crc32(record)} | record)
 
 
 def _add_val_loss(part, final, metrics):
@@ -206,7 +210,7 @@ def _add_val_loss(part, final, metrics):
         return
     record = stored | {"metrics": metrics}
     part.mkdir()  # not in the checkpoint, where a reader would take it for a foreign file
-    write_json(part / "config.json", {"crc32": _record_crc32(record)} | record)
+    _write_record(part, record)
     (part / "config.json").replace(final / "config.json")
     fsync(final)
     part.rmdir()

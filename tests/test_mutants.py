@@ -179,12 +179,12 @@ def in_a_line(mutate):
 
 LINE_MUTATIONS = {name: (in_a_line(mutate), 2) for name, (mutate, _) in JSON_MUTATIONS.items()}
 
-# Files, and who reads them -------------------------------------------------------------------
+# Files, and the programs that read them ------------------------------------------------------
 
 
 @dataclass
 class Target:
-    """A file to damage, and who reads it."""
+    """A file to damage, and the programs that read it."""
 
     path: str
     programs: list[str]
@@ -198,7 +198,7 @@ RUN_READERS = ["resume", "eval_only", "sample", "export", "load_model"]
 HAND_WRITTEN = "meta.json may be written by hand"
 NO_SHA256 = "foreign weights come without .sha256"
 GPT_READERS = ["sample gpt", "export gpt", "fine-tune gpt"]
-# A missing file, and a tensor that is not there, belong to all files of the model.
+# An error about a missing file or tensor names the model, not one of its files.
 WEIGHTS = ("gpt has no model*.safetensors", "gpt: transformer.")
 JSON_FILE = BYTE_MUTATIONS | JSON_MUTATIONS
 TARGETS = {
