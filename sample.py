@@ -23,6 +23,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 
 import torch
 
+from common.cpu import pack_linear_layers
 from common.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from common.errors import UserError, program
 from common.pretrained import load_model
@@ -58,13 +59,16 @@ def sample_next_token(logits, temperature=1.0, top_k=None, top_p=None, generator
     logits = logits.float()
     logits = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: dividing cannot overflow
     logits = logits / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        values, ids = logits.topk(top_k)
-        logits = torch.full_like(logits, -torch.inf).scatter(1, ids, values)
+    if top_k is None or top_k >= logits.size(-1):
+        ids = None
+    else:
+        logits, ids = logits.topk(top_k)  # (B, top_k): to draw from all V takes 25 times as long
     if top_p is not None:
         logits = keep_nucleus(logits, top_p)
-    probabilities = logits.softmax(dim=-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    token = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)  # (B, 1)
+    if ids is not None:
+        token = ids.gather(1, token)
+    return token.squeeze(1)
 
 
 def keep_nucleus(logits, top_p):
@@ -191,6 +195,7 @@ def load(config):
     dtype = pick_dtype(config.dtype, device)
     model, meta = load_model(config.init_from)
     model.to(device, dtype).eval()
+    pack_linear_layers(model, rows=config.num_samples)  # on a CPU
     tokenizer = get_tokenizer(meta)
     vocab_size = min(meta["vocab_size"], tokenizer.n_vocab)  # without padding
     return model, tokenizer, vocab_size

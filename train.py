@@ -44,6 +44,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from common import checkpoint
+from common.cpu import use_float32_attention, wants_float32_attention
 from common.dataloader import Loader
 from common.device import (
     device_name,
@@ -398,8 +399,12 @@ def setup(config, model_options, argv, group, stack):
 def prepare_blocks(model, config, group, device, dtype):
     """Apply activation checkpointing and, with FSDP, compilation and sharding; in place.
 
-    Without FSDP the model is compiled as a whole, later, by compile_forward.
+    Without FSDP the model is compiled as a whole, later, by compile_forward. On some CPUs attention
+    is computed in float32.
     """
+    if wants_float32_attention(device, dtype):
+        for block in model.transformer.h:
+            use_float32_attention(block)
     if config.activation_checkpointing:
         for block in model.transformer.h:
             checkpoint_activations(block)
