@@ -68,7 +68,7 @@ from common.distributed import (
 from common.errors import UserError, program
 from common.files import name_in_errors
 from common.models import make_config, model_module, models_with_option
-from common.optimizer import learning_rate, make_optimizer
+from common.optimizer import learning_rate, make_optimizer, muon_learning_rate
 from common.pretrained import load_model
 from configurator import check_minimum, configure_with_model
 from prepare_data import open_dataset
@@ -91,12 +91,14 @@ class TrainConfig:
     batch_size: int = 16  # sequences per forward pass and process
     total_batch_size: int = 2**19  # tokens per optimizer step, over all processes and micro-steps
     max_steps: int = 19_073  # optimizer steps: 10 billion tokens
-    # Optimizer: AdamW, weight decay on matrices (embeddings included) only
-    learning_rate: float = 6e-4  # peak, after the warmup
-    min_lr: float = 6e-5  # at the end of the schedule
+    # Optimizer: weight decay on matrices (embeddings included) only
+    optimizer: str = "adamw"  # adamw; muon: the matrices in blocks by Muon, the rest by AdamW
+    learning_rate: float = 6e-4  # AdamW's peak, after the warmup
+    muon_learning_rate: float = 0.02  # Muon's peak, on the same schedule
+    min_lr: float = 6e-5  # AdamW's at the end of the schedule; Muon's ends at the same fraction
     warmup_steps: int = 700  # steps of linear increase from 0
     lr_schedule: str = "cosine"  # cosine; wsd: constant, then linear decay over the last fifth
-    weight_decay: float = 0.1  # a step multiplies matrices by 1 - learning_rate * weight_decay
+    weight_decay: float = 0.1  # a step multiplies matrices by 1 - their rate * weight_decay
     beta1: float = 0.9  # decay of the mean of the gradient
     beta2: float = 0.95  # decay of the mean of its square
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
@@ -184,8 +186,10 @@ def check_config(config, group):
     check_minimum(config, 1, "batch_size", "total_batch_size", "max_steps")
     check_minimum(config, 1, "eval_interval", "eval_tokens", "log_interval")
     check_minimum(config, 1, "checkpoint_interval", "keep_checkpoints")
-    check_minimum(config, 0, "seed", "learning_rate", "min_lr", "warmup_steps")
-    check_minimum(config, 0, "weight_decay", "grad_clip", "shard_degree")
+    check_minimum(config, 0, "seed", "learning_rate", "muon_learning_rate", "min_lr")
+    check_minimum(config, 0, "warmup_steps", "weight_decay", "grad_clip", "shard_degree")
+    if config.optimizer not in ("adamw", "muon"):
+        raise UserError(f"optimizer={config.optimizer} must be adamw or muon")
     if config.min_lr > config.learning_rate:
         raise UserError(
             f"min_lr={config.min_lr} must not exceed learning_rate={config.learning_rate}"
@@ -369,7 +373,7 @@ def setup(config, model_options, argv, group, stack):
     else:
         model.to_empty(device=device)  # load_checkpoint fills these tensors in place, below
     wrapped = wrap_ddp(model, device) if group.launched and not config.fsdp else model
-    optimizer = make_optimizer(model, config)
+    optimizer = make_optimizer(model, config, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, metrics, best_loss = 0, {"tokens": 0, "seconds": 0.0}, math.inf
     if stored is not None:
@@ -519,6 +523,8 @@ def train_step(run):
         torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, grad_norm)
     for param_group in run.optimizer.param_groups:
         param_group["lr"] = learning_rate(config, run.step)
+    if config.optimizer == "muon":  # its first group is that of the hidden matrices
+        run.optimizer.param_groups[0]["lr"] = muon_learning_rate(config, run.step)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()

@@ -15,7 +15,7 @@ from statistics import mean
 import torch
 
 from common.errors import program
-from common.optimizer import learning_rate, make_optimizer
+from common.optimizer import learning_rate, make_adamw
 from configurator import configure
 from experiments.steps import build_model
 from experiments.study import (
@@ -89,7 +89,7 @@ def measure_accuracies(config, options, seed, device, dtype):
     torch.manual_seed(seed)
     shape = {**config.shape, **options, "vocab_size": config.vocab_size}
     model = build_model(shape).to(device)
-    optimizer = make_optimizer(model, config)
+    optimizer = make_adamw(model.parameters(), config)
     generator = torch.Generator().manual_seed(seed)
     for step in range(config.max_steps):
         x, y, _ = make_batch(config, config.batch_size, generator)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model as gpt2
 from common.distributed import gradient_sync, shard_model
 from common.models import model_module
-from common.optimizer import make_optimizer
+from common.optimizer import make_adamw
 from tools import estimate_memory
 
 MODELS = ("model", "model_rope", "model_gqa", "model_swa", "model_rope_gqa_swa")
@@ -97,7 +97,7 @@ def live_bytes():
 def test_ddp_holds_what_a_real_model_its_gradients_and_adamw_hold():
     model = make_model()
     tokens = torch.zeros(1, 24, dtype=torch.int64)
-    optimizer = make_optimizer(model, ADAMW)
+    optimizer = make_adamw(model.parameters(), ADAMW)
     model(tokens, tokens).backward()
     optimizer.step()
     column = estimated()["DDP"]
@@ -284,7 +284,7 @@ def train_micro_steps(model, n, sync_last=True):
 
 
 def test_fsdp_holds_what_a_sharded_model_its_gradients_and_adamw_hold(group, sharded):
-    optimizer = make_optimizer(sharded, ADAMW)
+    optimizer = make_adamw(sharded.parameters(), ADAMW)
     train_micro_steps(sharded, 1)
     optimizer.step()
     column = estimated_column(group)
