@@ -33,6 +33,7 @@ MAX_BITS = 1000  # of an integer; a float holds 1023
 KV_HEADS = "use --n_kv_head, of model_gqa and model_rope_gqa_swa"
 WINDOW = "use --window, of model_swa and model_rope_gqa_swa"
 STEP_TOKENS = "use --total_batch_size, in tokens; the number of micro-steps follows from it"
+MUON_RATE = "use --muon_learning_rate, with --optimizer=muon"
 SCHEDULE_END = "the schedule ends at --max_steps"
 LOG = "out_dir/log.jsonl has all metrics; docs/RECIPES.md sends them to a logging service"
 # Option names of earlier versions, nanoGPT, transformers and others, and what does the same here.
@@ -56,6 +57,12 @@ OTHER_NAMES = {
     "start": "use --prompt, of sample.py",
     # transformers and other trainers
     "lr": "use --learning_rate",
+    "adam_lr": "use --learning_rate, which is AdamW's",
+    "embedding_lr": "use --learning_rate, which is AdamW's",
+    "muon_lr": MUON_RATE,
+    "matrix_lr": MUON_RATE,
+    "optim": "use --optimizer: adamw or muon",
+    "use_muon": "use --optimizer=muon",
     "max_grad_norm": "use --grad_clip",
     "adam_beta1": "use --beta1",
     "adam_beta2": "use --beta2",

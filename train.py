@@ -68,7 +68,7 @@ from common.distributed import (
 from common.errors import UserError, program
 from common.files import name_in_errors
 from common.models import make_config, model_module, models_with_option
-from common.optimizer import learning_rate, make_optimizer, muon_learning_rate
+from common.optimizer import OPTIMIZERS, learning_rate, make_optimizer, muon_learning_rate
 from common.pretrained import load_model
 from configurator import check_minimum, configure_with_model
 from prepare_data import open_dataset
@@ -188,8 +188,8 @@ def check_config(config, group):
     check_minimum(config, 1, "checkpoint_interval", "keep_checkpoints")
     check_minimum(config, 0, "seed", "learning_rate", "muon_learning_rate", "min_lr")
     check_minimum(config, 0, "warmup_steps", "weight_decay", "grad_clip", "shard_degree")
-    if config.optimizer not in ("adamw", "muon"):
-        raise UserError(f"optimizer={config.optimizer} must be adamw or muon")
+    if config.optimizer not in OPTIMIZERS:
+        raise UserError(f"optimizer={config.optimizer} must be {' or '.join(OPTIMIZERS)}")
     if config.min_lr > config.learning_rate:
         raise UserError(
             f"min_lr={config.min_lr} must not exceed learning_rate={config.learning_rate}"

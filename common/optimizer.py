@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.distributed import full_tensor
 
+OPTIMIZERS = ("adamw", "muon")
 WSD_DECAY = 0.2  # fraction of the steps; 10 to 20 % suffice (Hägele et al. 2024, section 3)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of x, x^3 and x^5 (Jordan et al. 2024)
 NEWTON_SCHULZ_STEPS = 5
@@ -137,7 +138,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__([muon_group, *adamw.param_groups], defaults={})
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        """Take a step. DCP passes closure=None, of torch's interface; others are not supported."""
+        assert closure is None
         muon_group, *adamw_groups = self.param_groups
         # Loading a state dict replaces state and groups, so they are handed over at each step.
         self.adamw.state = self.state

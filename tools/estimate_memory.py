@@ -27,9 +27,10 @@ import torch.nn as nn
 from common.device import pick_dtype
 from common.errors import UserError, program
 from common.models import make_config, model_module, models_with_option
+from common.optimizer import OPTIMIZERS, hidden_matrices
 from configurator import check_minimum, configure_with_model
 
-FLOAT32 = 4  # bytes of a master weight, of its gradient and of each of AdamW's two moments
+FLOAT32 = 4  # bytes of a master weight, of its gradient, of each of AdamW's moments and of Muon's
 INT64 = 8  # bytes of a token id
 
 
@@ -38,6 +39,7 @@ class EstimateConfig:
     # As in train.py
     model: str = "model"  # the model file, without .py
     batch_size: int = 16  # sequences per forward pass and process
+    optimizer: str = "adamw"  # adamw; muon: the matrices in blocks by Muon, the rest by AdamW
     dtype: str = "bfloat16"  # float32, bfloat16, float16
     fsdp: bool = False  # mark the column of FSDP instead of that of DDP
     shard_degree: int = 0  # ranks that hold one copy of the model, with fsdp; 0: all of them
@@ -66,6 +68,11 @@ def shard_numel(parameters, shard_degree):
     return total
 
 
+def by_muon(model, config):
+    """Return the parameters that Muon updates, none with optimizer=adamw."""
+    return list(hidden_matrices(model)) if config.optimizer == "muon" else []
+
+
 def estimate_ddp(model, config, dtype):
     """Return {quantity: bytes} of a DDP rank, without activations: every rank holds all."""
     parameters = list(model.parameters())
@@ -77,8 +84,8 @@ def estimate_ddp(model, config, dtype):
     column["parameters"] = FLOAT32 * numel(parameters)
     # gradients = 4 P. DDP's buckets take no more, because the gradients are views of them.
     column["gradients"] = FLOAT32 * numel(parameters)
-    # optimizer state = 8 P: AdamW's means of each gradient and of its square.
-    column["optimizer state"] = 2 * FLOAT32 * numel(parameters)
+    # optimizer state = 8 P: AdamW's means of each gradient and of its square. Muon has one.
+    column["optimizer state"] = FLOAT32 * (2 * numel(parameters) - numel(by_muon(model, config)))
     # parameters in dtype = size of dtype * weights of matrix products: autocast's copies, which the
     # backward pass needs too. Embeddings are looked up in float32; wte is also the head.
     copied = 0 if dtype == torch.float32 else numel(multiplied)
@@ -112,7 +119,8 @@ def estimate_fsdp(model, config, dtype, shard_degree):
     # As DDP, but of a shard: 4, 4 and 8 times P / S, for S = shard_degree (ZeRO, section 5.3).
     column["parameters"] = FLOAT32 * shard
     column["gradients"] = FLOAT32 * shard
-    column["optimizer state"] = 2 * FLOAT32 * shard
+    muon_shard = shard_numel(by_muon(model, config), shard_degree)
+    column["optimizer state"] = FLOAT32 * (2 * shard - muon_shard)
     # parameters in dtype = size of dtype * S * shards of (root + 2 blocks). Gathered are the root
     # group for the whole pass, the block that computes, and the next one, which is prefetched
     # (FSDP, sections 3.2.1 and 3.3).
@@ -132,7 +140,9 @@ def estimate_fsdp(model, config, dtype, shard_degree):
     reduce_scatter = (shard_degree - 1) * FLOAT32 * shard
     # HSDP: then a ring all-reduce of the shard's gradient between the R replicas, 2 (R - 1) / R.
     all_reduce = 2 * (replicas - 1) / replicas * column["gradients"]
-    column["sent per step"] = forward + backward + reduce_scatter + all_reduce
+    # Muon: an all-gather of its updates, once per optimizer step, in float32 or else bfloat16.
+    muon = (shard_degree - 1) * dtype.itemsize * muon_shard
+    column["sent per step"] = forward + backward + reduce_scatter + all_reduce + muon
     return column
 
 
@@ -303,6 +313,8 @@ def estimate(config, options):
         raise UserError(f"shard_degree={shard_degree} needs --fsdp=True; DDP does not shard")
     if shard_degree and ranks % shard_degree:
         raise UserError(f"shard_degree={shard_degree} must divide world_size={ranks}")
+    if config.optimizer not in OPTIMIZERS:
+        raise UserError(f"optimizer={config.optimizer} must be {' or '.join(OPTIMIZERS)}")
     dtype = pick_dtype(config.dtype, torch.device("cpu"))
     module = model_module(config.model)
     shape = make_config(module, options)
