@@ -63,6 +63,8 @@ SHORT = {"max_steps": 12, "eval_interval": 6, "dropout": 0.1}
 # One run that each mode resumes from the checkpoint of the mode before it, in launch order.
 CHAIN = ["fsdp2", "ddp2", "fsdp3", "hsdp 2x2", "ddp4", "fsdp4"]
 LOGGED = ["train_loss", "grad_norm", "val_loss"]
+MUON = {"optimizer": "muon"}
+MUON_MODEL = "model_rope_gqa_swa"  # c_attn has fewer rows for k and v than for q
 
 
 def command(name, world_size=1, model="model", **options):
@@ -213,15 +215,15 @@ def memory_runs(world_size):
     return runs
 
 
-def chain_runs(world_size):
+def chain_runs(world_size, name, **changed):
     """Return the runs of CHAIN: each ends with a signal, two steps after the one before."""
     runs = {}
     for i, mode in enumerate(CHAIN):
         ranks, options = ALL_MODES[mode]
         if ranks == world_size:
-            argv = command("chain", world_size, **options, max_steps=16)
+            argv = command(name, world_size, **options, **changed, max_steps=16)
             step = 2 * i + 4
-            runs[f"chain-{mode}"] = {"argv": argv, "signal": "SIGTERM", "rank": 0, "step": step}
+            runs[f"{name}-{mode}"] = {"argv": argv, "signal": "SIGTERM", "rank": 0, "step": step}
     return runs
 
 
@@ -242,16 +244,30 @@ def two_rank_runs(mode):
     }
 
 
-def interrupted_runs(mode):
+def interrupted_runs(mode, name="", **changed):
     """Return a run that is stopped by a signal and resumed, and one that is not."""
     world_size, options = MODES[mode]
-    stopped = command(f"stopped-{mode}", world_size, **options, **SHORT)
-    uninterrupted = command(f"uninterrupted-{mode}", world_size, **options, **SHORT)
+    name = name or mode
+    options = options | SHORT | changed
+    stopped = command(f"stopped-{name}", world_size, **options)
+    uninterrupted = command(f"uninterrupted-{name}", world_size, **options)
     return {
-        f"stopped-{mode}": {"argv": stopped, "signal": "SIGTERM", "rank": 1, "step": 7},
-        f"resumed-{mode}": {"argv": stopped},
-        f"uninterrupted-{mode}": {"argv": uninterrupted},
+        f"stopped-{name}": {"argv": stopped, "signal": "SIGTERM", "rank": 1, "step": 7},
+        f"resumed-{name}": {"argv": stopped},
+        f"uninterrupted-{name}": {"argv": uninterrupted},
     }
+
+
+def muon_runs(world_size):
+    """Return a run with Muon in each mode, a chain of them, and an interrupted one under FSDP."""
+    runs = chain_runs(world_size, "muon-chain", **MUON)
+    for mode, (ranks, options) in MODES.items():
+        if ranks == world_size:
+            argv = command(f"muon-{mode}", world_size, MUON_MODEL, **options, **MUON)
+            runs[f"muon-{mode}"] = {"argv": argv}
+    if world_size == 2:
+        runs.update(interrupted_runs("fsdp2", "muon-fsdp2", **MUON))
+    return runs
 
 
 def runs_of(world_size, pairs, with_others):
@@ -267,7 +283,8 @@ def runs_of(world_size, pairs, with_others):
     if not with_others:
         return runs
     runs.update(memory_runs(world_size))
-    runs.update(chain_runs(world_size))
+    runs.update(chain_runs(world_size, "chain"))
+    runs.update(muon_runs(world_size))
     if world_size == 2:
         runs.update(two_rank_runs("ddp2"))
         runs.update(two_rank_runs("fsdp2"))
@@ -290,7 +307,9 @@ def run_all(pairs, with_others):
     if with_others:
         train.main(command("bf16", dtype="bfloat16"))
         write_other_folders()
+        train.main(command("muon", model=MUON_MODEL, **MUON))
         stop_in_step(2, command("chain", max_steps=16))
+        stop_in_step(2, command("muon-chain", **MUON, max_steps=16))
     runs = {}
     for world_size in (2, 3, 4):
         named = runs_of(world_size, pairs, with_others)
@@ -302,7 +321,12 @@ def run_all(pairs, with_others):
         for i, name in enumerate(runs[world_size]):
             records[name] = [of_rank[i] for of_rank in of_ranks]
     if with_others:
-        for name, options in (("chain", {"max_steps": 16}), ("narrow", NARROW)):
+        resumed = {
+            "chain": {"max_steps": 16},
+            "muon-chain": MUON | {"max_steps": 16},
+            "narrow": NARROW,
+        }
+        for name, options in resumed.items():
             train.main(command(name, **options))
             train.main(command(f"uninterrupted-{name}", **options))
     return records, stderr
@@ -371,13 +395,13 @@ def without_key_bias(bias, C):
     return torch.cat([q, v])
 
 
-def weight_difference(mode, model):
+def weight_difference(mode, model, one="one"):
     """Return the largest difference of a tensor from that of one process, relative in norm.
 
     The key biases of models without rotary positions are left out. Their gradient is rounding
     error, see below, which Adam scales up to full steps.
     """
-    one, _ = load_model(f"out/one-{model}")
+    one, _ = load_model(f"out/{one}-{model}")
     other, _ = load_model(f"out/{mode}-{model}")
     differences = []
     for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
@@ -434,6 +458,19 @@ def test_recomputing_activations_changes_nothing(launches, mode, key):
     assert largest_difference(one, recompute, key) < 1e-4
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("key", LOGGED)
+def test_every_step_of_muon_is_that_of_one_process(launches, mode, key):
+    one, other = log("muon", MUON_MODEL), log(f"muon-{mode}", MUON_MODEL)
+    assert len(other) == 51
+    assert largest_difference(one, other, key) < 1e-4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_weights_of_muon_are_those_of_one_process(launches, mode):
+    assert weight_difference(f"muon-{mode}", MUON_MODEL, one="muon") < 1e-4
+
+
 @pytest.mark.parametrize("mode", ["ddp2", "fsdp2"])
 @pytest.mark.parametrize("one", ["bf16", "one"])
 def test_in_bf16_the_losses_are_within_one_percent(launches, mode, one):
@@ -469,7 +506,7 @@ def test_saving_needs_no_more_memory_than_the_step_before_it(records, mode):
 # Checkpoints ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["chain", "narrow"])
+@pytest.mark.parametrize("name", ["chain", "muon-chain", "narrow"])
 @pytest.mark.parametrize("key", LOGGED)
 def test_a_run_resumed_in_other_modes_is_the_uninterrupted_one(launches, name, key):
     """chain: each mode resumes another. narrow: four ranks shard vectors of two elements."""
@@ -477,8 +514,9 @@ def test_a_run_resumed_in_other_modes_is_the_uninterrupted_one(launches, name, k
 
 
 @pytest.mark.parametrize("mode", CHAIN)
-def test_every_mode_resumed_the_chain_where_the_previous_one_had_stopped(records, mode):
-    for record in records[f"chain-{mode}"]:
+@pytest.mark.parametrize("name", ["chain", "muon-chain"])
+def test_every_mode_resumed_the_chain_where_the_previous_one_had_stopped(records, name, mode):
+    for record in records[f"{name}-{mode}"]:
         assert len(record["sequences"]) == 3  # two steps were finished, the third was dropped
 
 
@@ -501,7 +539,7 @@ def test_several_ranks_start_from_the_weights_of_a_run(launches, mode):
     assert after["val_loss"] == pytest.approx(before["val_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["ddp2", "fsdp2", "ddp4"])
+@pytest.mark.parametrize("mode", ["ddp2", "fsdp2", "ddp4", "muon-fsdp2"])
 def test_resuming_after_a_signal_gives_the_same_bits(launches, mode):
     stopped, uninterrupted = f"stopped-{mode}", f"uninterrupted-{mode}"
     assert [step for step, *_ in losses(stopped)] == list(range(13))

@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model as gpt2
 from common.distributed import gradient_sync, shard_model
 from common.models import model_module
-from common.optimizer import make_adamw
+from common.optimizer import make_adamw, make_optimizer
 from tools import estimate_memory
+from train import TrainConfig
 
 MODELS = ("model", "model_rope", "model_gqa", "model_swa", "model_rope_gqa_swa")
 # 8 ranks split 33 and 20 unevenly.
@@ -38,6 +39,16 @@ def variant_options(name, window=100):
     options = {"window": window, "n_kv_head": 1}
     config = model_module(name).GPTConfig
     return {option: value for option, value in options.items() if hasattr(config, option)}
+
+
+def state_bytes(optimizer):
+    """Return the bytes of the optimizer's state on this rank, without the counts of steps."""
+    total = 0
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            shard = value.to_local() if isinstance(value, DTensor) else value
+            total += shard.nbytes if name != "step" else 0
+    return total
 
 
 def make_model(name="model", **options):
@@ -107,6 +118,15 @@ def test_ddp_holds_what_a_real_model_its_gradients_and_adamw_hold():
     assert column["optimizer state"] == sum(
         state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes for state in states
     )
+
+
+def test_muon_has_one_momentum_where_adamw_has_two():
+    model = make_model("model_gqa", n_kv_head=1)
+    muon = make_optimizer(model, TrainConfig(optimizer="muon"))
+    model(*torch.zeros(2, 1, 24, dtype=torch.int64)).backward()
+    muon.step()
+    column = estimated(model="model_gqa", n_kv_head=1, optimizer="muon")["DDP"]
+    assert column["optimizer state"] == state_bytes(muon)
 
 
 def test_autocast_copies_the_matrices_that_multiply():
@@ -325,6 +345,18 @@ def test_fsdp_sends_what_the_collectives_of_a_step_send(group, sharded, micro_st
         train_micro_steps(sharded, micro_steps)
     column = estimated_column(group, micro_steps=micro_steps)
     assert column["sent per step"] == pytest.approx(sent.total)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_muon_under_fsdp_holds_and_gathers_what_is_estimated(group, sharded, dtype):
+    muon = make_optimizer(sharded, TrainConfig(optimizer="muon"), getattr(torch, dtype))
+    train_micro_steps(sharded, 1)
+    with SentBytes() as sent:
+        muon.step()
+    column = estimated_column(group, optimizer="muon", dtype=dtype)
+    without = estimated_column(group, dtype=dtype)
+    assert column["sent per step"] - without["sent per step"] == pytest.approx(sent.total)
+    assert column["optimizer state"] == state_bytes(muon)
 
 
 def test_two_ranks_send_what_is_counted_by_hand():
