@@ -255,6 +255,9 @@ class SentBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.name().startswith("c10d::"):
             self._count(func.name(), args)
+        if func.name() == "_c10d_functional::all_gather_into_tensor":  # of a DTensor
+            shard, ranks, _ = args
+            self.total += (ranks - 1) * shard.nbytes
         return func(*args, **(kwargs or {}))
 
     def _count(self, name, args):
