@@ -16,7 +16,7 @@ OPTIMIZERS = ("adamw", "muon")
 WSD_DECAY = 0.2  # fraction of the steps; 10 to 20 % suffice (Hägele et al. 2024, section 3)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of x, x^3 and x^5 (Jordan et al. 2024)
 NEWTON_SCHULZ_STEPS = 5
-MAX_NUMEL = 2**24  # elements of the matrices that Muon gathers and orthogonalizes at a time
+MAX_NUMEL = 2**24  # elements that Muon orthogonalizes at a time, which bounds its memory
 
 
 def learning_rate(config, step):
@@ -106,14 +106,17 @@ class Muon(torch.optim.Optimizer):
     U S V^T (its singular value decomposition) of a matrix by the nearest orthogonal one, U V^T. A
     gradient has a few large singular values and many small ones: with S, a step moves few
     directions; without it, all of them, equally far. Of all updates that change no output by more
-    than the learning rate (for inputs of norm 1), U V^T decreases the loss most, to first order.
+    than the learning rate (for inputs of norm 1), U V^T decreases the loss most, to first order
+    (Bernstein & Newhouse 2024).
 
     This holds for a matrix that maps one hidden vector to another. A row of an embedding (the
     tied head too) belongs to a token: most get no gradient in a step, and an orthogonal update
     would move them as far as the others. A vector, such as a bias, has no directions to equalize.
 
     A step subtracts lr * sqrt(max(1, rows / columns)) * U V^T, after decaying the matrix as AdamW
-    does. The root keeps the size of an output element independent of the matrix's shape.
+    does. The root makes the change of an output element about lr for inputs of unit variance,
+    whatever the shape, so that one rate fits all widths. (Liu et al. 2025 scale by 0.2
+    sqrt(max(rows, columns)) instead, the size of AdamW's updates, for which AdamW's rates fit.)
 
     hidden         {parameter: row counts}, see hidden_matrices
     adamw          the optimizer of the other parameters
@@ -151,6 +154,7 @@ class Muon(torch.optim.Optimizer):
             self.step_matrices(batch, muon_group)
 
     def step_matrices(self, matrices, group):
+        """Update some matrices. Under FSDP a collective, because their updates are gathered."""
         for p in matrices:
             if p not in self.state:
                 self.state[p] = {"momentum": torch.zeros_like(p)}
@@ -159,10 +163,10 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, gradients)
         # Nesterov: the momentum that the next step would have if the gradient stayed the same.
-        updates = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
+        nesterov = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
 
-        updates = [full_tensor(update.to(self.dtype)) for update in updates]
-        parts = []  # views
+        updates = [full_tensor(momentum.to(self.dtype)) for momentum in nesterov]
+        parts = []  # views of the updates, one for each of the matrices in a parameter
         for p, update in zip(matrices, updates, strict=True):
             parts += update.split(self.row_counts[p])
         orthogonalize_(parts)
@@ -170,11 +174,11 @@ class Muon(torch.optim.Optimizer):
             rows, columns = part.shape
             part.mul_(max(1, rows / columns) ** 0.5)
 
-        updates = [
-            shard_like(update.float(), p) for update, p in zip(updates, matrices, strict=True)
-        ]
+        shards = []
+        for p, update in zip(matrices, updates, strict=True):
+            shards.append(shard_like(update.float(), p))
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, updates, alpha=-group["lr"])
+        torch._foreach_add_(matrices, shards, alpha=-group["lr"])
 
 
 def split_by_size(tensors, max_numel):
