@@ -287,6 +287,8 @@ def find_checkpoint_to_resume(config, out_dir):
         # init_from asks for those weights, for example GPT-2's.
         if config.init_from not in ("scratch", stored["options"]["init_from"]):
             return None, None
+    if stored is not None:  # an option that is newer than the run had its default
+        stored["options"] = asdict(TrainConfig()) | stored["options"]
     return path, stored
 
 
@@ -565,7 +567,8 @@ def check_finite(run, loss, grad_norm):
 
 def advice(run):
     """Return what to try after a loss that is not finite."""
-    remedy = "with a lower --learning_rate or --dtype=float32"
+    rate = "--muon_learning_rate" if run.config.optimizer == "muon" else "--learning_rate"
+    remedy = f"with a lower {rate} or --dtype=float32"
     checkpoints = checkpoint.list_checkpoints(run.out_dir)
     if not checkpoints:
         return f"; start a new run {remedy}"

@@ -54,6 +54,20 @@ def test_another_seed_gives_other_losses(tiny_run, workdir):
     assert losses(workdir / "out/other")[-1] != losses(tiny_run)[-1]
 
 
+def test_a_run_that_is_older_than_an_option_resumes_with_its_default(tiny_run, monkeypatch):
+    original = checkpoint.checkpoint_to_resume
+
+    def without_optimizer(*args, **kwargs):
+        path, stored = original(*args, **kwargs)
+        assert stored["options"].pop("optimizer") == "adamw"
+        return path, stored
+
+    monkeypatch.setattr(checkpoint, "checkpoint_to_resume", without_optimizer)
+    train.main(arguments())
+    with pytest.raises(SystemExit):
+        train.main(arguments(optimizer="muon"))
+
+
 @pytest.mark.parametrize("step", [1, 5, 8, 11])
 def test_resuming_after_any_step_gives_the_same_bits(tiny_run, workdir, monkeypatch, step):
     original = train.train_step
