@@ -19,6 +19,7 @@ from experiments import (
     length,
     long_sequences,
     look,
+    optimizers,
     recall,
     report,
     runs,
@@ -39,6 +40,7 @@ EXPERIMENTS = [
     "long_sequences",
     "look",
     "curves",
+    "optimizers",
 ]
 WITHOUT_PLOT = ("samples", "look")  # their results are texts
 SHAPE = {"n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": 32}
@@ -78,6 +80,9 @@ def tiny(folder, monkeypatch):
     monkeypatch.setitem(recall.PRESETS, "cpu", recall_config)
     monkeypatch.setitem(long_sequences.PRESETS, "cpu", long_config)
     monkeypatch.setitem(curves.PRESETS, "cpu", curves.Config(("tiny",)))
+    rates = {"adamw_rates": (0.01,), "muon_rates": (0.01,)}
+    optimizers_config = optimizers.Config(run=RUN, sizes={"tiny": {"max_steps": 4}}, **rates)
+    monkeypatch.setitem(optimizers.PRESETS, "cpu", optimizers_config)
     monkeypatch.setitem(samples.PROMPTS, "tiny", "def ")
     for module in (table, long_sequences):  # a new process takes seconds; one test below starts one
         monkeypatch.setattr(module, "run_in_new_process", call_in_this_process)

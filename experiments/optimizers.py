@@ -1,0 +1,115 @@
+"""Which learning rate for AdamW, and which for Muon? Final losses at three sizes.
+
+python -m experiments.optimizers --preset=cpu
+"""
+
+import sys
+from dataclasses import dataclass
+
+from common.errors import program
+from configurator import configure
+from experiments.runs import SMALL, train_run, val_losses
+from experiments.study import COLOURS, Study, StudyConfig, label_points, markdown_table
+
+SHARED = {
+    "block_size": 128,
+    "batch_size": 8,
+    "total_batch_size": 1024,
+    "eval_tokens": 2**17,
+}
+CPU_SIZES = {
+    "0.4M": {"n_layer": 2, "n_head": 4, "n_embd": 128, "max_steps": 800},
+    "3M": {"n_layer": 4, "n_head": 4, "n_embd": 256, "max_steps": 400},
+    "10M": {"n_layer": 6, "n_head": 6, "n_embd": 384, "max_steps": 300},
+}
+GPU_SIZES = {
+    "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768, "max_steps": 1000, "vocab_size": 50304}
+}
+
+
+@dataclass
+class Config:
+    run: dict  # options of train.py, of all runs
+    sizes: dict  # {name: options of that size}
+    adamw_rates: tuple = (1e-3, 2e-3, 4e-3, 8e-3)
+    muon_rates: tuple = (0.005, 0.01, 0.02, 0.04)  # for the matrices in blocks
+    rate_beside_muon: float = 4e-3  # AdamW's, for embeddings and vectors
+
+
+PRESETS = {
+    "cpu": Config(run=SMALL | SHARED, sizes=CPU_SIZES),
+    "gpu": Config(
+        run=SMALL
+        | {"dataset": "fineweb", "block_size": 1024, "batch_size": 32, "total_batch_size": 2**17},
+        sizes=GPU_SIZES,
+        adamw_rates=(6e-4, 1.2e-3, 2.4e-3),
+        muon_rates=(0.01, 0.02, 0.04),
+        rate_beside_muon=2.4e-3,
+    ),
+}
+
+
+def runs(config):
+    """Return {name: options} of the runs of each size: AdamW at each rate, Muon at each."""
+    options = {}
+    for rate in config.adamw_rates:
+        options[f"adamw {rate:g}"] = {"optimizer": "adamw", "learning_rate": rate}
+    for rate in config.muon_rates:
+        options[f"muon {rate:g}"] = {
+            "optimizer": "muon",
+            "learning_rate": config.rate_beside_muon,
+            "muon_learning_rate": rate,
+        }
+    return options
+
+
+def measure_loss(config, size, name):
+    """Train one run; return its final validation loss."""
+    max_steps = config.sizes[size]["max_steps"]
+    options = config.run | {"eval_interval": max_steps} | config.sizes[size] | runs(config)[name]
+    run = train_run(f"optimizers-{size}-{name}", options)
+    return val_losses(run)[-1][1]
+
+
+def losses(state):
+    """Return a table of the final losses: a row for each optimizer and rate, a column per size."""
+    config = Config(**state["config"])
+    rows = []
+    for name in runs(config):
+        losses = [state["points"][f"{size}, {name}"] for size in config.sizes]
+        rows.append([name, *[f"{loss:.4f}" for loss in losses]])
+    steps = ["steps", *[options["max_steps"] for options in config.sizes.values()]]
+    return markdown_table(["optimizer and rate", *config.sizes], [*rows, steps])
+
+
+def draw(state, panel):
+    """Plot the final loss over the rate, a line for each optimizer and size."""
+    config = Config(**state["config"])
+    ends = []
+    for size, colour in zip(config.sizes, COLOURS, strict=False):
+        for optimizer, rates, style in [
+            ("adamw", config.adamw_rates, "--"),
+            ("muon", config.muon_rates, "-"),
+        ]:
+            values = [state["points"][f"{size}, {optimizer} {rate:g}"] for rate in rates]
+            panel.plot(rates, values, style, color=colour, marker="o", markersize=4)
+            ends.append((f"{optimizer} {size}", rates[-1], values[-1], colour))
+    for end in ends:
+        label_points(panel, end)
+    panel.set_xscale("log")
+    panel.set_xlim(right=3 * max(config.muon_rates))  # room for the labels
+    panel.set_xlabel("learning rate of the matrices in blocks")
+    panel.set_ylabel("validation loss (nats per byte)")
+
+
+@program
+def main(argv):
+    study = Study("optimizers", configure(StudyConfig, argv, __doc__), PRESETS)
+    for size in study.config.sizes:
+        for name in runs(study.config):
+            study.measure_once(f"{size}, {name}", measure_loss, study.config, size, name)
+    study.finish(draw)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
