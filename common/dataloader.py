@@ -3,16 +3,19 @@
 Training goes through windows of block_size tokens, shuffled without replacement, epoch after epoch;
 each epoch shifts the edges of the windows. Sequence i of this endless order follows from i alone,
 so resuming needs only the step number, and the global batch of a step is the same for any world
-size. Validation is a fixed set of non-overlapping windows. Files are read window by window, so
-memory does not grow with them.
+size. Validation is a fixed set of non-overlapping windows. Each file is opened once and read window
+by window, so memory does not grow with it.
 """
 
+import concurrent.futures
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common.errors import UserError
+from common.files import name_in_errors
 from common.tokenizer import read_meta
 
 CHUNK = 1 << 20  # tokens read at a time when a whole bin is scanned
@@ -22,7 +25,7 @@ class Loader:
     """Batches of a dataset, as int64 tensors on the CPU.
 
     Raises UserError if a bin is missing, damaged, too short for block_size, or holds token ids that
-    vocab_size does not allow.
+    vocab_size does not allow. Use a Loader in one thread only; its own thread serves prefetch().
     """
 
     def __init__(self, folder, block_size, vocab_size, seed):
@@ -36,6 +39,7 @@ class Loader:
         # One window less than fits leaves room for the shift, if there are at least two.
         self.n_windows = max(1, self.n_train // block_size - 1)
         self.epoch = None  # the epoch of self.order and self.shift
+        self._open()
 
     def _check_bin(self, split, min_tokens):
         """Return the number of tokens of a bin, after checking it against meta.json."""
@@ -69,19 +73,72 @@ class Loader:
             f"{token_id + 1}"
         )
 
-    def _read(self, split, start, count):
+    def _open(self):
+        """Open the bins and prepare for prefetch()."""
+        self._files = {}
+        for split in ("train", "val"):
+            self._files[split] = open(self.folder / f"{split}.bin", "rb", buffering=0)
+        self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        self._prefetched = None  # (first, count, Future of the batch)
+        self._process = os.getpid()
+
+    def _open_if_forked(self):
+        """Open the bins again in a forked process.
+
+        It would share the positions of the files with its parent, and has none of its threads.
+        """
+        if self._process != os.getpid():
+            self._open()
+
+    def _read(self, split, starts, length):
+        """Return the windows that begin at the positions `starts`, (len(starts), length) uint16."""
         path = self.folder / f"{split}.bin"
-        tokens = np.fromfile(path, dtype="<u2", count=count, offset=2 * start).astype(np.int64)
-        if tokens.max() >= self.vocab_size:
-            self._refuse_id(path, tokens.max())
-        return torch.from_numpy(tokens)
+        file = self._files[split]
+        windows = np.empty((len(starts), length), dtype="<u2")
+        with name_in_errors(path):
+            for start, window in zip(starts, windows, strict=True):
+                file.seek(2 * start)
+                if file.readinto(window) < window.nbytes:
+                    raise UserError(
+                        f"{path} is shorter than when it was opened: prepare the dataset again"
+                    )
+        largest_id = int(windows.max())
+        if largest_id >= self.vocab_size:
+            self._refuse_id(path, largest_id)
+        return windows
 
     def train_batch(self, first, count):
         """Return sequences first .. first + count - 1 as inputs and targets, (count, T) each."""
-        T = self.block_size
-        windows = [self._read("train", self._start(i), T + 1) for i in range(first, first + count)]
-        windows = torch.stack(windows)  # (count, T + 1)
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        self._open_if_forked()
+        if self._prefetched is None:
+            return self._read_batch(first, count)
+        *prefetched, future = self._prefetched
+        self._prefetched = None
+        if prefetched == [first, count]:
+            return future.result()
+        concurrent.futures.wait([future])  # it uses the file and self.order, as the next line does
+        return self._read_batch(first, count)
+
+    def prefetch(self, first, count, device):
+        """Let a thread read a batch that train_batch() will be asked for, pinned for a GPU.
+
+        train_batch() raises the thread's error, if the batch is asked for.
+        """
+        self._open_if_forked()
+        future = self._thread.submit(self._read_pinned, first, count, device)
+        self._prefetched = (first, count, future)
+
+    def _read_pinned(self, first, count, device):
+        x, y = self._read_batch(first, count)
+        if device.type != "cuda":
+            return x, y
+        torch.cuda.set_device(device)  # a thread begins with GPU 0, and would use memory there
+        return x.pin_memory(), y.pin_memory()
+
+    def _read_batch(self, first, count):
+        starts = [self._start(i) for i in range(first, first + count)]
+        windows = self._read("train", starts, self.block_size + 1)
+        return _int64(windows[:, :-1]), _int64(windows[:, 1:])
 
     def _start(self, i):
         """Return the position in train.bin where sequence i begins."""
@@ -101,18 +158,25 @@ class Loader:
         ranks get the same number of batches. Padding, in the last window and in the last batches,
         has the target -1.
         """
+        self._open_if_forked()
         T = self.block_size
         available = -(-(self.n_val - 1) // T)  # windows in val.bin, the last one perhaps not full
         count = min(available, -(-eval_tokens // T))
         for first in range(rank * batch_size, rank * batch_size + count, batch_size * world_size):
             x = torch.zeros(batch_size, T, dtype=torch.int64)
             y = torch.full((batch_size, T), -1)
-            for row, window in enumerate(range(first, min(first + batch_size, count))):
-                start = window * available // count * T
-                tokens = self._read("val", start, T + 1)
-                x[row, : len(tokens) - 1] = tokens[:-1]
-                y[row, : len(tokens) - 1] = tokens[1:]
+            for row, i in enumerate(range(first, min(first + batch_size, count))):
+                start = i * available // count * T
+                n = min(T, self.n_val - 1 - start)  # targets: fewer than T in the last window
+                [window] = self._read("val", [start], n + 1)
+                x[row, :n] = _int64(window[:-1])
+                y[row, :n] = _int64(window[1:])
             yield x, y
+
+
+def _int64(tokens):
+    """Return a NumPy array of token ids as a contiguous int64 tensor."""
+    return torch.from_numpy(tokens.astype(np.int64))
 
 
 def find_largest_id(path):

@@ -3,11 +3,16 @@
 In most of these bins the token at position p is p itself, so that a batch shows where it was read.
 """
 
+import gc
 import itertools
 import json
 import os
 import re
+import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +21,9 @@ import torch
 from common.dataloader import Loader
 from common.errors import UserError
 
+ROOT = Path(__file__).parent.parent
 BIG_VOCAB = 65536
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -278,6 +285,15 @@ def test_limited_validation_windows_are_spread_evenly(dataset, eval_tokens):
 # Bad bins -------------------------------------------------------------------------------------
 
 
+# The largest id that meta.json promises, so that a larger one is found in a batch only.
+AT_MOST_99 = {"tokenizer": "byte", "train": {"largest_id": 99}}
+
+
+def prefetch_and_request(loader):
+    loader.prefetch(0, 10, CPU)
+    loader.train_batch(0, 10)
+
+
 def user_error(folder, block_size=8, vocab_size=100, use=lambda loader: None):
     """Return the UserError that opening, or using, a dataset raises; it is one line."""
     with pytest.raises(UserError) as error:
@@ -353,6 +369,11 @@ def test_an_id_of_a_batch_beyond_the_vocabulary_is_refused_with_both_numbers(dat
     assert "101" in numbers(message)
 
 
+def test_the_largest_id_of_uint16_beyond_the_vocabulary_is_refused_with_both_numbers(dataset):
+    message = user_error(dataset([65535] * 64, about=AT_MOST_99), use=prefetch_and_request)
+    assert {"65535", "65536"} <= set(numbers(message))
+
+
 def test_the_last_id_of_the_vocabulary_is_accepted(dataset):
     x, _ = Loader(dataset(train=[99] * 64), 8, 100, 1).train_batch(0, 1)
     assert x.max() == 99
@@ -379,6 +400,177 @@ def test_bins_of_other_programs_need_only_the_name_of_the_tokenizer(dataset):
     loader = Loader(dataset(range(64), range(20), about={"tokenizer": "gpt2"}), 8, 50257, 1)
     assert (loader.n_train, loader.n_val) == (64, 20)
     assert loader.meta["vocab_size"] == 50257
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_bin_that_is_shortened_while_it_is_in_use_is_refused_by_name(dataset, split):
+    def shorten_and_read(loader):
+        os.truncate(loader.folder / f"{split}.bin", 2 * 20)
+        loader.train_batch(0, 6)
+        validation(loader)
+
+    message = user_error(dataset(), vocab_size=BIG_VOCAB, use=shorten_and_read)
+    assert f"{split}.bin" in message
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not delete an open file")
+def test_bins_that_are_deleted_while_they_are_in_use_are_read_as_before(dataset):
+    loader = Loader(dataset(), 8, 100, 1)
+    before = starts(loader, 0, 6), validation(loader)[1].tolist()
+    for split in ("train", "val"):
+        (loader.folder / f"{split}.bin").unlink()
+    assert (starts(loader, 0, 6), validation(loader)[1].tolist()) == before
+
+
+# Prefetching ----------------------------------------------------------------------------------
+
+
+def test_prefetched_batches_equal_those_that_are_read_when_requested(dataset):
+    folder = dataset(range(100))
+    loader, other = Loader(folder, 10, BIG_VOCAB, 1), Loader(folder, 10, BIG_VOCAB, 1)
+    for first in range(0, 200, 4):
+        x, y = loader.train_batch(first, 4)
+        loader.prefetch(first + 4, 4, CPU)
+        other_x, other_y = other.train_batch(first, 4)
+        assert torch.equal(x, other_x)
+        assert torch.equal(y, other_y)
+
+
+def test_a_prefetched_batch_is_read_once_in_another_thread(dataset, monkeypatch):
+    loader = Loader(dataset(), 8, BIG_VOCAB, 1)
+    read_batch, threads = loader._read_batch, []
+
+    def recording_read_batch(first, count):
+        threads.append(threading.current_thread())
+        return read_batch(first, count)
+
+    monkeypatch.setattr(loader, "_read_batch", recording_read_batch)
+    loader.prefetch(3, 2, CPU)
+    loader.train_batch(3, 2)
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 4), (5, 4), (4, 3)])  # 4, 4 is prefetched
+def test_a_request_other_than_the_prefetched_one_is_read(dataset, first, count):
+    folder = dataset(range(100))
+    expected = starts(Loader(folder, 10, BIG_VOCAB, 1), first, count)
+    loader = Loader(folder, 10, BIG_VOCAB, 1)
+    loader.prefetch(4, 4, CPU)
+    assert starts(loader, first, count) == expected
+    assert starts(loader, first, count) == expected
+
+
+def test_a_request_other_than_the_prefetched_one_waits_until_that_is_read(dataset, monkeypatch):
+    reading, order = threading.Event(), []
+    read_batch = Loader._read_batch
+
+    def slow_in_the_thread(loader, first, count):
+        if first == 4:
+            reading.set()
+            time.sleep(0.2)
+        order.append(first)
+        return read_batch(loader, first, count)
+
+    monkeypatch.setattr(Loader, "_read_batch", slow_in_the_thread)
+    loader = Loader(dataset(), 8, BIG_VOCAB, 1)
+    loader.prefetch(4, 4, CPU)
+    assert reading.wait(10)
+    loader.train_batch(0, 4)
+    assert order == [4, 0]
+
+
+def test_an_evaluation_does_not_disturb_the_prefetched_batch(dataset):
+    folder = dataset(range(1000), range(500))
+    expected = starts(Loader(folder, 8, BIG_VOCAB, 1), 4, 100)
+    loader = Loader(folder, 8, BIG_VOCAB, 1)
+    loader.prefetch(4, 100, CPU)
+    _, y = validation(loader)
+    assert sorted(y[y != -1].tolist()) == list(range(1, 500))
+    assert starts(loader, 4, 100) == expected
+
+
+def test_an_error_of_a_prefetched_batch_is_raised_when_it_is_requested(dataset):
+    message = user_error(dataset([100] * 100, about=AT_MOST_99), use=prefetch_and_request)
+    assert "vocab_size=100" in message
+
+
+def test_an_error_of_a_prefetched_batch_does_not_end_later_ones(dataset):
+    loader = Loader(dataset([100] * 100, about=AT_MOST_99), 8, 100, 1)
+    with pytest.raises(UserError):
+        prefetch_and_request(loader)
+    np.full(100, 99, dtype="<u2").tofile(loader.folder / "train.bin")  # the same file, mended
+    prefetch_and_request(loader)
+
+
+def test_a_prefetched_batch_that_is_not_requested_raises_no_error(dataset):
+    loader = Loader(dataset([100] * 100, about=AT_MOST_99), 8, 100, 1)
+    loader.prefetch(0, 1, CPU)
+    loader._thread.shutdown()  # waits until it is read
+    np.full(100, 99, dtype="<u2").tofile(loader.folder / "train.bin")
+    assert starts(loader, 1, 1) == [99]
+
+
+EXITS = {"return": (0, "pass"), "error": (1, "1 / 0"), "sys.exit": (3, "sys.exit(3)")}
+
+
+@pytest.mark.parametrize("name", EXITS)
+def test_a_program_ends_while_a_batch_is_prefetched(dataset, name):
+    status, end = EXITS[name]
+    code = f"""
+import sys, time, torch
+from common.dataloader import Loader
+Loader._start = lambda loader, i: time.sleep(0.01) or 0  # a slow disk
+Loader({str(dataset())!r}, 8, 100, 1).prefetch(0, 20, torch.device("cpu"))
+{end}
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, timeout=60, stderr=subprocess.DEVNULL
+    )
+    assert process.returncode == status
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("prefetches", [False, True])
+def test_a_forked_process_and_its_parent_read_their_own_batches(dataset, prefetches):
+    folder = dataset(range(5000))
+    expected = starts(Loader(folder, 8, BIG_VOCAB, 1), 0, 500)
+    loader = Loader(folder, 8, BIG_VOCAB, 1)
+    loader.train_batch(0, 1)
+    if prefetches:
+        loader.prefetch(0, 500, CPU)
+    pid = os.fork()
+    equal = all(starts(loader, 0, 500) == expected for _ in range(50))
+    if pid == 0:
+        os._exit(0 if equal else 1)
+    _, status = os.waitpid(pid, 0)
+    assert equal
+    assert status == 0
+
+
+# Files ----------------------------------------------------------------------------------------
+
+
+def test_each_bin_is_opened_once(dataset, monkeypatch):
+    loader = Loader(dataset(), 8, BIG_VOCAB, 1)
+    monkeypatch.setattr("builtins.open", None)
+    for first in range(20):
+        loader.train_batch(first, 2)
+        loader.prefetch(first + 1, 2, CPU)
+    validation(loader)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="open files are listed in /proc")
+def test_a_loader_that_is_dropped_closes_its_files(dataset):
+    folder = dataset()
+    gc.collect()
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        Loader(folder, 8, BIG_VOCAB, 1).prefetch(0, 2, CPU)
+    deadline = time.monotonic() + 10
+    while len(os.listdir("/proc/self/fd")) > len(before) and time.monotonic() < deadline:
+        time.sleep(0.01)  # the last batches are still being read
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 # Memory ---------------------------------------------------------------------------------------

@@ -165,6 +165,19 @@ def test_the_model_learns_the_repetitive_text(workdir):
     assert records[-1]["val_loss"] < 1.8
 
 
+def test_the_batches_of_a_run_follow_each_other_without_gap(workdir, monkeypatch):
+    """On a GPU train_step prefetches the batch that begins where this one ends."""
+    train_batch, requests = Loader.train_batch, []
+
+    def recording_train_batch(loader, first, count):
+        requests.append((first, count))
+        return train_batch(loader, first, count)
+
+    monkeypatch.setattr(Loader, "train_batch", recording_train_batch)
+    train.main(arguments(max_steps=3))
+    assert requests == [(first, 4) for first in range(0, 24, 4)]
+
+
 # Learning rate schedules ----------------------------------------------------------------------
 
 
