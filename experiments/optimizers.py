@@ -19,8 +19,8 @@ SHARED = {
 }
 CPU_SIZES = {
     "0.4M": {"n_layer": 2, "n_head": 4, "n_embd": 128, "max_steps": 800},
-    "3M": {"n_layer": 4, "n_head": 4, "n_embd": 256, "max_steps": 400},
-    "10M": {"n_layer": 6, "n_head": 6, "n_embd": 384, "max_steps": 300},
+    "3M": {"n_layer": 4, "n_head": 4, "n_embd": 256, "max_steps": 300},
+    "10M": {"n_layer": 6, "n_head": 6, "n_embd": 384, "max_steps": 150},
 }
 GPU_SIZES = {
     "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768, "max_steps": 1000, "vocab_size": 50304}
@@ -31,7 +31,7 @@ GPU_SIZES = {
 class Config:
     run: dict  # options of train.py, of all runs
     sizes: dict  # {name: options of that size}
-    adamw_rates: tuple = (1e-3, 2e-3, 4e-3, 8e-3)
+    adamw_rates: tuple = (1e-3, 2e-3, 4e-3)
     muon_rates: tuple = (0.005, 0.01, 0.02, 0.04)  # for the matrices in blocks
     rate_beside_muon: float = 4e-3  # AdamW's, for embeddings and vectors
 

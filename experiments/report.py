@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/REPORT.md from the result files, and redraw the plots.
+"""Write the tables of README.md, docs/REPORT.md and docs/MUON.md from the result files, and redraw the plots.
 
     python -m experiments.report
 
@@ -22,7 +22,7 @@ from common.errors import UserError, program
 from configurator import configure
 from experiments.study import DOCS, markdown_table, save_plot
 
-DOCUMENTS = (Path("README.md"), Path("docs/REPORT.md"))
+DOCUMENTS = (Path("README.md"), Path("docs/REPORT.md"), Path("docs/MUON.md"))
 BLOCK = re.compile(r"<!-- begin ([^\n]*?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
