@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/REPORT.md and docs/MUON.md from the result files, and redraw the plots.
+"""Write the tables of README.md, docs/REPORT.md and docs/MUON.md; redraw the plots.
 
     python -m experiments.report
 
