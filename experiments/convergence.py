@@ -18,10 +18,10 @@ from experiments.study import (
     Study,
     StudyConfig,
     label_points,
-    markdown_table,
     points_of_seeds,
 )
-from tools.bench import take_turns
+from tools.bench.results import markdown_table
+from tools.bench.turns import take_turns
 
 NAMES = ("base", "RoPE")
 LABELS = {"base": "learned positions", "RoPE": "RoPE"}

@@ -10,7 +10,8 @@ from common.errors import program
 from common.models import model_module, models_with_option
 from configurator import configure, configure_with_model
 from experiments.runs import train_run, val_losses
-from experiments.study import COLOURS, Study, StudyConfig, label_points, markdown_table
+from experiments.study import COLOURS, Study, StudyConfig, label_points
+from tools.bench.results import markdown_table
 from train import TrainConfig
 
 

@@ -23,10 +23,10 @@ from experiments.study import (
     Study,
     StudyConfig,
     label_points,
-    markdown_table,
     points_of_seeds,
 )
 from prepare_data import open_dataset
+from tools.bench.results import markdown_table
 
 NAMES = ("base", "RoPE", "RoPE + SWA", "all three")
 LINE_COLOURS = (COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[5])

@@ -12,10 +12,10 @@ from experiments.steps import (
     make_decoding_step,
     make_training_step,
     measure_step_memory,
-    run_in_new_process,
 )
-from experiments.study import COLOURS, Study, StudyConfig, label_points, markdown_table
-from tools.bench import take_turns
+from experiments.study import COLOURS, Study, StudyConfig, label_points
+from tools.bench.results import markdown_table
+from tools.bench.turns import run_in_new_process, take_turns
 
 
 @dataclass

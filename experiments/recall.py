@@ -23,9 +23,9 @@ from experiments.study import (
     Study,
     StudyConfig,
     label_points,
-    markdown_table,
     points_of_seeds,
 )
+from tools.bench.results import markdown_table
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 32, "block_size": 64}
 MEDIUM = {"n_layer": 4, "n_head": 8, "n_embd": 512, "block_size": 1024}

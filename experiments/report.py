@@ -5,7 +5,7 @@
 A block between the lines "<!-- begin WHAT -->" and "<!-- end -->" is what a function returns:
 
     table.sizes cpu     sizes() of experiments/table.py, for docs/experiments/table_cpu.json
-    changes model_gqa   changes("model_gqa") of this file; so are made, texts and bench
+    bench decode cpu    bench("decode", "cpu") of this file; so are made, texts and changes
 
 All other text is written by hand.
 """
@@ -20,7 +20,8 @@ from pathlib import Path
 
 from common.errors import UserError, program
 from configurator import configure
-from experiments.study import DOCS, markdown_table, save_plot
+from experiments.study import DOCS, save_plot
+from tools.bench.results import describe_source, markdown_rows
 
 DOCUMENTS = (Path("README.md"), Path("docs/REPORT.md"), Path("docs/MUON.md"))
 BLOCK = re.compile(r"<!-- begin ([^\n]*?) -->\n.*?<!-- end -->", re.DOTALL)
@@ -70,20 +71,10 @@ def texts(name, preset):
     return "\n\n".join(blocks)
 
 
-def bench(name):
-    """Return the rows of docs/bench/NAME.json: one table for all rows with the same columns."""
-    results = read_json(Path(f"docs/bench/{name}.json"))
-    tables = {}  # {columns: rows}
-    for row in results["rows"]:
-        cells = [f"{v:.4g}" if isinstance(v, float) else v for v in row.values()]
-        tables.setdefault(tuple(row), []).append(cells)
-    blocks = []
-    for columns, rows in tables.items():
-        header = [column.replace("_", " ") for column in columns]
-        blocks.append(markdown_table(header, rows))
-    where = f"{results['device']}, {results['threads']} threads, torch {results['torch']}"
-    blocks.append(f"Made by `python -m tools.bench {name}`, {where}.")
-    return "\n\n".join(blocks)
+def bench(name, device):
+    """Return the rows of docs/bench/NAME-DEVICE.json, and how they were made."""
+    results = read_json(Path(f"docs/bench/{name}-{device}.json"))
+    return f"{markdown_rows(results['rows'])}\n\n{describe_source(results)}"
 
 
 def changes(name):

@@ -1,12 +1,10 @@
 """Steps of training and of decoding, to be timed, and the memory of a training step."""
 
-import multiprocessing
-
 import torch
 
 from common.device import peak_memory
 from common.models import model_module
-from tools.bench import fill_cache
+from tools.bench.sampling import fill_cache
 
 
 def build_model(shape):
@@ -65,12 +63,3 @@ def measure_step_memory(shape, B, T, device, dtype):
     for _ in range(2):  # the first step creates the optimizer state, the second begins with it
         step()
     return peak_memory(device) - before
-
-
-def run_in_new_process(function, *arguments):
-    """Return function(*arguments), called in a process of its own.
-
-    A process's peak memory never decreases, so each measurement of it needs a new process.
-    """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)

@@ -8,9 +8,7 @@ is drawn beside it.
 import inspect
 import json
 import platform
-import re
 import shutil
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import torch
 from common.device import device_name, keep_freed_memory, pick_device, pick_dtype
 from common.errors import UserError
 from common.files import write_json
+from tools.bench.results import cpu_name, current_commit
 
 OUT = Path("out/experiments")
 DOCS = Path("docs/experiments")
@@ -117,36 +116,7 @@ def describe_environment(device, dtype):
     }
 
 
-def cpu_name():
-    """Return the model name of the CPU: on Linux from /proc/cpuinfo, which is more exact."""
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        match = re.search(r"model name\s*: (.*)", path.read_text())
-        if match:
-            return match[1]
-    return platform.processor()
-
-
-def current_commit():
-    """Return the last commit that changed the code, with " and changes" if files differ from it.
-
-    Return "unknown" without git or outside a repository.
-    """
-    try:
-        commit = git_output("log", "-1", "--format=%H", "--", "*.py", ":!tests")
-        changes = git_output("status", "--porcelain", "--", "*.py")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{commit} and changes" if changes else commit
-
-
-def git_output(*arguments):
-    command = ["git", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return result.stdout.strip()
-
-
-# Plots and tables -----------------------------------------------------------------------------
+# Plots --------------------------------------------------------------------------------------
 
 
 def points_of_seeds(state, name):
@@ -194,13 +164,3 @@ def label_points(panel, *points, offset=(6, -3)):
             color=colour,
             fontsize="small",
         )
-
-
-def markdown_table(header, rows):
-    """Return a Markdown table: the first column aligned to the left, the others to the right."""
-    alignment = ["---"] + ["---:"] * (len(header) - 1)
-    lines = []
-    for cells in [header, alignment, *rows]:
-        texts = [str(cell) for cell in cells]
-        lines.append(f"| {' | '.join(texts)} |")
-    return "\n".join(lines)

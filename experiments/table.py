@@ -20,18 +20,17 @@ from experiments.steps import (
     make_decoding_step,
     make_training_step,
     measure_step_memory,
-    run_in_new_process,
 )
 from experiments.study import (
     COLOURS,
     Study,
     StudyConfig,
     label_points,
-    markdown_table,
     points_of_seeds,
 )
 from prepare_data import open_dataset
-from tools.bench import take_turns
+from tools.bench.results import markdown_table
+from tools.bench.turns import run_in_new_process, take_turns
 from tools.plot_loss import read_log
 
 # Measurements ---------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from experiments.study import (
     Study,
     StudyConfig,
     label_points,
-    markdown_table,
     points_of_seeds,
 )
+from tools.bench.results import markdown_table
 from tools.plot_loss import read_log
 
 NAMES = ("base", "GQA 1/2", "GQA 1/4")

@@ -28,6 +28,7 @@ from experiments import (
     study,
     table,
 )
+from tools.bench.turns import run_in_new_process
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = [
@@ -254,7 +255,7 @@ def test_step_memory_grows_by_weights_gradients_and_optimizer_state():
     arguments = (1, 64, torch.device("cpu"), torch.float32)
     small = steps.measure_step_memory(shape, *arguments)
     wide = {**shape, "n_embd": 1024}
-    large = steps.run_in_new_process(steps.measure_step_memory, wide, *arguments)
+    large = run_in_new_process(steps.measure_step_memory, wide, *arguments)
     weights = 12 * 1024 * 1024
     gigabytes = 4 * 4 * weights / 1e9  # float32 weights, gradients and two moments of AdamW
     assert large - small > 0.9 * gigabytes

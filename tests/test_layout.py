@@ -21,13 +21,13 @@ ALLOWED = {
     "tools": {"tools", "common", "configurator", *PROGRAMS},
     "experiments": {"experiments", "tools", "common", "configurator", *PROGRAMS},
 }
-FOLDERS = (ROOT, ROOT / "common", ROOT / "tools", ROOT / "experiments")
+FOLDERS = (ROOT, ROOT / "common", ROOT / "tools", ROOT / "tools/bench", ROOT / "experiments")
 
 
 def kind(path):
     """Return the kind of a file, a key of ALLOWED if there is a rule for it."""
     if path.parent != ROOT:
-        return path.parent.name
+        return path.relative_to(ROOT).parts[0]
     if path.stem in MODELS:
         return "model"
     return "program" if path.stem in PROGRAMS else path.stem
@@ -92,13 +92,14 @@ def test_no_file_calls_torch_load_or_save(path):
     assert not calls & {"torch.load", "torch.save"}
 
 
-TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__")
+FILES_OF_TOOLS = [path for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__"]
+TOOLS = sorted([*FILES_OF_TOOLS, ROOT / "tools" / "bench"])  # a folder runs its __main__.py
 
 
-@pytest.mark.parametrize("name", TOOLS)
-def test_a_tool_started_as_a_file_names_its_command(name, tmp_path):
-    command = [sys.executable, ROOT / "tools" / f"{name}.py"]
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.stem)
+def test_a_tool_started_as_a_file_names_its_command(tool, tmp_path):
+    command = [sys.executable, tool]
     completed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert completed.returncode != 0
     assert completed.stderr.count("\n") == 1
-    assert f"python -m tools.{name}" in completed.stderr
+    assert f"python -m tools.{tool.stem}" in completed.stderr

@@ -1,0 +1,116 @@
+"""Attention alone: sliding windows, full causal attention and a dense mask.
+
+Shapes: B batch, T tokens, H heads, D head_dim.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from common.device import peak_memory
+from common.models import model_module
+from tools.bench.limits import dtype_name, matmul_rates
+from tools.bench.turns import compare, milliseconds, ratio, run_in_new_process, stopwatch
+
+WINDOW, N_HEAD, HEAD_DIM = 256, 12, 64
+BATCH_AND_LENGTH = [(2, 256), (2, 384), (2, 512), (2, 768), (2, 1000), (2, 1024), (1, 8192)]
+LONGEST_DENSE = 1024  # a dense mask beyond this many tokens takes too long
+SHORT, LONG = 4096, 16384  # tokens between which the growth of memory is measured
+
+
+def random_inputs(B, T, device, dtype):
+    """Return q, k, v and a gradient of the output, all (B, H, T, D), with the model's strides."""
+    # As in the model, q, k and v are views of one tensor (B, T, 3H, D).
+    qkv = torch.randn(B, T, 3 * N_HEAD, HEAD_DIM, device=device, dtype=dtype).transpose(1, 2)
+    q, k, v = (t.detach().requires_grad_() for t in qkv.split(N_HEAD, dim=1))
+    return q, k, v, torch.randn_like(q)
+
+
+def full(q, k, v):
+    """Full causal attention."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def dense(q, k, v):
+    """Sliding-window attention by a mask over all T x T scores."""
+    T = q.size(2)
+    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - WINDOW)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def sliding():
+    """Return the attention function of model_swa."""
+    module = model_module("model_swa")
+    config = module.GPTConfig(n_head=N_HEAD, n_embd=N_HEAD * HEAD_DIM, window=WINDOW)
+    return module.CausalSelfAttention(config, 0).attend
+
+
+def forward_backward(attend, q, k, v, gradient):
+    return torch.autograd.grad(attend(q, k, v), (q, k, v), gradient)
+
+
+def extra_memory(T, device, dtype):
+    """Return the GB by which a forward and backward pass raises the peak memory.
+
+    Must run in a process of its own, because a process's peak never falls.
+    """
+    forward_backward(sliding(), *random_inputs(1, 2 * WINDOW, device, dtype))  # loads the kernels
+    inputs = random_inputs(1, T, device, dtype)
+    before = peak_memory(device)
+    forward_backward(sliding(), *inputs)
+    return peak_memory(device) - before
+
+
+def attention_flops(B, T, window):
+    """Return the FLOPs of a forward and backward pass: 12 * D per (query, attended key, head)."""
+    pairs = T * (T + 1) // 2
+    beyond = max(0, T - window)
+    pairs -= beyond * (beyond + 1) // 2
+    return 12 * HEAD_DIM * N_HEAD * B * pairs
+
+
+def measure_attention(bench):
+    """Return rows with the milliseconds of forward and backward passes, and with peak memory.
+
+    "of_product_limit" is the fraction of the rate at which a large matrix product runs in the same
+    dtype.
+    """
+    rates = matmul_rates(bench.device)
+    rows = []
+    cases = [(dtype, B, T) for dtype in rates for B, T in BATCH_AND_LENGTH]
+    costs = [B * T * T for _, B, T in cases]
+    for (dtype, B, T), cost in zip(cases, costs, strict=True):
+        seconds = bench.seconds * cost / sum(costs)
+        rows.append(bench.show(attention_speed(bench.device, dtype, B, T, seconds, rates[dtype])))
+    for dtype in rates:
+        rows.append(bench.show(attention_memory(bench.device, dtype)))
+    return rows
+
+
+def attention_speed(device, dtype, B, T, seconds, rate):
+    """Return one row: a forward and backward pass of each kind of attention."""
+    functions = {"sliding": sliding(), "full": full}
+    if T <= LONGEST_DENSE:
+        functions["dense"] = dense
+    inputs = random_inputs(B, T, device, dtype)
+    contestants = {
+        name: stopwatch(device, forward_backward, function, *inputs)
+        for name, function in functions.items()
+    }
+    times = compare(seconds, contestants)
+    row = {"dtype": dtype_name(dtype), "batch": B, "T": T, "window": WINDOW}
+    for name in functions:
+        row[f"{name}_ms"] = milliseconds(times[name])
+    for name in functions:
+        if name != "sliding":
+            row[f"{name}_over_sliding"] = ratio(times[name], times["sliding"])
+    limit = attention_flops(B, T, WINDOW) / rate
+    row["sliding_of_product_limit"] = ratio([limit], times["sliding"])
+    return row
+
+
+def attention_memory(device, dtype):
+    """Return one row: the memory of sliding windows over short and long sequences."""
+    short_gb = run_in_new_process(extra_memory, SHORT, device, dtype)
+    long_gb = run_in_new_process(extra_memory, LONG, device, dtype)
+    row = {"dtype": dtype_name(dtype), "batch": 1, "window": WINDOW}
+    return row | {f"gb_at_{SHORT}": short_gb, f"gb_at_{LONG}": long_gb, "ratio": long_gb / short_gb}

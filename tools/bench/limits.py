@@ -1,0 +1,226 @@
+"""The machine's limits: rates of matrix products at the shapes of a training step, and bandwidth.
+
+Every other benchmark shows which fraction of these limits it reaches.
+
+Shapes: B batch, T tokens, C channels, V vocabulary.
+"""
+
+import statistics
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from common.device import pick_dtype
+from common.models import model_module
+from tools.bench.turns import compare, spread, stopwatch
+
+
+@dataclass
+class Workload:
+    """The training step that is measured: the model is GPT-2 small with these options changed."""
+
+    batch_size: int
+    model: dict = field(default_factory=dict)
+
+    def config(self):
+        return model_module("model").GPTConfig(**self.model)
+
+    @property
+    def tokens(self):
+        return self.batch_size * self.config().block_size
+
+
+# 124M parameters, 1024 tokens. On CUDA as in config/gpt2.py, with the padded vocabulary.
+WORKLOADS = {"cpu": Workload(2), "cuda": Workload(32, {"vocab_size": 50304})}
+BANDWIDTH_BYTES = 1 << 29  # of the tensor that is read: larger than the caches
+SHORT_SECONDS = 3  # for a limit that another benchmark needs
+
+
+def workload(device):
+    return WORKLOADS.get(device.type, WORKLOADS["cpu"])
+
+
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def dtypes(device):
+    """Return float32 and, where the hardware computes it fast, bfloat16."""
+    fast = pick_dtype("auto", device)
+    return [torch.float32] if fast == torch.float32 else [torch.float32, fast]
+
+
+# Matrix products ------------------------------------------------------------------------------
+
+
+def linear_layers(config):
+    """Return {layer: (channels in, channels out, how many of them)}; the head is one."""
+    C, V, n_layer = config.n_embd, config.vocab_size, config.n_layer
+    return {
+        "attn.c_attn": (C, 3 * C, n_layer),
+        "attn.c_proj": (C, C, n_layer),
+        "mlp.c_fc": (C, 4 * C, n_layer),
+        "mlp.c_proj": (4 * C, C, n_layer),
+        "head": (C, V, 1),
+    }
+
+
+def random_operands(rows, n_in, n_out, device, dtype):
+    """Return an input (rows, n_in), a weight (n_out, n_in) and a gradient (rows, n_out)."""
+    shapes = [(rows, n_in), (n_out, n_in), (rows, n_out)]
+    return [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+
+
+def forward_product(x, weight, gradient):
+    return F.linear(x, weight)
+
+
+def input_gradient(x, weight, gradient):
+    return gradient @ weight
+
+
+def weight_gradient(x, weight, gradient):
+    return gradient.t() @ x
+
+
+PRODUCTS = {
+    "forward": forward_product,
+    "input_gradient": input_gradient,
+    "weight_gradient": weight_gradient,
+}
+
+
+def step_products(size, device, dtype):
+    """Return a function that does the matrix products of a training step, and nothing else.
+
+    Forward product, gradient of the input and gradient of the weight of every Linear layer and of
+    the head, each with tensors of its own as in the step. Attention's products are not included.
+    """
+    operands = []
+    for n_in, n_out, count in linear_layers(size.config()).values():
+        for _ in range(count):
+            operands.append(random_operands(size.tokens, n_in, n_out, device, dtype))
+
+    def run():
+        for x, weight, gradient in operands:
+            for product in PRODUCTS.values():
+                product(x, weight, gradient)
+
+    return run
+
+
+def products_flops(size):
+    """Return the FLOPs of step_products: 2 per weight, row and product."""
+    layers = linear_layers(size.config()).values()
+    weights = sum(n_in * n_out * count for n_in, n_out, count in layers)
+    return 2 * len(PRODUCTS) * size.tokens * weights
+
+
+def with_precision(precision, function, *arguments):
+    torch.set_float32_matmul_precision(precision)
+    function(*arguments)
+
+
+def precisions(device):
+    """Return {name: (dtype, float32 precision)} of the kinds of products that a device has."""
+    kinds = {dtype_name(dtype): (dtype, "highest") for dtype in dtypes(device)}
+    if device.type == "cuda":
+        kinds["tf32"] = (torch.float32, "high")
+    return kinds
+
+
+def matmul_rows(bench, seconds):
+    """Return one row per precision and layer: the rates of its three products."""
+    size, device = workload(bench.device), bench.device
+    layers = linear_layers(size.config())
+    contestants = {}
+    for kind, (dtype, precision) in precisions(device).items():
+        for layer, (n_in, n_out, _) in layers.items():
+            operands = random_operands(size.tokens, n_in, n_out, device, dtype)
+            for name, product in PRODUCTS.items():
+                turn = stopwatch(device, with_precision, precision, product, *operands)
+                contestants[kind, layer, name] = turn
+    times = compare(seconds, contestants)
+    rows = []
+    for kind in precisions(device):
+        for layer, (n_in, n_out, _) in layers.items():
+            row = {"dtype": kind, "layer": layer, "rows": size.tokens, "in": n_in, "out": n_out}
+            gigaflops = 2 * size.tokens * n_in * n_out / 1e9
+            for name in PRODUCTS:
+                rates = [gigaflops / t for t in times[kind, layer, name]]
+                row[f"{name}_gflops"] = spread(rates)
+            rows.append(bench.show(row))
+        rows.append(bench.show(whole_step_row(kind, size, times)))
+    return rows
+
+
+def whole_step_row(kind, size, times):
+    """Return the rate of all products of a step together, each layer as often as it occurs."""
+    seconds = 0.0
+    for layer, (_, _, count) in linear_layers(size.config()).items():
+        for name in PRODUCTS:
+            seconds += count * statistics.median(times[kind, layer, name])
+    row = {"dtype": kind, "layer": "all products of a step", "rows": size.tokens}
+    return row | {"gflops": products_flops(size) / seconds / 1e9, "seconds": seconds}
+
+
+def matmul_rates(device):
+    """Return {dtype: FLOP/s} of the forward product of mlp.c_fc: a short measurement."""
+    size = workload(device)
+    n_in, n_out, _ = linear_layers(size.config())["mlp.c_fc"]
+    contestants = {}
+    for dtype in dtypes(device):
+        operands = random_operands(size.tokens, n_in, n_out, device, dtype)
+        contestants[dtype] = stopwatch(device, forward_product, *operands)
+    times = compare(SHORT_SECONDS, contestants)
+    flops = 2 * size.tokens * n_in * n_out
+    return {dtype: flops / statistics.median(times[dtype]) for dtype in contestants}
+
+
+# Memory ---------------------------------------------------------------------------------------
+
+
+def read_contestants(device):
+    """Return the functions that read a large tensor once; the fastest one gives the limit."""
+    x = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    readers = {
+        "sum of float32": x.sum,
+        "maximum of float32": x.amax,
+        "sum of int64": x.view(torch.int64).sum,
+        "maximum of int32": x.view(torch.int32).amax,
+        "maximum of int64": x.view(torch.int64).amax,
+    }
+    return {name: stopwatch(device, read) for name, read in readers.items()}
+
+
+def read_bandwidth(device):
+    """Return the bytes/s at which the memory is read, on all threads: a short measurement."""
+    times = compare(SHORT_SECONDS, read_contestants(device))
+    return BANDWIDTH_BYTES / min(statistics.median(values) for values in times.values())
+
+
+def memory_rows(bench, seconds):
+    """Return a row for the fastest way to read memory, and one for a copy."""
+    device = bench.device
+    contestants = read_contestants(device)
+    source = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    contestants["copy"] = stopwatch(device, torch.empty_like(source).copy_, source)
+    times = compare(seconds, contestants)
+    copy_times = times.pop("copy")
+    fastest = min(times, key=lambda name: statistics.median(times[name]))
+    gigabytes = BANDWIDTH_BYTES / 1e9
+    read = spread([gigabytes / t for t in times[fastest]])
+    copy = spread([2 * gigabytes / t for t in copy_times])
+    return [
+        bench.show({"what": "read", "by": fastest, "gb_per_second": read}),
+        bench.show({"what": "copy, read + written bytes", "by": "copy_", "gb_per_second": copy}),
+    ]
+
+
+def limits(bench):
+    """Return rows with the rates of matrix products and the bandwidth of memory."""
+    precision = torch.get_float32_matmul_precision()
+    rows = matmul_rows(bench, 0.8 * bench.seconds)
+    torch.set_float32_matmul_precision(precision)
+    return rows + memory_rows(bench, 0.2 * bench.seconds)

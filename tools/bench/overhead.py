@@ -1,0 +1,209 @@
+"""Overhead: the fraction of a run's time that is not computation.
+
+The computation is forward and backward passes, gradient norm and clipping, and the optimizer. The
+rest is overhead: the loader, the log and the console, the data side of an evaluation (not its
+forward passes), and checkpoints.
+
+Method: train.py's own loop runs in this process, with a clock around its functions. Overhead is all
+time of the loop that is outside of train_step and of evaluate's forward passes, and what train_step
+spends in the functions of IN_STEP. (The difference of a whole run and of bare steps would also be
+overhead, but one or two percent are below the noise of two such runs.) Saves and evaluations are
+rare, so a short run gives the seconds of one of each, and the intervals of the config say how many
+there are per step, if every evaluation is a new best loss, which is saved.
+"""
+
+import contextlib
+import functools
+import io
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import train
+from common import checkpoint
+from common.dataloader import Loader
+from common.device import pick_dtype
+from common.distributed import ProcessGroup
+from common.models import ROOT, model_module, models_with_option
+from configurator import configure_with_model
+from tools.bench.limits import workload
+from tools.bench.training import prepare_run, workload_options
+from tools.bench.turns import Budget, spread, time_turns
+
+BYTES = 257  # the vocabulary of quickstart's data set
+
+# What train_step calls that is not computation.
+IN_STEP = {
+    "loader": (Loader, "train_batch"),
+    "signals": (ProcessGroup, "any_rank"),
+    "dropout_seed": (train, "seed_dropout"),
+    "finite_check": (train, "check_finite"),
+    "schedule": (train, "learning_rate"),
+}
+IN_LOOP = {
+    "step": (train, "train_step"),
+    "evaluate": (train, "evaluate"),
+    "save": (checkpoint, "save_checkpoint"),
+}
+
+
+@dataclass
+class ShortRun:
+    """A run to measure: a config, shortened to some steps and two evaluations."""
+
+    name: str
+    config_file: str
+    steps: int
+    eval_batches: int
+
+
+SHORT_RUNS = [
+    ShortRun("quickstart", "config/quickstart.py", steps=200, eval_batches=8),
+    ShortRun("GPT-2 124M", "config/gpt2.py", steps=3, eval_batches=1),
+]
+
+
+class Clock:
+    """Adds up the seconds and the calls of functions, by their place in the calls: step/loader."""
+
+    def __init__(self):
+        self.seconds = defaultdict(float)
+        self.calls = defaultdict(int)
+        self.names = []
+
+    def timed(self, name, function):
+        """Return the function with the clock around it, in the thread that trains."""
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            if threading.current_thread() is not threading.main_thread():
+                return function(*args, **kwargs)
+            self.names.append(name)
+            place = "/".join(self.names)
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[place] += time.perf_counter() - start
+                self.calls[place] += 1
+                self.names.pop()
+
+        return call
+
+    @contextlib.contextmanager
+    def around(self, functions):
+        """Put the clock around functions {name: (owner, attribute)} in a `with` block."""
+        originals = [(*place, getattr(*place)) for place in functions.values()]
+        try:
+            for name, (owner, attribute) in functions.items():
+                setattr(owner, attribute, self.timed(name, getattr(owner, attribute)))
+            yield
+        finally:
+            for owner, attribute, function in originals:
+                setattr(owner, attribute, function)
+
+
+def forward_and_wait(run, clock):
+    """Return run.forward, which in an evaluation waits for the device and is timed."""
+    forward = run.forward
+
+    def finish(*inputs):
+        loss = forward(*inputs)
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
+        return loss
+
+    timed = clock.timed("forward", finish)
+
+    def call(*inputs):
+        # In a step it must not wait: the device would be idle while the host prepares its work.
+        return timed(*inputs) if "evaluate" in clock.names else forward(*inputs)
+
+    return call
+
+
+def read_config(short, device):
+    """Return the filled TrainConfig and the model options of a config file."""
+    config, model_options = configure_with_model(
+        train.TrainConfig,
+        [str(ROOT / short.config_file)],
+        "",
+        lambda config: model_module(config.model).GPTConfig,
+        models_with_option,
+    )
+    if short.name != "quickstart":  # the workload of the other benchmarks
+        size = workload(device)
+        options = workload_options(size, device, pick_dtype("auto", device))
+        return replace(config, **options), size.model
+    return replace(config, device=str(device)), model_options | {"vocab_size": BYTES}
+
+
+def time_run(short, device):
+    """Train a short run; return its Clock, the seconds of its loop, its Run and its config."""
+    config, model_options = read_config(short, device)
+    changed = vars(config) | {
+        "max_steps": short.steps,
+        "eval_interval": short.steps,
+        "warmup_steps": 0,
+    }
+    del changed["dataset"], changed["out_dir"]
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        T = model_module("model").GPTConfig(**model_options).block_size
+        changed["eval_tokens"] = short.eval_batches * config.batch_size * T
+        run = prepare_run(Path(folder), stack, model_options, **changed)
+        train.train_step(run)  # allocates the optimizer's state; not counted as a step
+        run.out_dir.mkdir(exist_ok=True)
+        run.forward = forward_and_wait(run, clock)
+        stack.enter_context(clock.around(IN_STEP | IN_LOOP))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        start = time.perf_counter()
+        train.train_loop(run)
+        seconds = time.perf_counter() - start
+    return clock, seconds, run, config
+
+
+def measure_run(short, device):
+    """Return the parts of the overhead of one step, in seconds, and their fraction of its time."""
+    clock, seconds, run, config = time_run(short, device)
+    spent = clock.seconds
+    in_step = {name: spent[f"step/{name}"] / short.steps for name in IN_STEP}
+    outside = seconds - spent["step"] - spent["evaluate"] - spent["save"]
+    save = spent["save"] / clock.calls["save"]
+    evaluated = clock.calls["evaluate/forward"]  # batches
+    eval_batch = (spent["evaluate"] - spent["evaluate/forward"]) / evaluated
+    eval_batches = -(-config.eval_tokens // (config.batch_size * run.loader.block_size))
+    parts = {
+        "loader": in_step.pop("loader"),
+        "log_and_loop": outside / short.steps + sum(in_step.values()),
+        "evaluation": eval_batch * eval_batches / config.eval_interval,
+        "checkpoints": save / min(config.eval_interval, config.checkpoint_interval),
+    }
+    computation = spent["step"] / short.steps - sum(spent[f"step/{name}"] for name in IN_STEP) / (
+        short.steps
+    )
+    overhead = sum(parts.values())
+    return parts | {"step": computation + overhead, "fraction": overhead / (computation + overhead)}
+
+
+def measure_overhead(bench):
+    """Return one row per config: milliseconds per step of each part, and the whole fraction."""
+    contestants = {
+        short.name: functools.partial(measure_run, short, bench.device) for short in SHORT_RUNS
+    }
+    turns = time_turns(contestants, Budget(bench.seconds).allows)
+    rows = []
+    for name, results in turns.items():
+        row = {"config": name}
+        for part in results[0]:
+            scale = 1 if part == "fraction" else 1000
+            column = part if part == "fraction" else f"{part}_ms"
+            row[column] = spread([scale * result[part] for result in results])
+        rows.append(bench.show(row))
+    return rows

@@ -1,0 +1,236 @@
+"""Sampling: tokens per second of generate(), and the time of one decode step of the variants.
+
+The models have the size of GPT-2 small, 124M parameters, and random weights.
+"""
+
+import functools
+import itertools
+import json
+import statistics
+import tempfile
+
+import torch
+
+import sample
+from common.models import model_module
+from tools.bench.limits import dtype_name, dtypes, read_bandwidth
+from tools.bench.nanogpt import copy_nanogpt, run_nanogpt
+from tools.bench.turns import compare, milliseconds, ratio, spread, stopwatch
+
+# Generating ----------------------------------------------------------------------------------
+
+PROMPT_TOKENS = 16
+STREAMS = {1: 200, 10: 100}  # streams of one batch: new tokens of each
+MODEL = {}  # options of model.GPTConfig that differ from GPT-2 small
+# nanoGPT's sample.py needs a checkpoint; this calls the generate() behind it on random weights, as
+# sample.py does: one sample after another, without a KV cache.
+NANOGPT_DRIVER = """
+import json, sys, time
+import torch
+from model import GPT, GPTConfig
+options, device, prompt_tokens, new_tokens = json.loads(sys.argv[1])
+model = GPT(GPTConfig(**options)).to(device).eval()
+prompt = torch.zeros(1, prompt_tokens, dtype=torch.long, device=device)
+with torch.no_grad():
+    model.generate(prompt, 2)
+    start = time.perf_counter()
+    model.generate(prompt, new_tokens)
+print("seconds", time.perf_counter() - start)
+"""
+
+
+def default_model(name, device, dtype, options=()):
+    """Return a model of GPT-2 small's size with random weights."""
+    module = model_module(name)
+    return module.GPT(module.GPTConfig(**dict(options))).to(device, dtype).eval()
+
+
+def our_contestant(model, prompt, streams, new_tokens):
+    """Generate greedily with our generate(): what sample.py does, without text."""
+    tokens = sample.generate(model, prompt, new_tokens, num_samples=streams, temperature=0)
+    for _ in tokens:
+        pass
+
+
+def transformers_model(device, dtype):
+    """Return transformers' GPT-2 of the same size with random weights."""
+    import transformers
+
+    ours = model_module("model").GPTConfig(**MODEL)
+    config = transformers.GPT2Config(
+        vocab_size=ours.vocab_size,
+        n_positions=ours.block_size,
+        n_layer=ours.n_layer,
+        n_head=ours.n_head,
+        n_embd=ours.n_embd,
+        bos_token_id=None,
+        eos_token_id=None,  # no sample ends early
+    )
+    return transformers.GPT2LMHeadModel(config).to(device, dtype).eval()
+
+
+def transformers_contestant(model, prompt, streams, new_tokens):
+    """Generate greedily with transformers' generate()."""
+    model.generate(
+        prompt.expand(streams, -1),
+        attention_mask=torch.ones(streams, prompt.size(1), device=prompt.device),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=0,
+    )
+
+
+def has_transformers(bench):
+    """Return whether transformers is installed; if not, say that it is skipped."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        bench.note("transformers is skipped: it is not installed")
+        return False
+    return True
+
+
+def nanogpt_seconds(copy, device):
+    """Return the seconds of one sample by nanoGPT's generate()."""
+    options = {"bias": True, "vocab_size": 50257} | MODEL
+    call = json.dumps([options, device.type, PROMPT_TOKENS, STREAMS[1]])
+    output = run_nanogpt(copy, "-c", NANOGPT_DRIVER, call)
+    return float(output.split()[-1])
+
+
+def weight_bytes(model):
+    """Return the bytes of weights that a decode step reads: all but the position embeddings."""
+    parameters = dict(model.named_parameters())
+    return sum(p.nbytes for name, p in parameters.items() if not name.endswith("wpe.weight"))
+
+
+def generating_rows(bench, dtype, streams, new_tokens, bandwidth, programs):
+    """Return one row per contestant for a number of streams in one dtype."""
+    device = bench.device
+    model = default_model("model", device, dtype, MODEL)
+    prompt = torch.arange(PROMPT_TOKENS, device=device)[None]
+    arguments = (prompt, streams, new_tokens)
+    contestants = {"ours": stopwatch(device, our_contestant, model, *arguments)}
+    if bench.has_transformers:
+        peer = transformers_model(device, dtype)
+        contestants["transformers"] = stopwatch(device, transformers_contestant, peer, *arguments)
+    seconds = bench.seconds / (len(dtypes(device)) * len(STREAMS))
+    times = compare(seconds, contestants, programs)
+    rows = []
+    for name, values in times.items():
+        row = {"streams": streams, "dtype": dtype_name(dtype), "contestant": name}
+        row["tokens_per_second"] = spread([streams * new_tokens / t for t in values])
+        for peer in times:
+            if peer != "ours":
+                row[f"{peer}_over_this"] = ratio(times[peer], values)
+        limit = new_tokens * weight_bytes(model) / bandwidth
+        row["of_read_limit"] = limit / statistics.median(values)
+        rows.append(bench.show(row))
+    return rows
+
+
+def measure_sample(bench):
+    """Return rows with the tokens per second of one stream and of several, in each dtype.
+
+    Each time includes the prefill of a short prompt. "of_read_limit" compares with the time in
+    which the weights alone could be read from memory, once per decode step.
+    """
+    bandwidth = read_bandwidth(bench.device)
+    bench.has_transformers = has_transformers(bench)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        programs = {}
+        if bench.nanogpt is None:
+            bench.note("nanoGPT is skipped: --nanogpt=PATH names a directory with its programs")
+        else:
+            copy = copy_nanogpt(bench.nanogpt, folder)
+            programs["nanoGPT"] = functools.partial(nanogpt_seconds, copy, bench.device)
+        for dtype, streams in itertools.product(dtypes(bench.device), STREAMS):
+            # nanoGPT samples in float32, one stream after another: one comparison is enough.
+            peers = programs if (dtype, streams) == (torch.float32, 1) else {}
+            arguments = (dtype, streams, STREAMS[streams], bandwidth, peers)
+            rows += generating_rows(bench, *arguments)
+    return rows
+
+
+# Decode --------------------------------------------------------------------------------------
+
+PREFILL_CHUNK = 1024  # tokens
+SAMPLES, SAMPLES_POSITION = 10, 512  # of the comparison between models
+
+
+def fill_cache(model, cache, length):
+    """Prefill a cache with random tokens up to `length` of them, in chunks."""
+    while cache.pos < length:
+        size = (1, min(PREFILL_CHUNK, length - cache.pos))
+        model(torch.randint(model.config.vocab_size, size, device=cache.k.device), cache=cache)
+
+
+def decode_contestant(device, model, streams, position):
+    """Return a contestant that decodes one token per stream, always at the same position.
+
+    Returns it with the bytes of the KV cache and those that a step reads: weights, and all keys and
+    values in the cache.
+    """
+    cache = model.make_cache(streams, None if "wpe" in model.transformer else position + 1)
+    window = getattr(model.config, "window", position)
+    fill_cache(model, cache, min(position, window))  # a ring buffer holds no more than the window
+    token = torch.zeros(streams, 1, dtype=torch.int64, device=device)
+
+    def step():
+        cache.pos = position
+        model(token, cache=cache)
+
+    read = weight_bytes(model) + cache.nbytes * min(1, position / cache.k.size(3))
+    return stopwatch(device, step), cache.nbytes, read
+
+
+@torch.inference_mode()
+def measure_decode(bench):
+    """Return rows with the milliseconds of a decode step and the bytes of the KV cache."""
+    rows = []
+    bandwidth = read_bandwidth(bench.device)
+    kinds = dtypes(bench.device)
+    for dtype in kinds:
+        seconds = bench.seconds / (2 * len(kinds))
+        rows += decode_positions(bench, dtype, seconds, bandwidth)
+        rows += decode_models(bench, dtype, seconds, bandwidth)
+    return rows
+
+
+def decode_positions(bench, dtype, seconds, bandwidth):
+    """Return two rows: model_rope_gqa_swa at position = window and at a far position."""
+    name, device = "model_rope_gqa_swa", bench.device
+    model = default_model(name, device, dtype, MODEL)
+    window = model.config.window
+    made = {p: decode_contestant(device, model, 1, p) for p in (window, bench.position)}
+    times = compare(seconds, {position: turn for position, (turn, *_) in made.items()})
+    rows = []
+    for position, (_, cache_bytes, read) in made.items():
+        row = {"dtype": dtype_name(dtype), "model": name, "batch": 1, "position": position}
+        row |= {"ms": milliseconds(times[position]), "cache_bytes": cache_bytes}
+        row["over_window"] = ratio(times[position], times[window])
+        row["of_read_limit"] = ratio([read / bandwidth], times[position])
+        rows.append(bench.show(row))
+    return rows
+
+
+def decode_models(bench, dtype, seconds, bandwidth):
+    """Return one row per model: a decode step of several samples, KV heads and windows compared."""
+    device = bench.device
+    made = {}
+    for name in ("model", "model_gqa", "model_swa"):
+        model = default_model(name, device, dtype, MODEL)
+        made[name] = decode_contestant(device, model, SAMPLES, SAMPLES_POSITION)
+    times = compare(seconds, {name: turn for name, (turn, *_) in made.items()})
+    rows = []
+    for name, (_, cache_bytes, read) in made.items():
+        row = {"dtype": dtype_name(dtype), "model": name, "batch": SAMPLES}
+        row |= {"position": SAMPLES_POSITION, "cache_bytes": cache_bytes}
+        row["ms"] = milliseconds(times[name])
+        row["model_over_this"] = ratio(times["model"], times[name])
+        row["of_read_limit"] = ratio([read / bandwidth], times[name])
+        rows.append(bench.show(row))
+    return rows

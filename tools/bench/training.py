@@ -1,0 +1,286 @@
+"""Training: the time of a step, and the time to a validation loss, beside nanoGPT's train.py."""
+
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+import train
+from common.device import peak_flops
+from common.distributed import ProcessGroup
+from common.errors import UserError
+from common.files import write_json
+from common.models import ROOT
+from common.tokenizer import get_tokenizer
+from prepare_data import open_dataset
+from tools.bench.limits import dtype_name, dtypes, step_products, workload
+from tools.bench.nanogpt import (
+    copy_nanogpt,
+    device_options,
+    iteration_seconds,
+    last_val_loss,
+    run_nanogpt,
+)
+from tools.bench.turns import (
+    Budget,
+    compare,
+    milliseconds,
+    ratio,
+    spread,
+    stopwatch,
+    time_turns,
+)
+
+RANDOM_TOKENS = 1 << 18  # of a data set that is only there to be read
+NANOGPT_ITERATIONS = {"cpu": 2, "cuda": 40}  # of one turn, after the first one
+
+# A step --------------------------------------------------------------------------------------
+
+
+def write_random_dataset(folder, vocab_size):
+    """Write train.bin, val.bin and meta.json of random token ids below vocab_size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        random.integers(vocab_size, size=RANDOM_TOKENS).astype("<u2").tofile(
+            folder / f"{split}.bin"
+        )
+    write_json(folder / "meta.json", {"tokenizer": "gpt2", "vocab_size": vocab_size})
+
+
+def prepare_run(folder, stack, model_options, **options):
+    """Return a Run of train.py on random tokens, compiled where train.py compiles.
+
+    stack   ExitStack that holds the lock on the run's directory
+    """
+    vocab_size = train.make_config(train.model_module("model"), model_options).vocab_size
+    write_random_dataset(folder / "data", vocab_size)
+    options = {"dataset": str(folder / "data"), "out_dir": str(folder / "out")} | options
+    config = train.TrainConfig(**options)
+    run = train.setup(config, model_options, [], ProcessGroup(timeout=60), stack)
+    if train.uses_compile(config, run.device):
+        train.compile_forward(run)
+    return run
+
+
+def workload_options(size, device, dtype):
+    """Return the options of train.py for a workload."""
+    return {
+        "batch_size": size.batch_size,
+        "total_batch_size": size.tokens,
+        "device": str(device),
+        "dtype": dtype_name(dtype),
+    }
+
+
+def take_step(run):
+    train.train_step(run)
+    run.step += 1
+
+
+def nanogpt_step(copy, size, device):
+    """Return the seconds of an iteration of nanoGPT's train.py, with the workload's batch."""
+    config = size.config()
+    output = run_nanogpt(
+        copy,
+        "train.py",
+        *device_options(device),
+        "--dataset=random",
+        "--gradient_accumulation_steps=1",
+        f"--batch_size={size.batch_size}",
+        f"--block_size={config.block_size}",
+        f"--n_layer={config.n_layer}",
+        f"--n_head={config.n_head}",
+        f"--n_embd={config.n_embd}",
+        f"--max_iters={NANOGPT_ITERATIONS.get(device.type, 2)}",
+        "--eval_iters=1",
+        "--eval_interval=1000000",
+    )
+    return iteration_seconds(output)
+
+
+def nanogpt_contestants(bench, size, folder):
+    """Return {"nanoGPT": function}, or {} and a note if its directory is not given."""
+    if bench.nanogpt is None:
+        bench.note("nanoGPT is skipped: --nanogpt=PATH names a directory with its programs")
+        return {}
+    copy = copy_nanogpt(bench.nanogpt, folder)
+    # Without a meta.pkl beside the bins, nanoGPT takes its default vocabulary, GPT-2's padded.
+    write_random_dataset(copy / "data" / "random", size.config().vocab_size)
+    return {"nanoGPT": functools.partial(nanogpt_step, copy, size, bench.device)}
+
+
+def measure_train(bench):
+    """Return rows with the time of a training step: ours in each dtype, and nanoGPT's.
+
+    Ours is train_step of train.py: batch, forward and backward pass, gradient norm, clipping,
+    AdamW. nanoGPT's is an iteration of its train.py, run as a program. "products" are the matrix
+    products of the step alone (limits.step_products), measured in the same rounds.
+    """
+    device, size = bench.device, workload(bench.device)
+    kinds = dtypes(device)[-1:] if device.type == "cuda" else dtypes(device)
+    contestants, runs = {}, {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        for dtype in kinds:
+            options = workload_options(size, device, dtype)
+            place = Path(folder) / dtype_name(dtype)
+            runs[dtype] = prepare_run(place, stack, size.model, **options)
+            products = step_products(size, device, dtype)
+            contestants["step", dtype] = stopwatch(device, take_step, runs[dtype])
+            contestants["products", dtype] = stopwatch(device, products)
+        programs = nanogpt_contestants(bench, size, folder)
+        times = compare(bench.seconds, contestants, programs)
+    rows = [bench.show(step_row(size, runs[dtype], dtype, times)) for dtype in kinds]
+    if programs:
+        row = {"contestant": "nanoGPT", "dtype": "its own"}
+        rows.append(bench.show(row | speed(size, times["nanoGPT"])))
+    return rows
+
+
+def speed(size, times):
+    tokens_per_second = spread([size.tokens / t for t in times])
+    return {"step_ms": milliseconds(times), "tokens_per_second": tokens_per_second}
+
+
+def step_row(size, run, dtype, times):
+    """Return the row of our step in one dtype."""
+    step, products = times["step", dtype], times["products", dtype]
+    row = {"contestant": "ours", "dtype": dtype_name(dtype)} | speed(size, step)
+    row |= {"products_ms": milliseconds(products), "products_over_step": ratio(products, step)}
+    if "nanoGPT" in times:
+        row["nanogpt_over_this"] = ratio(times["nanoGPT"], step)
+    peak = peak_flops(run.device, dtype)
+    if peak is not None:
+        flops = size.tokens * train.mfu_flops_per_token(run.model, run.loader.block_size)
+        row["mfu"] = flops / statistics.median(step) / peak
+    return row
+
+
+# Time to a loss ------------------------------------------------------------------------------
+
+TARGET_LOSS = 1.885  # where nanoGPT's recipe ends
+
+
+@dataclass
+class Recipe:
+    """A way to train nanoGPT's CPU architecture on Shakespeare's characters to TARGET_LOSS."""
+
+    name: str
+    options: tuple  # for train.py, after config/shakespeare_char.py
+    needs: str | None = None  # a field of TrainConfig
+
+
+# The fewest steps, in fifties, whose last validation loss over the whole split is at most
+# TARGET_LOSS: python train.py config/shakespeare_char.py --max_steps=N
+RECIPES = [
+    Recipe("ours, AdamW", ("--max_steps=1200",)),
+    Recipe(
+        "ours, Muon",
+        ("--optimizer=muon", "--muon_learning_rate=0.02", "--max_steps=700"),
+        needs="optimizer",
+    ),
+]
+# nanoGPT's README, "i only have a macbook"
+NANOGPT_RECIPE = (
+    "--eval_iters=20",
+    "--log_interval=1",
+    "--block_size=64",
+    "--batch_size=12",
+    "--n_layer=4",
+    "--n_head=4",
+    "--n_embd=128",
+    "--max_iters=2000",
+    "--lr_decay_iters=2000",
+    "--dropout=0.0",
+)
+
+
+def run_recipe(recipe, dataset, device):
+    """Train by one of our recipes; return (seconds of the whole program, steps, last loss)."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            ROOT / "train.py",
+            ROOT / "config" / "shakespeare_char.py",
+            *recipe.options,
+            f"--dataset={dataset}",
+            f"--out_dir={folder}/run",
+            f"--device={device}",
+        ]
+        start = time.perf_counter()
+        result = subprocess.run(command, capture_output=True, text=True)
+        seconds = time.perf_counter() - start
+        if result.returncode != 0:
+            raise UserError(f"{recipe.name}: {result.stderr.strip()[-300:]}")
+        last_line = (Path(folder) / "run" / "log.jsonl").read_text().splitlines()[-1]
+    record = json.loads(last_line)
+    return seconds, record["step"], record["val_loss"]
+
+
+def write_shakespeare(copy, dataset, meta):
+    """Let nanoGPT prepare its data set from the same text, which our bins hold as ids."""
+    tokenizer = get_tokenizer(meta)
+    ids = [np.fromfile(dataset / f"{split}.bin", "<u2") for split in ("train", "val")]
+    text = "".join(tokenizer.chars[token_id] for token_id in np.concatenate(ids))
+    folder = copy / "data" / "shakespeare_char"
+    with open(folder / "input.txt", "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+    run_nanogpt(copy, "data/shakespeare_char/prepare.py")
+
+
+def run_nanogpt_recipe(copy, device):
+    """Train by nanoGPT's recipe; return (seconds of the whole program, iterations, last loss)."""
+    options = [*device_options(device), *NANOGPT_RECIPE]
+    start = time.perf_counter()
+    output = run_nanogpt(copy, "train.py", "config/train_shakespeare_char.py", *options)
+    return time.perf_counter() - start, *last_val_loss(output)
+
+
+def loss_contestants(bench, dataset, meta, folder):
+    """Return {name: function} of the recipes that can run here."""
+    contestants = {}
+    if bench.nanogpt is None:
+        bench.note("nanoGPT is skipped: --nanogpt=PATH names a directory with its programs")
+    else:
+        copy = copy_nanogpt(bench.nanogpt, folder)
+        write_shakespeare(copy, dataset, meta)
+        contestants["nanoGPT"] = functools.partial(run_nanogpt_recipe, copy, bench.device)
+    known = {option.name for option in fields(train.TrainConfig)}
+    for recipe in RECIPES:
+        if recipe.needs is not None and recipe.needs not in known:
+            bench.note(f"{recipe.name} is skipped: train.py has no option {recipe.needs}")
+            continue
+        contestants[recipe.name] = functools.partial(run_recipe, recipe, dataset, bench.device)
+    return contestants
+
+
+def measure_loss(bench):
+    """Return one row per recipe: the wall time of the whole program, and the loss it ends at.
+
+    Our loss is that of the whole validation split; nanoGPT's is its own estimate from 20 batches.
+    """
+    dataset, meta = open_dataset("shakespeare_char")
+    with tempfile.TemporaryDirectory() as folder:
+        contestants = loss_contestants(bench, dataset.resolve(), meta, folder)
+        # A program of a minute is an average already: one round, if there is no time for more.
+        turns = time_turns(contestants, Budget(bench.seconds, least=1).allows)
+    rows = []
+    for name, results in turns.items():
+        seconds, steps, losses = zip(*results, strict=True)
+        row = {"contestant": name, "steps": steps[0], "seconds": spread(seconds)}
+        row |= {"val_loss": statistics.median(losses)}
+        if "nanoGPT" in turns and name != "nanoGPT":
+            nanogpt_seconds = [turn[0] for turn in turns["nanoGPT"]]
+            row["nanogpt_over_this"] = ratio(nanogpt_seconds, seconds)
+        rows.append(bench.show(row))
+        if row["val_loss"] > TARGET_LOSS and name != "nanoGPT":
+            bench.note(f"{name} ended at {row['val_loss']:.4f}, above {TARGET_LOSS}")
+    return rows

@@ -1,0 +1,104 @@
+"""Take turns: what is compared runs alternately, because the speed of a machine varies over time.
+
+A contestant is a function that returns the seconds of one turn. Each round calls every contestant
+once, so a slow minute of the machine falls on all of them.
+"""
+
+import multiprocessing
+import statistics
+import time
+
+import torch
+
+MOST_ROUNDS = 100  # more do not change a median
+
+
+def stopwatch(device, run, *arguments):
+    """Return a contestant: it calls run(*arguments), waits for the device, and returns seconds."""
+
+    def turn():
+        start = time.perf_counter()
+        run(*arguments)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    return turn
+
+
+class Budget:
+    """Seconds for the rounds of a comparison; a round that would not fit is not begun."""
+
+    def __init__(self, seconds, least=2):
+        self.seconds = seconds
+        self.least = least  # rounds that are made in any case
+        self.start = time.perf_counter()
+
+    def allows(self, rounds):
+        """Return whether another round may begin after this many."""
+        if rounds < self.least:
+            return True
+        if rounds >= MOST_ROUNDS:
+            return False
+        elapsed = time.perf_counter() - self.start
+        return elapsed * (rounds + 1) / rounds <= self.seconds
+
+
+def time_turns(contestants, is_allowed):
+    """Return {name: [what each round returned]} of the contestants {name: function}.
+
+    is_allowed   function from the number of finished rounds to whether another one begins
+    """
+    turns = {name: [] for name in contestants}
+    rounds = 0
+    while is_allowed(rounds):
+        for name, turn in contestants.items():
+            turns[name].append(turn())
+        rounds += 1
+    return turns
+
+
+def warm_up(contestants):
+    """Call each contestant once: the first call loads kernels, compiles and allocates."""
+    for turn in contestants.values():
+        turn()
+
+
+def take_turns(rounds, device, functions):
+    """Return the median seconds of each function of {name: function}; each round calls all once."""
+    contestants = {name: stopwatch(device, run) for name, run in functions.items()}
+    warm_up(contestants)
+    seconds = time_turns(contestants, lambda done: done < rounds)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def compare(seconds, contestants, programs=None):
+    """Warm up, then return {name: [seconds of each round]}, within a budget of seconds.
+
+    programs   further contestants, which start processes: for them there is nothing to warm up
+    """
+    warm_up(contestants)
+    return time_turns(contestants | (programs or {}), Budget(seconds).allows)
+
+
+def spread(values):
+    """Return the median and the range of some numbers, as a result file stores them."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def milliseconds(times):
+    return spread([1000 * t for t in times])
+
+
+def ratio(times, other_times):
+    """Return how many times as long the first takes: the quotient of the medians."""
+    return statistics.median(times) / statistics.median(other_times)
+
+
+def run_in_new_process(function, *arguments):
+    """Return function(*arguments), called in a process of its own.
+
+    A process's peak memory never decreases, and its settings of malloc last.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
