@@ -1,6 +1,7 @@
 """tools/bench: each benchmark at a tiny size, peers, budgets, result files, goals, the document."""
 
 import json
+import os
 import platform
 import sys
 import time
@@ -287,6 +288,12 @@ def test_a_recipe_is_a_whole_program_of_ours(tiny):
     assert 1 < loss < 4
 
 
+def test_a_recipe_that_misses_the_loss_has_no_ratio(tiny, peer, monkeypatch):
+    monkeypatch.setattr(training, "run_recipe", lambda *arguments: (10.0, 2, 1.886))
+    run_bench("loss", f"--nanogpt={peer}")
+    assert "nanogpt_over_this" not in rows_of("loss")[1]
+
+
 def test_a_recipe_whose_option_train_py_lacks_is_skipped(tiny, monkeypatch, capsys):
     recipes = [*training.RECIPES, training.Recipe("ours, magic", (), needs="magic")]
     monkeypatch.setattr(training, "RECIPES", recipes)
@@ -345,6 +352,11 @@ def test_a_round_that_would_exceed_the_budget_is_not_begun(monkeypatch):
 def test_take_turns_returns_medians():
     seconds = turns.take_turns(3, CPU, {"sleep": lambda: time.sleep(0.02), "pass": lambda: None})
     assert seconds["pass"] < 0.02 <= seconds["sleep"]
+
+
+def test_a_process_that_dies_is_an_error_and_no_hang():
+    with pytest.raises(UserError, match="_exit"):
+        turns.run_in_new_process(os._exit, 1)
 
 
 # What is measured -----------------------------------------------------------------------------
@@ -450,7 +462,7 @@ SPEED = {"contestant": "ours", "dtype": "bfloat16", "nanogpt_over_this": 2.5}
 
 
 @pytest.mark.parametrize(
-    "instructions, verdict", [((), "above its floor"), (("amx_bf16",), "below its floor")]
+    "instructions, verdict", [((), "reaches its floor"), (("amx_bf16",), "misses its floor")]
 )
 def test_a_goal_is_that_of_the_machine(instructions, verdict):
     measured = made_up("train", [SPEED], instructions=instructions)
@@ -473,7 +485,7 @@ def test_goals_below_the_floor_or_not_measured_fall_short():
         ]
     )
     assert len(lines) == 2
-    assert "quickstart" in lines[0] and "below its floor" in lines[0]
+    assert "quickstart" in lines[0] and "misses its floor" in lines[0]
     assert "GPT-2 124M" in lines[1] and "not measured" in lines[1]
 
 

@@ -3,6 +3,7 @@
 All text of the document that is written by hand is in this file.
 """
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,7 +246,8 @@ def chapter(question, all_results, folder):
         blocks.append(describe_source(results))
     if not blocks:
         return ""
-    parts = [f"## {question.title}", question.text, *(block for block in blocks if block)]
+    text = textwrap.fill(question.text, 100, break_on_hyphens=False)
+    parts = [f"## {question.title}", text, *(block for block in blocks if block)]
     return "\n\n".join(parts) + "\n"
 
 

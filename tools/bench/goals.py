@@ -45,7 +45,8 @@ class Goal:
 
 
 def sampling_goal(streams, dtype, floor, aim):
-    name = f"decoding 124M, {streams} streams, {dtype}, against transformers"
+    plural = "s" if streams > 1 else ""
+    name = f"decoding 124M, {streams} stream{plural}, {dtype}, against transformers"
     rows = {"streams": streams, "dtype": dtype, "contestant": "ours"}
     return Goal(name, "sample", "transformers_over_this", floor, aim, rows)
 
@@ -113,9 +114,9 @@ def describe_goal(goal, value):
     if value is None:
         verdict = "not measured"
     elif not goal.is_met(value, goal.floor):
-        verdict = "below its floor"
+        verdict = "misses its floor"
     elif not goal.is_met(value, goal.aim):
-        verdict = "above its floor"
+        verdict = "reaches its floor"
     else:
         verdict = "reaches its aim"
     shown = "" if value is None else f"{value:.3g}"
@@ -133,6 +134,6 @@ def shortfalls(all_results):
             if not goal.applies(results):
                 continue
             value, floor, _, verdict = describe_goal(goal, goal.value(results))
-            if verdict in ("below its floor", "not measured"):
+            if verdict in ("misses its floor", "not measured"):
                 lines.append(f"{goal.name}: {verdict}, {value or 'no value'} (floor {floor})")
     return lines

@@ -124,7 +124,7 @@ def generating_rows(bench, dtype, streams, new_tokens, bandwidth, programs):
         row["tokens_per_second"] = spread([streams * new_tokens / t for t in values])
         for peer in times:
             if peer != "ours":
-                row[f"{peer}_over_this"] = ratio(times[peer], values)
+                row[f"{peer.lower()}_over_this"] = ratio(times[peer], values)
         limit = new_tokens * weight_bytes(model) / bandwidth
         row["of_read_limit"] = limit / statistics.median(values)
         rows.append(bench.show(row))

@@ -7,8 +7,12 @@ once, so a slow minute of the machine falls on all of them.
 import multiprocessing
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
+
+from common.errors import UserError
 
 MOST_ROUNDS = 100  # more do not change a median
 
@@ -98,7 +102,14 @@ def ratio(times, other_times):
 def run_in_new_process(function, *arguments):
     """Return function(*arguments), called in a process of its own.
 
-    A process's peak memory never decreases, and its settings of malloc last.
+    A process's peak memory never decreases, and its settings of malloc last. Raises UserError if
+    the process dies.
     """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"the process of {function.__name__} ended early: perhaps the memory ran out"
+            ) from error
