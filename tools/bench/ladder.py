@@ -15,7 +15,7 @@ from common.device import keep_freed_memory
 from common.models import model_module
 from common.optimizer import make_optimizer
 from tools.bench.limits import matmul_rates, products_flops, workload
-from tools.bench.turns import Budget, milliseconds, run_in_new_process, time_turns
+from tools.bench.turns import Budget, milliseconds, run_in_new_process, synchronize, time_turns
 from train import TrainConfig
 
 
@@ -109,13 +109,11 @@ def measure_rung(settings, model_options, device, steps):
     step = make_step(settings, model_options, device)
     for _ in range(steps):
         step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(steps):
         step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - start) / steps
 
 

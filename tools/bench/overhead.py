@@ -23,8 +23,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 import train
 from common import checkpoint
 from common.dataloader import Loader
@@ -34,7 +32,7 @@ from common.models import ROOT, model_module, models_with_option
 from configurator import configure_with_model
 from tools.bench.limits import workload
 from tools.bench.training import prepare_run, workload_options
-from tools.bench.turns import Budget, spread, time_turns
+from tools.bench.turns import Budget, spread, synchronize, time_turns
 
 BYTES = 257  # the vocabulary of quickstart's data set
 
@@ -115,8 +113,7 @@ def forward_and_wait(run, clock):
 
     def finish(*inputs):
         loss = forward(*inputs)
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
+        synchronize(run.device)
         return loss
 
     timed = clock.timed("forward", finish)

@@ -17,14 +17,21 @@ from common.errors import UserError
 MOST_ROUNDS = 100  # more do not change a median
 
 
+def synchronize(device):
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def stopwatch(device, run, *arguments):
     """Return a contestant: it calls run(*arguments), waits for the device, and returns seconds."""
 
     def turn():
         start = time.perf_counter()
         run(*arguments)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return time.perf_counter() - start
 
     return turn
