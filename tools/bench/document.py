@@ -107,7 +107,7 @@ QUESTIONS = [
         "and values in the cache.",
         "ms",
         "ms per decode step",
-        ("model", "position", "dtype"),
+        ("model", "batch", "position", "dtype"),
     ),
     Question(
         "attention",
@@ -170,7 +170,7 @@ def describe_label(name, row):
     """Return a value of a row as part of a bar's label."""
     if name == "streams":
         return f"{row[name]} stream{'s' if row[name] > 1 else ''}"
-    return f"{name} {row[name]}" if name in ("T", "position") else str(row[name])
+    return f"{name} {row[name]}" if name in ("T", "batch", "position") else str(row[name])
 
 
 def is_peer(label):
