@@ -20,8 +20,9 @@ import time
 from dataclasses import dataclass
 
 # An OpenMP thread that sleeps between the many small products of a token wakes up late: a longer
-# spin than train.py's makes a token in bfloat16 1.2x as fast.
-os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+# spin than train.py's makes a token in bfloat16 1.2x as fast. Read when torch is imported.
+SPIN_COUNT = "100000"
+os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 import torch
 

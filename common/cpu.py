@@ -24,9 +24,13 @@ class Float32Attention(TorchFunctionMode):
     AMX.
     """
 
+    def __init__(self, max_queries=MAX_FLOAT32_QUERIES):
+        super().__init__()
+        self.max_queries = max_queries
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention or args[0].size(-2) > MAX_FLOAT32_QUERIES:
+        if function is not F.scaled_dot_product_attention or args[0].size(-2) > self.max_queries:
             return function(*args, **kwargs)
         dtype = args[0].dtype
         q, k, v = (x.float() for x in args)
@@ -34,12 +38,12 @@ class Float32Attention(TorchFunctionMode):
             return function(q, k, v, **kwargs).to(dtype)
 
 
-def use_float32_attention(block):
+def use_float32_attention(block, max_queries=MAX_FLOAT32_QUERIES):
     """Let a block of a model compute in the context Float32Attention."""
     forward = block.forward
 
     def forward_in_context(*inputs):
-        with Float32Attention():
+        with Float32Attention(max_queries):
             return forward(*inputs)
 
     block.forward = forward_in_context

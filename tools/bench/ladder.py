@@ -1,7 +1,8 @@
 """The ladder: one thing at a time, from nanoGPT's settings to ours, on the reader's machine.
 
-Each rung is a training step of GPT-2 124M with the settings of the rungs above it and one more. A
-rung is measured in a process of its own, because some settings last as long as a process.
+Each rung is a training step of GPT-2 124M with the settings of the rungs above it and one more;
+what is tried and not used is no part of the rungs after it. A rung is measured in a process of its
+own, because some settings last as long as a process.
 """
 
 import functools
@@ -10,7 +11,9 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
+from common.cpu import use_float32_attention
 from common.device import keep_freed_memory
 from common.models import model_module
 from common.optimizer import make_optimizer
@@ -29,42 +32,53 @@ class Settings:
     tf32: bool = False  # for float32 products on CUDA
     flash: bool = False  # on CUDA: fused attention kernels instead of plain products
     compile: bool = False
+    float32_attention: bool = False  # common.cpu, in attention of any length
+    fused_loss: bool = False  # F.linear_cross_entropy in chunks, instead of logits and their loss
     vocab_size: int = 50257
     batch_size: int = 2
 
 
-# Rungs: what each is called and what it changes. A setting of train.py or of the models becomes a
-# rung by a field of Settings, its use in make_step, and a line here: float32 attention inside
-# bfloat16 and the fused linear cross-entropy belong after bfloat16.
+@dataclass
+class Rung:
+    name: str
+    changes: dict  # of Settings
+    kept: bool = True  # in the rungs above; False: tried, and not used by train.py
+
+
 LADDERS = {
     "cpu": [
-        ("float32", {}),
-        ("fused AdamW", {"fused_adamw": True}),
-        ("kept memory", {"keep_freed_memory": True}),
-        ("bfloat16", {"dtype": "bfloat16"}),
-        ("padded vocabulary", {"vocab_size": 50304}),
-        ("torch.compile", {"compile": True}),
+        Rung("float32", {}),
+        Rung("fused AdamW", {"fused_adamw": True}),
+        Rung("kept memory", {"keep_freed_memory": True}),
+        Rung("bfloat16", {"dtype": "bfloat16"}),
+        Rung("padded vocabulary", {"vocab_size": 50304}),
+        Rung("float32 attention (not used)", {"float32_attention": True}, kept=False),
+        Rung("fused loss (not used)", {"fused_loss": True}, kept=False),
+        Rung("torch.compile (not used)", {"compile": True}, kept=False),
     ],
     "cuda": [
-        ("float32", {"batch_size": 8}),
-        ("TF32", {"tf32": True}),
-        ("bfloat16", {"dtype": "bfloat16"}),
-        ("fused AdamW", {"fused_adamw": True}),
-        ("flash attention", {"flash": True}),
-        ("torch.compile", {"compile": True}),
-        ("padded vocabulary", {"vocab_size": 50304}),
-        ("batch of 32", {"batch_size": 32}),
+        Rung("float32", {"batch_size": 8}),
+        Rung("TF32", {"tf32": True}),
+        Rung("bfloat16", {"dtype": "bfloat16"}),
+        Rung("fused AdamW", {"fused_adamw": True}),
+        Rung("flash attention", {"flash": True}),
+        Rung("fused loss (not used)", {"fused_loss": True}, kept=False),
+        Rung("torch.compile", {"compile": True}),
+        Rung("padded vocabulary", {"vocab_size": 50304}),
+        Rung("batch of 32", {"batch_size": 32}),
     ],
 }
 STEPS = {"cpu": 1, "cuda": 20}  # timed in one turn, after as many to warm up
 
 
 def settings_of_rungs(ladder):
-    """Return {rung: Settings}: each rung keeps the changes of the rungs before it."""
-    changes, rungs = {}, {}
-    for name, change in ladder:
-        changes = changes | change
-        rungs[name] = Settings(**changes)
+    """Return {rung: Settings}: each has its own changes and those that earlier rungs keep."""
+    kept, rungs = {}, {}
+    for rung in ladder:
+        changes = kept | rung.changes
+        rungs[rung.name] = Settings(**changes)
+        if rung.kept:
+            kept = changes
     return rungs
 
 
@@ -78,6 +92,22 @@ def apply_process_settings(settings):
     torch.backends.cuda.enable_cudnn_sdp(settings.flash)
 
 
+def fused_loss(model):
+    """Return a forward pass whose loss is F.linear_cross_entropy: it never has all logits."""
+    model.head = lambda x: x  # the model returns its final hidden states
+
+    def forward(idx, targets):
+        hidden = model(idx).flatten(0, 1)
+        weight = model.transformer.wte.weight
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        chunks = torch.nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(hidden, weight, targets.flatten(), options=chunks)
+
+    return forward
+
+
 def make_step(settings, model_options, device):
     """Return a function that takes one training step on random tokens."""
     module = model_module("model")
@@ -87,7 +117,12 @@ def make_step(settings, model_options, device):
     if not settings.fused_adamw:
         for param_group in optimizer.param_groups:
             param_group["fused"] = None
-    forward = torch.compile(model) if settings.compile else model
+    if settings.float32_attention:
+        for block in model.transformer.h:
+            use_float32_attention(block, config.block_size)
+    forward = fused_loss(model) if settings.fused_loss else model
+    if settings.compile:
+        forward = torch.compile(forward)
     size = (settings.batch_size, config.block_size + 1)
     tokens = torch.randint(config.vocab_size, size, device=device)
     dtype = getattr(torch, settings.dtype)
@@ -121,7 +156,13 @@ def measure_ladder(bench):
     """Return one row per rung: the time of a step, and its factor over the rungs before it."""
     device = bench.device
     kind = device.type if device.type in LADDERS else "cpu"
-    rungs = settings_of_rungs(LADDERS[kind])
+    ladder = LADDERS[kind]
+    if not hasattr(F, "linear_cross_entropy"):
+        bench.note(
+            f"torch {torch.__version__} has no linear_cross_entropy: no rung has a fused loss"
+        )
+        ladder = [rung for rung in ladder if "fused_loss" not in rung.changes]
+    rungs = settings_of_rungs(ladder)
     model_options = {k: v for k, v in workload(device).model.items() if k != "vocab_size"}
     contestants = {}
     for name, settings in rungs.items():
@@ -133,15 +174,16 @@ def measure_ladder(bench):
     per_token = statistics.median(times["float32"]) / (rungs["float32"].batch_size * T)
     previous = per_token
     rows = []
-    for name, settings in rungs.items():
-        tokens = settings.batch_size * T
-        seconds = statistics.median(times[name])
-        row = {"rung": name, "step_ms": milliseconds(times[name])}
+    for rung in ladder:
+        tokens = rungs[rung.name].batch_size * T
+        seconds = statistics.median(times[rung.name])
+        row = {"rung": rung.name, "step_ms": milliseconds(times[rung.name])}
         row["tokens_per_second"] = tokens / seconds
         row["over_first"] = per_token / (seconds / tokens)
         row["over_previous"] = previous / (seconds / tokens)
         flops = products_flops(workload(device)) * tokens / workload(device).tokens
         row["of_product_limit"] = flops / limit_rate / seconds
-        previous = seconds / tokens
+        if rung.kept:
+            previous = seconds / tokens
         rows.append(bench.show(row))
     return rows

@@ -31,8 +31,9 @@ class Workload:
         return self.batch_size * self.config().block_size
 
 
-# 124M parameters, 1024 tokens. On CUDA as in config/gpt2.py, with the padded vocabulary.
-WORKLOADS = {"cpu": Workload(2), "cuda": Workload(32, {"vocab_size": 50304})}
+# 124M parameters, 1024 tokens, and the padded vocabulary of config/gpt2.py, as nanoGPT has it too.
+PADDED = {"vocab_size": 50304}
+WORKLOADS = {"cpu": Workload(2, PADDED), "cuda": Workload(32, PADDED)}
 BANDWIDTH_BYTES = 1 << 29  # of the tensor that is read: larger than the caches
 SHORT_SECONDS = 3  # for a limit that another benchmark needs
 
@@ -92,10 +93,10 @@ PRODUCTS = {
 
 
 def step_products(size, device, dtype):
-    """Return a function that does the matrix products of a training step, and nothing else.
+    """Return a function that does the matrix products of a step's weights, and nothing else.
 
     Forward product, gradient of the input and gradient of the weight of every Linear layer and of
-    the head, each with tensors of its own as in the step. Attention's products are not included.
+    the head, each with tensors of its own as in the step. attention_products() has the others.
     """
     operands = []
     for n_in, n_out, count in linear_layers(size.config()).values():
@@ -106,6 +107,30 @@ def step_products(size, device, dtype):
         for x, weight, gradient in operands:
             for product in PRODUCTS.values():
                 product(x, weight, gradient)
+
+    return run
+
+
+def attention_products(size, device, dtype):
+    """Return a function that does the matrix products of a step's attention, and nothing else.
+
+    In each layer two in the forward pass (scores, weighted values) and four in the backward pass.
+    A causal mask leaves half of the scores, so half of the T queries stand for all of them.
+    """
+    config = size.config()
+    heads, T, D = size.batch_size * config.n_head, config.block_size, config.n_embd // config.n_head
+    q = torch.randn(heads, T // 2, D, device=device, dtype=dtype)
+    k = torch.randn(heads, T, D, device=device, dtype=dtype)
+    scores = torch.randn(heads, T // 2, T, device=device, dtype=dtype)
+
+    def run():
+        for _ in range(config.n_layer):
+            for _ in range(2):  # scores and their gradient
+                torch.bmm(q, k.mT)
+            for _ in range(2):  # weighted values, the gradient of the queries
+                torch.bmm(scores, k)
+            for _ in range(2):  # the gradients of the keys and of the values
+                torch.bmm(scores.mT, q)
 
     return run
 

@@ -3,19 +3,29 @@
 The models have the size of GPT-2 small, 124M parameters, and random weights.
 """
 
+import contextlib
 import functools
 import itertools
 import json
+import os
 import statistics
 import tempfile
 
 import torch
 
 import sample
+from common.cpu import pack_linear_layers
 from common.models import model_module
 from tools.bench.limits import dtype_name, dtypes, read_bandwidth
 from tools.bench.nanogpt import copy_nanogpt, run_nanogpt
-from tools.bench.turns import compare, milliseconds, ratio, spread, stopwatch
+from tools.bench.turns import (
+    compare,
+    milliseconds,
+    ratio,
+    run_in_new_process,
+    spread,
+    stopwatch,
+)
 
 # Generating ----------------------------------------------------------------------------------
 
@@ -39,10 +49,18 @@ print("seconds", time.perf_counter() - start)
 """
 
 
-def default_model(name, device, dtype, options=()):
-    """Return a model of GPT-2 small's size with random weights."""
+def default_model(name, device, dtype, rows):
+    """Return a model of GPT-2 small's size with random weights, and the bytes of the weights read.
+
+    On a CPU its layers are packed for so many rows, as by sample.py. A decode step reads all
+    weights but the position embeddings.
+    """
     module = model_module(name)
-    return module.GPT(module.GPTConfig(**dict(options))).to(device, dtype).eval()
+    model = module.GPT(module.GPTConfig(**MODEL)).to(device, dtype).eval()
+    weights = [p for name, p in model.named_parameters() if not name.endswith("wpe.weight")]
+    bytes_read = sum(p.nbytes for p in weights)
+    pack_linear_layers(model, rows)
+    return model, bytes_read
 
 
 def our_contestant(model, prompt, streams, new_tokens):
@@ -100,16 +118,10 @@ def nanogpt_seconds(copy, device):
     return float(output.split()[-1])
 
 
-def weight_bytes(model):
-    """Return the bytes of weights that a decode step reads: all but the position embeddings."""
-    parameters = dict(model.named_parameters())
-    return sum(p.nbytes for name, p in parameters.items() if not name.endswith("wpe.weight"))
-
-
 def generating_rows(bench, dtype, streams, new_tokens, bandwidth, programs):
     """Return one row per contestant for a number of streams in one dtype."""
     device = bench.device
-    model = default_model("model", device, dtype, MODEL)
+    model, bytes_read = default_model("model", device, dtype, streams)
     prompt = torch.arange(PROMPT_TOKENS, device=device)[None]
     arguments = (prompt, streams, new_tokens)
     contestants = {"ours": stopwatch(device, our_contestant, model, *arguments)}
@@ -125,9 +137,25 @@ def generating_rows(bench, dtype, streams, new_tokens, bandwidth, programs):
         for peer in times:
             if peer != "ours":
                 row[f"{peer.lower()}_over_this"] = ratio(times[peer], values)
-        limit = new_tokens * weight_bytes(model) / bandwidth
+        limit = new_tokens * bytes_read / bandwidth
         row["of_read_limit"] = limit / statistics.median(values)
         rows.append(bench.show(row))
+    return rows
+
+
+@contextlib.contextmanager
+def openmp_as_in_sample():
+    """Let processes started in the block have the OpenMP setting of sample.py."""
+    before = os.environ["GOMP_SPINCOUNT"]
+    os.environ["GOMP_SPINCOUNT"] = sample.SPIN_COUNT
+    yield
+    os.environ["GOMP_SPINCOUNT"] = before
+
+
+def in_process_of_sample(measure, bench):
+    """Return the rows that measure(bench) returns in a process with sample.py's OpenMP setting."""
+    with openmp_as_in_sample():
+        rows, bench.notes = run_in_new_process(measure, bench)
     return rows
 
 
@@ -137,6 +165,11 @@ def measure_sample(bench):
     Each time includes the prefill of a short prompt. "of_read_limit" compares with the time in
     which the weights alone could be read from memory, once per decode step.
     """
+    return in_process_of_sample(sample_rows, bench)
+
+
+def sample_rows(bench):
+    """Return the rows of measure_sample, and notes."""
     bandwidth = read_bandwidth(bench.device)
     bench.has_transformers = has_transformers(bench)
     rows = []
@@ -152,7 +185,7 @@ def measure_sample(bench):
             peers = programs if (dtype, streams) == (torch.float32, 1) else {}
             arguments = (dtype, streams, STREAMS[streams], bandwidth, peers)
             rows += generating_rows(bench, *arguments)
-    return rows
+    return rows, bench.notes
 
 
 # Decode --------------------------------------------------------------------------------------
@@ -168,12 +201,13 @@ def fill_cache(model, cache, length):
         model(torch.randint(model.config.vocab_size, size, device=cache.k.device), cache=cache)
 
 
-def decode_contestant(device, model, streams, position):
+def decode_contestant(device, name, dtype, streams, position):
     """Return a contestant that decodes one token per stream, always at the same position.
 
     Returns it with the bytes of the KV cache and those that a step reads: weights, and all keys and
     values in the cache.
     """
+    model, bytes_read = default_model(name, device, dtype, streams)
     cache = model.make_cache(streams, None if "wpe" in model.transformer else position + 1)
     window = getattr(model.config, "window", position)
     fill_cache(model, cache, min(position, window))  # a ring buffer holds no more than the window
@@ -183,13 +217,18 @@ def decode_contestant(device, model, streams, position):
         cache.pos = position
         model(token, cache=cache)
 
-    read = weight_bytes(model) + cache.nbytes * min(1, position / cache.k.size(3))
-    return stopwatch(device, step), cache.nbytes, read
+    bytes_read += cache.nbytes * min(1, position / cache.k.size(3))
+    return stopwatch(device, step), cache.nbytes, bytes_read
+
+
+def measure_decode(bench):
+    """Return rows with the milliseconds of a decode step and the bytes of the KV cache."""
+    return in_process_of_sample(decode_rows, bench)
 
 
 @torch.inference_mode()
-def measure_decode(bench):
-    """Return rows with the milliseconds of a decode step and the bytes of the KV cache."""
+def decode_rows(bench):
+    """Return the rows of measure_decode, and notes."""
     rows = []
     bandwidth = read_bandwidth(bench.device)
     kinds = dtypes(bench.device)
@@ -197,15 +236,15 @@ def measure_decode(bench):
         seconds = bench.seconds / (2 * len(kinds))
         rows += decode_positions(bench, dtype, seconds, bandwidth)
         rows += decode_models(bench, dtype, seconds, bandwidth)
-    return rows
+    return rows, bench.notes
 
 
 def decode_positions(bench, dtype, seconds, bandwidth):
     """Return two rows: model_rope_gqa_swa at position = window and at a far position."""
     name, device = "model_rope_gqa_swa", bench.device
-    model = default_model(name, device, dtype, MODEL)
-    window = model.config.window
-    made = {p: decode_contestant(device, model, 1, p) for p in (window, bench.position)}
+    window = model_module(name).GPTConfig(**MODEL).window
+    positions = (window, bench.position)
+    made = {p: decode_contestant(device, name, dtype, 1, p) for p in positions}
     times = compare(seconds, {position: turn for position, (turn, *_) in made.items()})
     rows = []
     for position, (_, cache_bytes, read) in made.items():
@@ -222,8 +261,7 @@ def decode_models(bench, dtype, seconds, bandwidth):
     device = bench.device
     made = {}
     for name in ("model", "model_gqa", "model_swa"):
-        model = default_model(name, device, dtype, MODEL)
-        made[name] = decode_contestant(device, model, SAMPLES, SAMPLES_POSITION)
+        made[name] = decode_contestant(device, name, dtype, SAMPLES, SAMPLES_POSITION)
     times = compare(seconds, {name: turn for name, (turn, *_) in made.items()})
     rows = []
     for name, (_, cache_bytes, read) in made.items():

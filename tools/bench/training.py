@@ -21,7 +21,13 @@ from common.files import write_json
 from common.models import ROOT
 from common.tokenizer import get_tokenizer
 from prepare_data import open_dataset
-from tools.bench.limits import dtype_name, dtypes, step_products, workload
+from tools.bench.limits import (
+    attention_products,
+    dtype_name,
+    dtypes,
+    step_products,
+    workload,
+)
 from tools.bench.nanogpt import (
     copy_nanogpt,
     device_options,
@@ -123,7 +129,8 @@ def measure_train(bench):
 
     Ours is train_step of train.py: batch, forward and backward pass, gradient norm, clipping,
     AdamW. nanoGPT's is an iteration of its train.py, run as a program. "products" are the matrix
-    products of the step alone (limits.step_products), measured in the same rounds.
+    products of the step alone, measured in the same rounds: those of the weights ("linear"), and
+    with them those of attention.
     """
     device, size = bench.device, workload(bench.device)
     kinds = dtypes(device)[-1:] if device.type == "cuda" else dtypes(device)
@@ -133,9 +140,11 @@ def measure_train(bench):
             options = workload_options(size, device, dtype)
             place = Path(folder) / dtype_name(dtype)
             runs[dtype] = prepare_run(place, stack, size.model, **options)
-            products = step_products(size, device, dtype)
             contestants["step", dtype] = stopwatch(device, take_step, runs[dtype])
-            contestants["products", dtype] = stopwatch(device, products)
+            linear = step_products(size, device, dtype)
+            contestants["linear", dtype] = stopwatch(device, linear)
+            attention = attention_products(size, device, dtype)
+            contestants["attention", dtype] = stopwatch(device, attention)
         programs = nanogpt_contestants(bench, size, folder)
         times = compare(bench.seconds, contestants, programs)
     rows = [bench.show(step_row(size, runs[dtype], dtype, times)) for dtype in kinds]
@@ -152,9 +161,11 @@ def speed(size, times):
 
 def step_row(size, run, dtype, times):
     """Return the row of our step in one dtype."""
-    step, products = times["step", dtype], times["products", dtype]
+    step, linear = times["step", dtype], times["linear", dtype]
+    products = [a + b for a, b in zip(linear, times["attention", dtype], strict=True)]
     row = {"contestant": "ours", "dtype": dtype_name(dtype)} | speed(size, step)
     row |= {"products_ms": milliseconds(products), "products_over_step": ratio(products, step)}
+    row |= {"linear_ms": milliseconds(linear), "linear_over_step": ratio(linear, step)}
     if "nanoGPT" in times:
         row["nanogpt_over_this"] = ratio(times["nanoGPT"], step)
     peak = peak_flops(run.device, dtype)
