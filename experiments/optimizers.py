@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from common.errors import program
 from configurator import configure
 from experiments.runs import SMALL, train_run, val_losses
-from experiments.study import COLOURS, Study, StudyConfig, label_points, markdown_table
+from experiments.study import COLOURS, Study, StudyConfig, label_points
+from tools.bench.results import markdown_table
 
 SHARED = {
     "block_size": 128,

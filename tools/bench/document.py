@@ -73,8 +73,9 @@ QUESTIONS = [
         "How long does a training step take?",
         "A step of GPT-2 124M with 1024 tokens per sequence, 2 sequences on a CPU and 32 on a "
         "GPU: `train_step` of `train.py` against an iteration of nanoGPT's `train.py`, which "
-        "computes in float32 on a CPU. `products` are the matrix products of the step alone, "
-        "without attention; their fraction of the step is what a faster program could still gain.",
+        "computes in float32 on a CPU. `products` are the matrix products of the step alone: the "
+        "rest of the step is what a faster program could still gain. `linear` leaves out those of "
+        "attention, of which a causal mask needs half.",
         "tokens_per_second",
         "tokens per second",
         ("contestant", "dtype"),
@@ -141,7 +142,8 @@ QUESTIONS = [
     Question(
         "ladder",
         "Which change brings how much?",
-        "A training step of GPT-2 124M, one change after another, each on top of those before it.",
+        "A training step of GPT-2 124M, one change after another, each on top of those before it. "
+        "What was tried and is not used is no part of the changes after it.",
         "tokens_per_second",
         "tokens per second",
         ("rung",),
