@@ -297,14 +297,6 @@ def test_a_recipe_that_misses_the_loss_has_no_ratio(tiny, peer, monkeypatch):
     assert "nanogpt_over_this" not in rows_of("loss")[1]
 
 
-def test_a_recipe_whose_option_train_py_lacks_is_skipped(tiny, monkeypatch, capsys):
-    recipes = [*training.RECIPES, training.Recipe("ours, magic", (), needs="magic")]
-    monkeypatch.setattr(training, "RECIPES", recipes)
-    run_bench("loss")
-    assert [row["contestant"] for row in rows_of("loss")] == ["ours, AdamW"]
-    assert "ours, magic is skipped" in capsys.readouterr().out
-
-
 def test_sampling_compares_with_nanogpt(tiny, peer):
     run_bench("sample", f"--nanogpt={peer}")
     rows = [row for row in rows_of("sample") if row["contestant"] == "nanoGPT"]
