@@ -20,7 +20,8 @@ import time
 from dataclasses import dataclass
 
 # An OpenMP thread that sleeps between the many small products of a token wakes up late: a longer
-# spin than train.py's makes a token in bfloat16 1.2x as fast. Read when torch is imported.
+# spin than train.py's makes a token of 124M in bfloat16 about 1.2x as fast. It is read when torch
+# is imported.
 SPIN_COUNT = "100000"
 os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
@@ -65,7 +66,7 @@ def sample_next_token(logits, temperature=1.0, top_k=None, top_p=None, generator
     if top_k is None or top_k >= logits.size(-1):
         ids = None
     else:
-        logits, ids = logits.topk(top_k)  # (B, top_k): to draw from all V takes 25 times as long
+        logits, ids = logits.topk(top_k)  # (B, top_k): drawing from all V takes much longer
     if top_p is not None:
         logits = keep_nucleus(logits, top_p)
     token = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)  # (B, 1)

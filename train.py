@@ -95,7 +95,9 @@ class TrainConfig:
     optimizer: str = "adamw"  # adamw; muon: the matrices in blocks by Muon, the rest by AdamW
     learning_rate: float = 6e-4  # AdamW's peak, after the warmup
     muon_learning_rate: float = 0.02  # Muon's peak, on the same schedule
-    min_lr: float = 6e-5  # AdamW's at the end of the schedule; Muon's ends at the same fraction
+    min_lr: float = (
+        6e-5  # AdamW's at the end; Muon's ends at muon_learning_rate * min_lr / learning_rate
+    )
     warmup_steps: int = 700  # steps of linear increase from 0
     lr_schedule: str = "cosine"  # cosine; wsd: constant, then linear decay over the last fifth
     weight_decay: float = 0.1  # a step multiplies matrices by 1 - their rate * weight_decay
@@ -524,8 +526,8 @@ def train_step(run):
     gradients = [p.grad for p in parameters if p.grad is not None]
     # Under FSDP the norm is a DTensor; its full tensor is the norm over all shards.
     grad_norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
-    # Only here does the CPU wait for the GPU in a step: both numbers must be finite before the
-    # weights change.
+    # Only here does the CPU wait for the GPU in a step (in float16 with Muon, also in scaler.step):
+    # both numbers must be finite before the weights change.
     loss_value, grad_norm_value = torch.stack([loss, grad_norm]).tolist()
     loss_value = group.all_reduce([loss_value])[0] / group.world_size
     check_finite(run, loss_value, grad_norm_value)
@@ -583,8 +585,10 @@ def check_finite(run, loss, grad_norm):
 
 def advice(run):
     """Return what to try after a loss that is not finite."""
-    rate = "--muon_learning_rate" if run.config.optimizer == "muon" else "--learning_rate"
-    remedy = f"with a lower {rate} or --dtype=float32"
+    rates = "--learning_rate"
+    if run.config.optimizer == "muon":
+        rates = "--learning_rate and --muon_learning_rate"
+    remedy = f"with a lower {rates} or --dtype=float32"
     checkpoints = checkpoint.list_checkpoints(run.out_dir)
     if not checkpoints:
         return f"; start a new run {remedy}"

@@ -1,4 +1,4 @@
-"""Two things that torch does faster on a CPU if asked in another way.
+"""Two operations that torch runs faster on a CPU in another dtype or another layout.
 
 Float32Attention    training in bfloat16: attention over short sequences in float32
 pack_linear_layers  sampling: the weights in oneDNN's own layout
@@ -11,9 +11,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-# Queries up to which attention in float32 is faster than in bfloat16 on a CPU with AVX512-BF16.
-# Forward and backward, it is 3.0x as fast at 64 queries, 2.4x at 128, 0.9x to 1.15x at 256 and
-# 0.96x at 512. A step of the quickstart takes 20.7 ms instead of 27.1.
+# Queries up to which attention in float32 is faster than in bfloat16 on a CPU with AVX512-BF16,
+# measured forward and backward: 3.0x as fast at 64 queries and 2.4x at 128, mostly because of the
+# slow backward pass in bfloat16; at 256 and more there is no clear gain.
 MAX_FLOAT32_QUERIES = 128
 
 
@@ -30,12 +30,21 @@ class Float32Attention(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention or args[0].size(-2) > self.max_queries:
-            return function(*args, **kwargs)
-        dtype = args[0].dtype
-        q, k, v = (x.float() for x in args)
+        if function is F.scaled_dot_product_attention:
+            return self.attend(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    def attend(self, query, key, value, attn_mask=None, **options):
+        """Compute F.scaled_dot_product_attention, in float32 if there are few queries."""
+        dtype = query.dtype
+        if dtype == torch.float32 or query.size(-2) > self.max_queries:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.float()
+        query, key, value = query.float(), key.float(), value.float()
         with torch.autocast("cpu", enabled=False):  # it would convert them back
-            return function(q, k, v, **kwargs).to(dtype)
+            y = F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+        return y.to(dtype)
 
 
 def use_float32_attention(block, max_queries=MAX_FLOAT32_QUERIES):
@@ -58,8 +67,8 @@ def wants_float32_attention(device, dtype):
 class PackedLinear(nn.Module):
     """y = x W^T + b with W in the layout that oneDNN multiplies by fastest; for inference only.
 
-    W (out, in) in float32 or bfloat16. torch's F.linear passes it as it is: for one row of x the
-    product then runs on one thread or at half the speed at which memory can be read.
+    W (out, in) in float32 or bfloat16. F.linear takes W in its ordinary layout: for one row of x
+    the product then uses one thread, or half of the memory bandwidth.
     """
 
     def __init__(self, weight, bias, rows):
@@ -68,13 +77,17 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x):
-        # What torch.compile calls, too. The last three arguments would fuse an activation.
+        # torch has no public function for this. torch.compile calls the same one in bfloat16. The
+        # last three arguments could add an activation.
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def can_pack(dtype):
     """Return whether this build of torch, on this CPU, has packed products in this dtype."""
-    if not torch.backends.mkldnn.is_available():
+    is_built = torch.backends.mkldnn.is_available() and hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    )
+    if not is_built:
         return False
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -85,18 +98,19 @@ def can_pack(dtype):
 def pack_linear_layers(model, rows=1):
     """Replace a model's linear layers, and its output head, by packed ones; in place.
 
-    rows   of the inputs that shall be fastest: the number of samples. Others work as well.
+    rows   number of input rows to optimize for, the samples of a decode step; others work as well
 
-    The model can then compute only, not be trained, saved or moved. Layers are replaced one by one,
-    so that memory grows by the head alone: wte stays as it is, for the embedding. Does nothing if
-    the model is not on a CPU or its dtype has no packed products here. Measured on two cores, 124M,
-    one sample: 2.1x the speed in float32, 1.7x in bfloat16.
+    The model is then for inference only: it cannot be trained, saved or moved. Layers are replaced
+    one by one, so that memory grows by the head alone: wte stays as it is, for the embedding. Does
+    nothing if the model is not on a CPU or its dtype has no packed products here. The gain is in
+    docs/BENCHMARKS.md, where transformers calls F.linear.
     """
     wte = model.transformer.wte
     if wte.weight.device.type != "cpu" or not can_pack(wte.weight.dtype):
         return
     for parent in model.modules():
         for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
+            if type(child) is nn.Linear:  # not a subclass, which may use its weight in other ways
                 setattr(parent, name, PackedLinear(child.weight, child.bias, rows))
-    model.head = PackedLinear(wte.weight, None, rows).forward
+    if "head" not in dict(model.named_children()):  # a variant may have a head of its own
+        model.head = PackedLinear(wte.weight, None, rows).forward

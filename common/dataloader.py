@@ -116,7 +116,7 @@ class Loader:
         self._prefetched = None
         if prefetched == [first, count]:
             return future.result()
-        concurrent.futures.wait([future])  # it uses the file and self.order, as the next line does
+        concurrent.futures.wait([future])  # the thread uses the same file and self.order
         return self._read_batch(first, count)
 
     def prefetch(self, first, count, device):

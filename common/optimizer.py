@@ -1,7 +1,7 @@
 """The optimizers, AdamW and Muon, and the learning rate: cosine or warmup-stable-decay schedule.
 
-AdamW divides the gradient of each weight by its usual size. Muon looks at a weight matrix as a
-whole: see the class.
+AdamW divides the gradient of each weight by its root mean square over the last steps. Muon looks at
+a weight matrix as a whole: see the class.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def learning_rate(config, step):
 
 
 def muon_learning_rate(config, step):
-    """Return Muon's rate of a step: the fraction of its peak that AdamW's rate is of its own."""
+    """Return Muon's rate of a step: its peak, scaled by AdamW's rate over AdamW's peak."""
     if config.learning_rate == 0:  # then min_lr is 0 too, and any other peak has the same fractions
         config = dataclasses.replace(config, learning_rate=1.0)
     return config.muon_learning_rate * (learning_rate(config, step) / config.learning_rate)

@@ -1,4 +1,4 @@
-"""Which learning rate for AdamW, and which for Muon? Final losses at three sizes.
+"""The final losses of AdamW and Muon over the learning rate, at three sizes.
 
 python -m experiments.optimizers --preset=cpu
 """
@@ -77,8 +77,8 @@ def losses(state):
     config = Config(**state["config"])
     rows = []
     for name in runs(config):
-        losses = [state["points"][f"{size}, {name}"] for size in config.sizes]
-        rows.append([name, *[f"{loss:.4f}" for loss in losses]])
+        values = [state["points"][f"{size}, {name}"] for size in config.sizes]
+        rows.append([name, *[f"{value:.4f}" for value in values]])
     steps = ["steps", *[options["max_steps"] for options in config.sizes.values()]]
     return markdown_table(["optimizer and rate", *config.sizes], [*rows, steps])
 

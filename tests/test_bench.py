@@ -63,13 +63,15 @@ class GPT:
     def __init__(self, config): pass
     def to(self, device): return self
     def eval(self): return self
-    def generate(self, prompt, new_tokens): pass
+    def generate(self, prompt, new_tokens): return prompt
 """,
     "torch.py": """
 import contextlib
 long = "long"
 no_grad = contextlib.nullcontext
-def zeros(*shape, dtype, device): pass
+class Tensor:
+    def tolist(self): pass
+def zeros(*shape, dtype, device): return Tensor()
 """,
     "configurator.py": "",
     "config/train_shakespeare_char.py": "",
@@ -129,7 +131,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "run_recipe", lambda *arguments: (10.0, 2, 1.8))  # seconds
     for module in (attention, ladder, sampling):  # a new process takes seconds
         monkeypatch.setattr(module, "run_in_new_process", call_in_this_process)
-    monkeypatch.setattr(ladder, "apply_process_settings", lambda settings: None)
+    monkeypatch.setattr(ladder, "apply_process_settings", lambda *arguments: None)
     monkeypatch.setattr(document, "save_plot", lambda *arguments: False)  # tested below
     return tmp_path
 
@@ -166,10 +168,10 @@ def test_the_ladder_has_a_row_for_each_rung(tiny, monkeypatch):
     run_bench("ladder")
     rows = rows_of("ladder")
     assert [row["rung"] for row in rows] == [rung.name for rung in rungs]
-    assert rows[0]["over_first"] == rows[0]["over_previous"] == 1
+    assert rows[0]["first_over_this"] == rows[0]["previous_over_this"] == 1
     kept = [row for row, rung in zip(rows, rungs, strict=True) if rung.kept]
-    product = np.prod([row["over_previous"] for row in kept])
-    assert kept[-1]["over_first"] == pytest.approx(product)
+    product = np.prod([row["previous_over_this"] for row in kept])
+    assert kept[-1]["first_over_this"] == pytest.approx(product)
 
 
 def test_a_result_file_says_how_it_was_made_and_names_no_place(tiny, peer):

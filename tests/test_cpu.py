@@ -72,6 +72,16 @@ def test_the_mask_is_used_in_float32_attention():
     torch.testing.assert_close(y.float(), scores.softmax(dim=-1) @ v.float(), rtol=0.01, atol=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_mask_of_numbers_is_added_in_float32(dtype):
+    q, k, v = attention_inputs(T=32)
+    bias = torch.randn(32, 32).to(dtype)
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), bias.float())
+    with torch.autocast("cpu", torch.bfloat16), Float32Attention():
+        y = F.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=bias)
+    assert torch.equal(y, expected.to(torch.bfloat16))
+
+
 def test_long_attention_stays_in_bfloat16():
     q, k, v = attention_inputs(T=MAX_FLOAT32_QUERIES + 1)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -204,6 +214,17 @@ def test_without_onednn_the_model_stays_as_it_is(monkeypatch):
     model = small_model("model")
     pack_linear_layers(model)
     assert "transformer.h.0.mlp.c_fc.weight" in dict(model.named_parameters())
+
+
+@needs_packing
+def test_a_head_that_is_a_layer_of_the_model_is_packed_as_such():
+    model = small_model("model")
+    model.head = torch.nn.Linear(32, 7)
+    idx = torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        expected = model(idx)
+        pack_linear_layers(model)
+        torch.testing.assert_close(model(idx), expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_packing

@@ -8,7 +8,7 @@
     python -m tools.bench decode      time per token and cache bytes of windows and of KV heads
     python -m tools.bench data        tokenizing, beside tiktoken
     python -m tools.bench overhead    what a run does besides computing
-    python -m tools.bench ladder      from nanoGPT's settings to ours, one change at a time
+    python -m tools.bench ladder      from torch's defaults to our settings, one change at a time
     python -m tools.bench all         all of these, then which of the project's goals fall short
     python -m tools.bench document    only write docs/BENCHMARKS.md from the result files
 
@@ -22,6 +22,7 @@ import sys
 if __name__ == "__main__" and not __package__:
     sys.exit("error: run it from the repository root as: python -m tools.bench")
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -93,6 +94,7 @@ class Plan:
         kind = "cuda" if device.type == "cuda" else "cpu"
         self.own = {name: BENCHMARKS[name].seconds[kind] for name in names}
         self.budget = sum(self.own.values()) if budget_seconds is None else budget_seconds
+        self.is_only = len(names) == 1
         self.start = time.perf_counter()
 
     def seconds(self, name):
@@ -100,8 +102,7 @@ class Plan:
         left = self.budget - (time.perf_counter() - self.start)
         seconds = max(0.0, left * self.own[name] / sum(self.own.values()))
         own = self.own.pop(name)
-        is_only = not self.own and seconds > 0
-        return seconds if is_only or seconds >= SMALLEST_PART * own else None
+        return seconds if self.is_only or seconds >= SMALLEST_PART * own else None
 
 
 def run_benchmark(name, config, device, seconds):
@@ -131,25 +132,41 @@ def run_all(names, config, device):
     for name in names:
         seconds = plan.seconds(name)
         if seconds is None:
-            print(f"{name} is skipped: --budget_seconds={config.budget_seconds} leaves it no time")
+            print(f"{name} is skipped: too little is left of {plan.budget} s (--budget_seconds)")
             continue
         try:
             all_results.append(run_benchmark(name, config, device, seconds))
-        except (UserError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # of any kind: the other benchmarks still run
+            if len(names) == 1 and not is_users(error):
+                raise
             message = explain(name, error)
             if len(names) == 1:
                 raise UserError(message) from error
             print(f"{name} failed: {message}", flush=True)
+        release_memory(device)
     return all_results
 
 
+def is_users(error):
+    """Return whether an error is one that the user can cure, and not a bug."""
+    return isinstance(error, UserError) or is_out_of_memory(error)
+
+
 def explain(name, error):
-    """Return a benchmark's error as one line; re-raise one that the user cannot cure."""
+    """Return a benchmark's error as one line."""
     if isinstance(error, UserError):
         return str(error)
-    if not is_out_of_memory(error):
-        raise error
-    return f"out of memory in the benchmark {name}, which needs a larger device"
+    if is_out_of_memory(error):
+        return f"out of memory in the benchmark {name}, which needs a larger device"
+    reason = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {reason}"
+
+
+def release_memory(device):
+    """Give back the GPU memory that torch keeps, which the processes of later benchmarks need."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @program

@@ -124,9 +124,9 @@ def describe_goal(goal, value):
 
 
 def shortfalls(all_results):
-    """Return a line for each goal that no result reaches, or that none measures.
+    """Return a line for each goal that a result does not reach, or says nothing about.
 
-    all_results   the result files of one device
+    all_results   the results of one device
     """
     lines = []
     for results in all_results:

@@ -1,4 +1,4 @@
-"""The ladder: one thing at a time, from nanoGPT's settings to ours, on the reader's machine.
+"""The ladder: one thing at a time, from torch's defaults to our settings, on the reader's machine.
 
 Each rung is a training step of GPT-2 124M with the settings of the rungs above it and one more;
 what is tried and not used is no part of the rungs after it. A rung is measured in a process of its
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from common.cpu import use_float32_attention
-from common.device import keep_freed_memory
+from common.device import keep_freed_memory, pick_dtype
 from common.models import model_module
 from common.optimizer import make_optimizer
 from tools.bench.limits import matmul_rates, products_flops, workload
@@ -24,7 +24,7 @@ from train import TrainConfig
 
 @dataclass
 class Settings:
-    """What the rungs change; the defaults are those of nanoGPT, or of torch."""
+    """What the rungs change; the defaults are torch's."""
 
     fused_adamw: bool = False
     keep_freed_memory: bool = False  # common.device
@@ -42,7 +42,7 @@ class Settings:
 class Rung:
     name: str
     changes: dict  # of Settings
-    kept: bool = True  # in the rungs above; False: tried, and not used by train.py
+    kept: bool = True  # by the rungs after it; False: measured alone, not used by train.py
 
 
 LADDERS = {
@@ -82,10 +82,12 @@ def settings_of_rungs(ladder):
     return rungs
 
 
-def apply_process_settings(settings):
+def apply_process_settings(settings, device):
     """Set what holds for the whole process."""
     if settings.keep_freed_memory:
         keep_freed_memory()
+    if device.type != "cuda":  # the switches below would change attention on a CPU too
+        return
     torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
     torch.backends.cuda.enable_flash_sdp(settings.flash)
     torch.backends.cuda.enable_mem_efficient_sdp(settings.flash)
@@ -140,7 +142,7 @@ def make_step(settings, model_options, device):
 
 def measure_rung(settings, model_options, device, steps):
     """Return the seconds of a step. Must run in a process of its own."""
-    apply_process_settings(settings)
+    apply_process_settings(settings, device)
     step = make_step(settings, model_options, device)
     for _ in range(steps):
         step()
@@ -158,10 +160,11 @@ def measure_ladder(bench):
     kind = device.type if device.type in LADDERS else "cpu"
     ladder = LADDERS[kind]
     if not hasattr(F, "linear_cross_entropy"):
-        bench.note(
-            f"torch {torch.__version__} has no linear_cross_entropy: no rung has a fused loss"
-        )
+        bench.note(f"torch {torch.__version__} has no linear_cross_entropy: no rung with it")
         ladder = [rung for rung in ladder if "fused_loss" not in rung.changes]
+    if pick_dtype("auto", device) != torch.bfloat16:
+        bench.note("bfloat16 is not fast on this device: the rungs with it are left out")
+        ladder = [r for r in ladder if not {"dtype", "float32_attention"} & r.changes.keys()]
     rungs = settings_of_rungs(ladder)
     model_options = {k: v for k, v in workload(device).model.items() if k != "vocab_size"}
     contestants = {}
@@ -179,8 +182,8 @@ def measure_ladder(bench):
         seconds = statistics.median(times[rung.name])
         row = {"rung": rung.name, "step_ms": milliseconds(times[rung.name])}
         row["tokens_per_second"] = tokens / seconds
-        row["over_first"] = per_token / (seconds / tokens)
-        row["over_previous"] = previous / (seconds / tokens)
+        row["first_over_this"] = per_token / (seconds / tokens)
+        row["previous_over_this"] = previous / (seconds / tokens)
         flops = products_flops(workload(device)) * tokens / workload(device).tokens
         row["of_product_limit"] = flops / limit_rate / seconds
         if rung.kept:

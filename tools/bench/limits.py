@@ -115,7 +115,7 @@ def attention_products(size, device, dtype):
     """Return a function that does the matrix products of a step's attention, and nothing else.
 
     In each layer two in the forward pass (scores, weighted values) and four in the backward pass.
-    A causal mask leaves half of the scores, so half of the T queries stand for all of them.
+    A causal mask leaves half of the T x T scores; T / 2 queries by T keys is the same work.
     """
     config = size.config()
     heads, T, D = size.batch_size * config.n_head, config.block_size, config.n_embd // config.n_head

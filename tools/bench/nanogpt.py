@@ -13,7 +13,13 @@ from pathlib import Path
 
 from common.errors import UserError
 
-NEEDED = ("train.py", "model.py", "configurator.py")
+NEEDED = (
+    "train.py",
+    "model.py",
+    "configurator.py",
+    "config/train_shakespeare_char.py",
+    "data/shakespeare_char/prepare.py",
+)
 TIME = re.compile(r"^iter (\d+): .*time ([\d.]+)ms", re.MULTILINE)
 VAL_LOSS = re.compile(r"^step (\d+): .*val loss ([\d.]+)", re.MULTILINE)
 
@@ -41,8 +47,7 @@ def copy_nanogpt(path, folder):
 def run_nanogpt(copy, *arguments):
     """Run Python with these arguments in a copy of nanoGPT; return what it printed.
 
-    It inherits GOMP_SPINCOUNT from __main__.py, which only helps it: with OpenMP's default, threads
-    that busy-wait would slow it down many times on a machine that is shared.
+    It inherits GOMP_SPINCOUNT, the short spin of OpenMP threads that our programs have.
     """
     command = [sys.executable, *arguments]
     result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
@@ -53,9 +58,9 @@ def run_nanogpt(copy, *arguments):
 
 
 def device_options(device):
-    """Return the options that nanoGPT's README gives for a device."""
+    """Return the options for a device: on CUDA nanoGPT's defaults, else what its README says."""
     if device.type == "cuda":
-        return ["--device=cuda", "--compile=True", "--dtype=bfloat16"]
+        return [f"--device={device}", "--compile=True"]
     return [f"--device={device.type}", "--compile=False"]
 
 

@@ -39,6 +39,7 @@ BYTES = 257  # the vocabulary of quickstart's data set
 # What train_step calls that is not computation.
 IN_STEP = {
     "loader": (Loader, "train_batch"),
+    "prefetch": (Loader, "prefetch"),
     "signals": (ProcessGroup, "any_rank"),
     "dropout_seed": (train, "seed_dropout"),
     "finite_check": (train, "check_finite"),

@@ -15,6 +15,7 @@ import torch
 
 import sample
 from common.cpu import pack_linear_layers
+from common.device import keep_freed_memory
 from common.models import model_module
 from tools.bench.limits import dtype_name, dtypes, read_bandwidth
 from tools.bench.nanogpt import copy_nanogpt, run_nanogpt
@@ -32,19 +33,23 @@ from tools.bench.turns import (
 PROMPT_TOKENS = 16
 STREAMS = {1: 200, 10: 100}  # streams of one batch: new tokens of each
 MODEL = {}  # options of model.GPTConfig that differ from GPT-2 small
-# nanoGPT's sample.py needs a checkpoint; this calls the generate() behind it on random weights, as
-# sample.py does: one sample after another, without a KV cache.
+# nanoGPT's sample.py needs a checkpoint; this calls the generate() behind it on random weights, in
+# the dtypes of that program: one sample after another, drawn at random, without a KV cache.
 NANOGPT_DRIVER = """
-import json, sys, time
+import contextlib, json, sys, time
 import torch
 from model import GPT, GPTConfig
 options, device, prompt_tokens, new_tokens = json.loads(sys.argv[1])
+context = contextlib.nullcontext()
+if device.startswith("cuda"):
+    torch.backends.cuda.matmul.allow_tf32 = True
+    context = torch.autocast("cuda", torch.bfloat16)
 model = GPT(GPTConfig(**options)).to(device).eval()
 prompt = torch.zeros(1, prompt_tokens, dtype=torch.long, device=device)
-with torch.no_grad():
-    model.generate(prompt, 2)
+with torch.no_grad(), context:
+    model.generate(prompt, 2).tolist()
     start = time.perf_counter()
-    model.generate(prompt, new_tokens)
+    model.generate(prompt, new_tokens).tolist()  # waits for a GPU
 print("seconds", time.perf_counter() - start)
 """
 
@@ -113,7 +118,7 @@ def has_transformers(bench):
 def nanogpt_seconds(copy, device):
     """Return the seconds of one sample by nanoGPT's generate()."""
     options = {"bias": True, "vocab_size": 50257} | MODEL
-    call = json.dumps([options, device.type, PROMPT_TOKENS, STREAMS[1]])
+    call = json.dumps([options, str(device), PROMPT_TOKENS, STREAMS[1]])
     output = run_nanogpt(copy, "-c", NANOGPT_DRIVER, call)
     return float(output.split()[-1])
 
@@ -148,8 +153,10 @@ def openmp_as_in_sample():
     """Let processes started in the block have the OpenMP setting of sample.py."""
     before = os.environ["GOMP_SPINCOUNT"]
     os.environ["GOMP_SPINCOUNT"] = sample.SPIN_COUNT
-    yield
-    os.environ["GOMP_SPINCOUNT"] = before
+    try:
+        yield
+    finally:
+        os.environ["GOMP_SPINCOUNT"] = before
 
 
 def in_process_of_sample(measure, bench):
@@ -170,6 +177,7 @@ def measure_sample(bench):
 
 def sample_rows(bench):
     """Return the rows of measure_sample, and notes."""
+    keep_freed_memory()  # as sample.py
     bandwidth = read_bandwidth(bench.device)
     bench.has_transformers = has_transformers(bench)
     rows = []
@@ -204,8 +212,8 @@ def fill_cache(model, cache, length):
 def decode_contestant(device, name, dtype, streams, position):
     """Return a contestant that decodes one token per stream, always at the same position.
 
-    Returns it with the bytes of the KV cache and those that a step reads: weights, and all keys and
-    values in the cache.
+    Returns (contestant, bytes of the KV cache, bytes that a step reads); it reads the weights, and
+    all keys and values in the cache.
     """
     model, bytes_read = default_model(name, device, dtype, streams)
     cache = model.make_cache(streams, None if "wpe" in model.transformer else position + 1)
@@ -229,6 +237,7 @@ def measure_decode(bench):
 @torch.inference_mode()
 def decode_rows(bench):
     """Return the rows of measure_decode, and notes."""
+    keep_freed_memory()  # as sample.py
     rows = []
     bandwidth = read_bandwidth(bench.device)
     kinds = dtypes(bench.device)
@@ -250,7 +259,7 @@ def decode_positions(bench, dtype, seconds, bandwidth):
     for position, (_, cache_bytes, read) in made.items():
         row = {"dtype": dtype_name(dtype), "model": name, "batch": 1, "position": position}
         row |= {"ms": milliseconds(times[position]), "cache_bytes": cache_bytes}
-        row["over_window"] = ratio(times[position], times[window])
+        row["this_over_window"] = ratio(times[position], times[window])
         row["of_read_limit"] = ratio([read / bandwidth], times[position])
         rows.append(bench.show(row))
     return rows
