@@ -219,10 +219,19 @@ def read_contestants(device):
     return {name: stopwatch(device, read) for name, read in readers.items()}
 
 
-def read_bandwidth(device):
-    """Return the bytes/s at which the memory is read, on all threads: a short measurement."""
-    times = compare(SHORT_SECONDS, read_contestants(device))
-    return BANDWIDTH_BYTES / min(statistics.median(values) for values in times.values())
+def fastest_reader(device):
+    """Return the contestant that reads BANDWIDTH_BYTES fastest, on all threads.
+
+    It can take part in a comparison: the bandwidth of a shared machine varies over time.
+    """
+    contestants = read_contestants(device)
+    times = compare(SHORT_SECONDS, contestants)
+    return contestants[min(times, key=lambda name: statistics.median(times[name]))]
+
+
+def bandwidth(times):
+    """Return the bytes/s of a reader from the seconds of its rounds."""
+    return BANDWIDTH_BYTES / statistics.median(times)
 
 
 def memory_rows(bench, seconds):

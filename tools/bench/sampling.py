@@ -17,7 +17,7 @@ import sample
 from common.cpu import pack_linear_layers
 from common.device import keep_freed_memory
 from common.models import model_module
-from tools.bench.limits import dtype_name, dtypes, read_bandwidth
+from tools.bench.limits import bandwidth, dtype_name, dtypes, fastest_reader
 from tools.bench.nanogpt import copy_nanogpt, run_nanogpt
 from tools.bench.turns import (
     compare,
@@ -123,18 +123,19 @@ def nanogpt_seconds(copy, device):
     return float(output.split()[-1])
 
 
-def generating_rows(bench, dtype, streams, new_tokens, bandwidth, programs):
+def generating_rows(bench, dtype, streams, new_tokens, reader, programs):
     """Return one row per contestant for a number of streams in one dtype."""
     device = bench.device
     model, bytes_read = default_model("model", device, dtype, streams)
     prompt = torch.arange(PROMPT_TOKENS, device=device)[None]
     arguments = (prompt, streams, new_tokens)
-    contestants = {"ours": stopwatch(device, our_contestant, model, *arguments)}
+    contestants = {"ours": stopwatch(device, our_contestant, model, *arguments), "read": reader}
     if bench.has_transformers:
         peer = transformers_model(device, dtype)
         contestants["transformers"] = stopwatch(device, transformers_contestant, peer, *arguments)
     seconds = bench.seconds / (len(dtypes(device)) * len(STREAMS))
     times = compare(seconds, contestants, programs)
+    read_limit = new_tokens * bytes_read / bandwidth(times.pop("read"))
     rows = []
     for name, values in times.items():
         row = {"streams": streams, "dtype": dtype_name(dtype), "contestant": name}
@@ -142,8 +143,7 @@ def generating_rows(bench, dtype, streams, new_tokens, bandwidth, programs):
         for peer in times:
             if peer != "ours":
                 row[f"{peer.lower()}_over_this"] = ratio(times[peer], values)
-        limit = new_tokens * bytes_read / bandwidth
-        row["of_read_limit"] = limit / statistics.median(values)
+        row["of_read_limit"] = read_limit / statistics.median(values)
         rows.append(bench.show(row))
     return rows
 
@@ -178,7 +178,7 @@ def measure_sample(bench):
 def sample_rows(bench):
     """Return the rows of measure_sample, and notes."""
     keep_freed_memory()  # as sample.py
-    bandwidth = read_bandwidth(bench.device)
+    reader = fastest_reader(bench.device)
     bench.has_transformers = has_transformers(bench)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -191,7 +191,7 @@ def sample_rows(bench):
         for dtype, streams in itertools.product(dtypes(bench.device), STREAMS):
             # nanoGPT samples in float32, one stream after another: one comparison is enough.
             peers = programs if (dtype, streams) == (torch.float32, 1) else {}
-            arguments = (dtype, streams, STREAMS[streams], bandwidth, peers)
+            arguments = (dtype, streams, STREAMS[streams], reader, peers)
             rows += generating_rows(bench, *arguments)
     return rows, bench.notes
 
@@ -239,45 +239,47 @@ def decode_rows(bench):
     """Return the rows of measure_decode, and notes."""
     keep_freed_memory()  # as sample.py
     rows = []
-    bandwidth = read_bandwidth(bench.device)
+    reader = fastest_reader(bench.device)
     kinds = dtypes(bench.device)
     for dtype in kinds:
         seconds = bench.seconds / (2 * len(kinds))
-        rows += decode_positions(bench, dtype, seconds, bandwidth)
-        rows += decode_models(bench, dtype, seconds, bandwidth)
+        rows += decode_positions(bench, dtype, seconds, reader)
+        rows += decode_models(bench, dtype, seconds, reader)
     return rows, bench.notes
 
 
-def decode_positions(bench, dtype, seconds, bandwidth):
+def decode_positions(bench, dtype, seconds, reader):
     """Return two rows: model_rope_gqa_swa at position = window and at a far position."""
     name, device = "model_rope_gqa_swa", bench.device
     window = model_module(name).GPTConfig(**MODEL).window
     positions = (window, bench.position)
     made = {p: decode_contestant(device, name, dtype, 1, p) for p in positions}
-    times = compare(seconds, {position: turn for position, (turn, *_) in made.items()})
+    turns = {position: turn for position, (turn, *_) in made.items()}
+    times = compare(seconds, turns | {"read": reader})
     rows = []
     for position, (_, cache_bytes, read) in made.items():
         row = {"dtype": dtype_name(dtype), "model": name, "batch": 1, "position": position}
         row |= {"ms": milliseconds(times[position]), "cache_bytes": cache_bytes}
         row["this_over_window"] = ratio(times[position], times[window])
-        row["of_read_limit"] = ratio([read / bandwidth], times[position])
+        row["of_read_limit"] = ratio([read / bandwidth(times["read"])], times[position])
         rows.append(bench.show(row))
     return rows
 
 
-def decode_models(bench, dtype, seconds, bandwidth):
+def decode_models(bench, dtype, seconds, reader):
     """Return one row per model: a decode step of several samples, KV heads and windows compared."""
     device = bench.device
     made = {}
     for name in ("model", "model_gqa", "model_swa"):
         made[name] = decode_contestant(device, name, dtype, SAMPLES, SAMPLES_POSITION)
-    times = compare(seconds, {name: turn for name, (turn, *_) in made.items()})
+    turns = {name: turn for name, (turn, *_) in made.items()}
+    times = compare(seconds, turns | {"read": reader})
     rows = []
     for name, (_, cache_bytes, read) in made.items():
         row = {"dtype": dtype_name(dtype), "model": name, "batch": SAMPLES}
         row |= {"position": SAMPLES_POSITION, "cache_bytes": cache_bytes}
         row["ms"] = milliseconds(times[name])
         row["model_over_this"] = ratio(times["model"], times[name])
-        row["of_read_limit"] = ratio([read / bandwidth], times[name])
+        row["of_read_limit"] = ratio([read / bandwidth(times["read"])], times[name])
         rows.append(bench.show(row))
     return rows
