@@ -95,9 +95,7 @@ class TrainConfig:
     optimizer: str = "adamw"  # adamw; muon: the matrices in blocks by Muon, the rest by AdamW
     learning_rate: float = 6e-4  # AdamW's peak, after the warmup
     muon_learning_rate: float = 0.02  # Muon's peak, on the same schedule
-    min_lr: float = (
-        6e-5  # AdamW's at the end; Muon's ends at muon_learning_rate * min_lr / learning_rate
-    )
+    min_lr: float = 6e-5  # AdamW's at the end; Muon's ends at the same fraction of its peak
     warmup_steps: int = 700  # steps of linear increase from 0
     lr_schedule: str = "cosine"  # cosine; wsd: constant, then linear decay over the last fifth
     weight_decay: float = 0.1  # a step multiplies matrices by 1 - their rate * weight_decay
