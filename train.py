@@ -824,15 +824,18 @@ def print_summary(run):
     options = run.record["options"] | run.record["model_config"]
     run.group.print(" ".join(f"{name}={value}" for name, value in options.items()))
     n_parameters = sum(p.numel() for p in run.model.parameters())
-    micro_steps = config.total_batch_size // (config.batch_size * loader.block_size * world_size)
-    plural = "s" if micro_steps > 1 else ""
-    processes = f" on {world_size} processes" if world_size > 1 else ""
-    run.group.print(
-        f"{n_parameters:,} parameters | {loader.n_train:,} training tokens | "
-        f"{config.total_batch_size:,} tokens per step: {config.batch_size} sequences of "
-        f"{loader.block_size} tokens x {micro_steps} micro-step{plural}{processes} | "
-        f"{device_name(run.device)}, {options['dtype']} | {run.out_dir}"
-    )
+    parts = [f"{n_parameters:,} parameters", f"{loader.n_train:,} training tokens"]
+    if not config.eval_only:  # then total_batch_size need not be a number of micro-steps
+        tokens = config.batch_size * loader.block_size * world_size
+        micro_steps = config.total_batch_size // tokens
+        plural = "s" if micro_steps > 1 else ""
+        processes = f" on {world_size} processes" if world_size > 1 else ""
+        parts.append(
+            f"{config.total_batch_size:,} tokens per step: {config.batch_size} sequences of "
+            f"{loader.block_size} tokens x {micro_steps} micro-step{plural}{processes}"
+        )
+    parts += [f"{device_name(run.device)}, {options['dtype']}", str(run.out_dir)]
+    run.group.print(" | ".join(parts))
 
 
 # Main -----------------------------------------------------------------------------------------

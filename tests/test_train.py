@@ -457,7 +457,9 @@ def test_eval_only_with_init_from_evaluates_that_run_and_not_the_one_in_out_dir(
 def test_eval_only_accepts_a_total_batch_size_that_is_not_a_multiple(tiny_run, capsys):
     options = {"init_from": "out/tiny/step_00000012", "block_size": 10, "batch_size": 3}
     train.main(arguments(**options, eval_only=True))
-    assert "val loss" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "val loss" in output
+    assert "micro-step" not in output
 
 
 def test_eval_only_of_a_run_that_started_from_other_weights_evaluates_the_run(
