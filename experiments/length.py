@@ -2,12 +2,16 @@
 
     python -m experiments.length --preset=cpu
 
-The runs are those of experiments.table, trained on sequences of T tokens. Learned positions end at
-T, so the base is measured up to there.
+The base, RoPE, RoPE + SWA and all three are the runs of experiments.quality, trained on sequences
+of T tokens. RoPE is trained with other values of rope_theta, too. Learned positions end at T, so
+the base is measured up to there.
+
+`RoPE, rescaled` is RoPE with another rope_theta at evaluation: theta * 4^(D / (D - 2)), which makes
+the longest period four times as long and leaves the shortest as it is ("NTK-aware" scaling, see
+"YaRN", Peng et al. 2023, section 3.1).
 """
 
 import sys
-from statistics import mean
 
 import numpy as np
 import torch
@@ -17,7 +21,8 @@ from common.dataloader import Loader
 from common.errors import program
 from common.pretrained import load_model
 from configurator import configure
-from experiments.runs import PRESETS, train_variant
+from experiments.intervals import format_mean
+from experiments.runs import PRESETS, train_model, train_variant
 from experiments.study import (
     COLOURS,
     Study,
@@ -28,29 +33,52 @@ from experiments.study import (
 from prepare_data import open_dataset
 from tools.bench.results import markdown_table
 
-NAMES = ("base", "RoPE", "RoPE + SWA", "all three")
-LINE_COLOURS = (COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[5])
+NAMES = (
+    "base",
+    "RoPE",
+    "RoPE, rescaled",
+    "RoPE, theta 1e3",
+    "RoPE, theta 1e5",
+    "RoPE + SWA",
+    "all three",
+)
+LENGTHS = 4  # the evaluation's sequence length over T
 PARTS = 8  # of T, each with a mean loss
 
 
-@torch.inference_mode()
+def load_trained(config, name, seed):
+    """Train a model of NAMES unless that is done; return it."""
+    if name.startswith("RoPE, theta "):
+        theta = float(name.removeprefix("RoPE, theta "))
+        options = {"model": "model_rope", "rope_theta": theta}
+        out_dir = train_model(config, name, options, seed)
+    else:
+        out_dir = train_variant(config, name.removesuffix(", rescaled"), seed)
+    model, _ = load_model(out_dir)
+    if name.endswith(", rescaled"):
+        D = model.config.n_embd // model.config.n_head
+        model.config.rope_theta *= LENGTHS ** (D / (D - 2))  # the angles are computed from it
+    return model
+
+
 def measure_loss_by_position(config, name, seed, device):
     """Return the mean loss of each eighth of T: 8 up to T for learned positions, else 32 up to 4 T.
 
     All models are measured on the same validation windows of 4 T tokens, or on the beginnings.
     """
-    model, _ = load_model(train_variant(config, name, seed))
+    model = load_trained(config, name, seed)
     model.to(device).eval()
     T = config.run["block_size"]
-    length = T if "wpe" in model.transformer else 4 * T
+    length = T if "wpe" in model.transformer else LENGTHS * T
     folder, _ = open_dataset(config.run["dataset"])
-    loader = Loader(folder, 4 * T, model.config.vocab_size, seed=0)
+    loader = Loader(folder, LENGTHS * T, model.config.vocab_size, seed=0)
     total = torch.zeros(length, dtype=torch.float64)
     count = torch.zeros(length)
     for x, y in loader.val_batches(config.run["eval_tokens"], batch_size=4):
         x = x[:, :length].to(device)
         y = y[:, :length].to(device)
-        logits = model(x).transpose(1, 2)  # (B, V, length)
+        with torch.inference_mode():
+            logits = model(x).transpose(1, 2)  # (B, V, length)
         losses = F.cross_entropy(logits, y, ignore_index=-1, reduction="none")  # (B, length)
         total += losses.sum(0).cpu()
         count += (y != -1).sum(0).cpu()
@@ -69,23 +97,18 @@ def losses(state):
     rows = []
     for name in NAMES:
         of_seeds = [mean_of_spans(parts) for parts in points_of_seeds(state, name)]
-        cells = [format_span(span) for span in zip(*of_seeds, strict=True)]
+        cells = []
+        for span in zip(*of_seeds, strict=True):
+            cells.append("ends" if None in span else format_mean(span, digits=3))
         rows.append([name, *cells])
     return markdown_table(["", "up to T", "T to 2T", "2T to 4T"], rows)
-
-
-def format_span(span):
-    """Return the mean and the range of the losses of the seeds as text."""
-    if None in span:
-        return "ends"
-    return f"{mean(span):.3f} ({min(span):.3f} to {max(span):.3f})"
 
 
 def draw(state, panel):
     """Plot the loss over the position, a line for each model: the mean of the seeds."""
     T = state["config"]["run"]["block_size"]
     ends = []
-    for name, colour in zip(NAMES, LINE_COLOURS, strict=True):
+    for name, colour in zip(NAMES, COLOURS, strict=False):
         y = np.mean(points_of_seeds(state, name), axis=0)
         x = (np.arange(len(y)) + 0.5) * T / PARTS
         panel.plot(x, y, color=colour, marker="o", markersize=3)

@@ -15,7 +15,7 @@ import torch
 from common.errors import UserError, program
 from common.models import model_module, models_with_option
 from configurator import check_minimum, configure_with_model
-from experiments.study import Study
+from experiments.study import Study, StudyConfig
 
 VARIANTS = {
     "model": {},
@@ -39,12 +39,9 @@ PRESETS = {"cpu": Config(), "gpu": Config()}
 
 
 @dataclass
-class LookConfig:
+class LookConfig(StudyConfig):  # its options are for a call without a model
     model: str | None = None  # the model file, without .py
     tokens: int = 12  # positions to draw
-    # Without a model
-    preset: str = "cpu"  # cpu, gpu: the device
-    overwrite: bool = False  # measure the stored points of this study again
 
 
 def receptive_field(model, tokens):

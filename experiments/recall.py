@@ -15,9 +15,8 @@ from statistics import mean
 import torch
 
 from common.errors import program
-from common.optimizer import learning_rate, make_adamw
 from configurator import configure
-from experiments.steps import build_model
+from experiments.steps import Schedule, build_model, train_on
 from experiments.study import (
     COLOURS,
     Study,
@@ -38,21 +37,19 @@ class Config:
     batch_size: int = 16
     tested: int = 2048  # sequences of the test
     windows: tuple = (4, 8, 16)
-    seeds: tuple = (1, 2)
-    # Options of train.py
-    max_steps: int = 1500
-    learning_rate: float = 4e-3
-    min_lr: float = 0.0
-    warmup_steps: int = 50
-    lr_schedule: str = "wsd"
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.98
+    seeds: tuple = (1, 2, 3, 4)
+    schedule: Schedule = field(
+        default_factory=lambda: Schedule(1500, optimizer="adamw", learning_rate=4e-3)
+    )
 
 
 PRESETS = {
     "cpu": Config(),
-    "gpu": Config(shape=MEDIUM, windows=(32, 64, 128), max_steps=5000, learning_rate=3e-4),
+    "gpu": Config(
+        shape=MEDIUM,
+        windows=(32, 64, 128),
+        schedule=Schedule(5000, optimizer="adamw", learning_rate=3e-4),
+    ),
 }
 
 
@@ -89,18 +86,13 @@ def measure_accuracies(config, options, seed, device, dtype):
     torch.manual_seed(seed)
     shape = {**config.shape, **options, "vocab_size": config.vocab_size}
     model = build_model(shape).to(device)
-    optimizer = make_adamw(model.parameters(), config)
     generator = torch.Generator().manual_seed(seed)
-    for step in range(config.max_steps):
+
+    def next_batch(step):
         x, y, _ = make_batch(config, config.batch_size, generator)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(x.to(device), y.to(device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        optimizer.step()
-        optimizer.zero_grad()
+        return x, y
+
+    train_on(model, next_batch, config.schedule, device, dtype)
     x, y, distance = make_batch(config, config.tested, generator)
     with torch.inference_mode():
         predictions = model(x.to(device)).argmax(-1).cpu()

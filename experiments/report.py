@@ -4,7 +4,7 @@
 
 A block between the lines "<!-- begin WHAT -->" and "<!-- end -->" is what a function returns:
 
-    table.sizes cpu     sizes() of experiments/table.py, for docs/experiments/table_cpu.json
+    costs.sizes cpu     sizes() of experiments/costs.py, for docs/experiments/costs_cpu.json
     bench decode cpu    bench("decode", "cpu") of this file; so are made, texts and changes
 
 All other text is written by hand.
@@ -47,19 +47,27 @@ def read_results(name, preset):
 # Blocks ---------------------------------------------------------------------------------------
 
 
-def made(name, preset):
-    """Return the plot of a study, and how, where and with what its results were made."""
-    state = read_results(name, preset)
-    machine, versions, commit = state["machine"], state["versions"], state["commit"][:10]
-    file = f"{name}_{preset}"
+def made(name, result):
+    """Return the plot of a study, and how, where and with what its results were made.
+
+    result   the preset, followed by _DATASET if it is not the preset's
+    """
+    state = read_results(name, result)
+    machine, versions = state["machine"], state["versions"]
+    commits = sorted(set(state.get("commits", {}).values())) or [state["commit"]]
+    commits = ", ".join(f"`{commit[:10]}`" for commit in commits)
+    command = f"python -m experiments.{name} --preset={state['preset']}"
+    if state.get("dataset"):
+        command += f" --dataset={state['dataset']}"
+    file = f"{name}_{result}"
     image = ""
     if (DOCS / f"{file}.png").exists():
         image = f"![{name}](experiments/{file}.png)\n\n"
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     return (
-        f"{image}Made by `python -m experiments.{name} --preset={preset}` at commit `{commit}`: "
-        f"[{file}.json](experiments/{file}.json). {machine['device']}, "
-        f"{machine['threads']} threads, {machine['dtype']}, "
-        f"torch {versions['torch']}, Python {versions['python']}."
+        f"{image}Made by `{command}` at commit {commits}: "
+        f"[{file}.json](experiments/{file}.json). {machine['device']}, {threads}, "
+        f"{machine['dtype']}, torch {versions['torch']}, Python {versions['python']}."
     )
 
 

@@ -2,8 +2,8 @@
 
     python -m experiments.samples --preset=cpu
 
-The runs are those of experiments.table, with the first seed. All are sampled with the same options
-and the same seed.
+The runs are those of experiments.quality, with the first seed. All are sampled with the same
+options and the same seed.
 """
 
 import sys

@@ -1,9 +1,13 @@
-"""Steps of training and of decoding, to be timed, and the memory of a training step."""
+"""Steps of training and of decoding, to be timed; a training loop for data made on the spot."""
+
+from dataclasses import dataclass
 
 import torch
 
+from common.cpu import pack_linear_layers
 from common.device import peak_memory
 from common.models import model_module
+from common.optimizer import learning_rate, make_optimizer, muon_learning_rate
 from tools.bench.sampling import fill_cache
 
 
@@ -15,6 +19,12 @@ def build_model(shape):
     options = dict(shape)
     module = model_module(options.pop("model"))
     return module.GPT(module.GPTConfig(**options))
+
+
+def cache_bytes(shape, tokens):
+    """Return the bytes of the KV cache of a sequence of this length, in float32."""
+    with torch.device("meta"):
+        return build_model(shape).make_cache(1, tokens).nbytes
 
 
 def make_training_step(shape, B, T, device, dtype):
@@ -37,16 +47,54 @@ def make_training_step(shape, B, T, device, dtype):
     return step
 
 
+@dataclass
+class Schedule:
+    """How train_on trains; the names are those of train.py's options."""
+
+    max_steps: int
+    learning_rate: float = 8e-3
+    muon_learning_rate: float = 0.01
+    min_lr: float = 0.0
+    warmup_steps: int = 50
+    lr_schedule: str = "wsd"
+    optimizer: str = "muon"
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.98
+
+
+def train_on(model, next_batch, schedule, device, dtype):
+    """Train a model, in place, on batches that train.py's loader does not make.
+
+    next_batch   function of the step that returns inputs and targets (B, T), int64, on the CPU
+    """
+    optimizer = make_optimizer(model, schedule, dtype)
+    for step in range(schedule.max_steps):
+        x, y = next_batch(step)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(x.to(device), y.to(device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(schedule, step)
+        if schedule.optimizer == "muon":  # its first group is that of the hidden matrices
+            optimizer.param_groups[0]["lr"] = muon_learning_rate(schedule, step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @torch.inference_mode()
-def make_decoding_step(shape, position, device, dtype):
+def make_decoding_step(shape, position, device, dtype, B=1):
     """Return a function that decodes one token at this position, and the bytes of its KV cache.
 
-    Each call decodes at the same position, with the same cached tokens before it.
+    Each call decodes at the same position, with the same cached tokens before it, as sample.py does
+    for B samples of one prompt.
     """
     model = build_model(shape).to(device, dtype).eval()
-    cache = model.make_cache(1, position + 1)
+    cache = model.make_cache(B, position + 1)
     fill_cache(model, cache, position)
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    pack_linear_layers(model, rows=B)  # on a CPU, as sample.py does
+    token = torch.zeros(B, 1, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
     def step():

@@ -8,8 +8,7 @@ is drawn beside it.
 import inspect
 import json
 import platform
-import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,8 @@ LINE_HEIGHT = 11  # of a label in a plot, in typographic points
 
 @dataclass
 class StudyConfig:
-    preset: str = "cpu"  # cpu: minutes on two cores; gpu: larger models, hours on one GPU
+    preset: str = "cpu"  # cpu: minutes on two cores; cpu_long: nights; gpu: hours on one GPU
+    dataset: str = ""  # in data/; default: the preset's
     overwrite: bool = False  # measure the stored points of this study again
 
 
@@ -46,31 +46,43 @@ class Study:
         if options.preset not in presets:
             raise UserError(f"preset={options.preset} must be one of {', '.join(presets)}")
         self.config = presets[options.preset]
+        if options.dataset:
+            self.config = with_dataset(self.config, options.dataset)
         keep_freed_memory()
         self.device = pick_device("cuda" if options.preset == "gpu" else "cpu")
         self.dtype = pick_dtype("auto", self.device)
-        self.path = OUT / f"{name}_{options.preset}.json"
         state = {
             "experiment": name,
             "preset": options.preset,
+            "dataset": options.dataset,
             "config": asdict(self.config),
             **describe_environment(self.device, self.dtype),
             "points": {},
+            "commits": {},  # of each point
         }
         self.state = json.loads(json.dumps(state))  # as a file has it: tuples become lists
+        self.path = OUT / f"{result_name(state)}.json"
         if self.path.exists() and not options.overwrite:
             self._load_points()
 
     def _load_points(self):
-        """Load the stored points, unless they were measured in another way than now."""
+        """Load the stored points, unless they were measured with another config or elsewhere.
+
+        Points of another commit are kept, because a long study takes many days.
+        """
         stored = json.loads(self.path.read_text(encoding="utf-8"))
-        about = [key for key in self.state if key != "points"]
+        about = ["config", "machine", "versions"]
         changed = [key for key in about if stored.get(key) != self.state[key]]
         if changed:
             names = " and ".join(changed)
             print(f"{self.path} was measured with another {names}: measuring all points again")
             return
         self.state["points"] = stored["points"]
+        self.state["commits"] = stored["commits"]
+        others = set(stored["commits"].values()) - {self.state["commit"]}
+        if others:
+            names = ", ".join(sorted(commit[:10] for commit in others))
+            print(f"{self.path} has points of commit {names}: --overwrite=True measures them again")
 
     def measure_once(self, key, measure, *arguments):
         """Return the point `key`: measure(*arguments), now or in an earlier call.
@@ -80,6 +92,7 @@ class Study:
         points = self.state["points"]
         if key not in points:
             points[key] = measure(*arguments)
+            self.state["commits"][key] = self.state["commit"]
             OUT.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.state)
             line = f"{key}: {json.dumps(points[key])}"
@@ -90,10 +103,17 @@ class Study:
         """Write the result file and, with a draw function, its plot."""
         DOCS.mkdir(parents=True, exist_ok=True)
         result = DOCS / self.path.name
-        shutil.copyfile(self.path, result)
+        write_json(result, self.state)
         print(result)
         if draw is not None:
             save_plot(self.state, draw)
+
+
+def with_dataset(config, dataset):
+    """Return a config of runs whose dataset is another. Raises UserError if it has no runs."""
+    if not hasattr(config, "run"):
+        raise UserError(f"dataset={dataset}: this experiment trains on no dataset of your choice")
+    return replace(config, run=config.run | {"dataset": dataset})
 
 
 # Where a result comes from --------------------------------------------------------------------
@@ -116,12 +136,23 @@ def describe_environment(device, dtype):
     }
 
 
+def result_name(state):
+    """Return the name of a study's files: NAME_PRESET, or NAME_PRESET_DATASET."""
+    parts = [state["experiment"], state["preset"], state.get("dataset", "")]
+    return "_".join(part for part in parts if part)
+
+
 # Plots --------------------------------------------------------------------------------------
 
 
 def points_of_seeds(state, name):
     """Return the points of a model, one for each seed of the study."""
     return [state["points"][f"{name}, seed {seed}"] for seed in state["config"]["seeds"]]
+
+
+def has_all_seeds(state, name):
+    """Return whether a model was measured with each seed: a long study may be unfinished."""
+    return all(f"{name}, seed {seed}" in state["points"] for seed in state["config"]["seeds"])
 
 
 def save_plot(state, draw):
@@ -144,7 +175,7 @@ def save_plot(state, draw):
         panel.margins(y=0.12)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(DOCS / f"{state['experiment']}_{state['preset']}.png", dpi=110)
+    figure.savefig(DOCS / f"{result_name(state)}.png", dpi=110)
     plt.close(figure)
 
 

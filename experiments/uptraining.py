@@ -3,8 +3,8 @@
     python -m experiments.uptraining --preset=cpu
 
 The experiment of Ainslie et al. 2023 (section 2.1) at a small size: the base runs of
-experiments.table, converted to GQA and trained for a fifth of their steps. For comparison: the base
-trained further for as many steps, and GQA trained from scratch.
+experiments.quality, converted to GQA and trained for a fifth of their steps. For comparison: the
+base trained further for as many steps, and GQA trained from scratch.
 """
 
 import sys
@@ -12,6 +12,7 @@ from statistics import mean
 
 from common.errors import program
 from configurator import configure
+from experiments.intervals import format_difference, format_mean
 from experiments.runs import PRESETS, train_run, train_variant, val_losses, variants
 from experiments.study import (
     COLOURS,
@@ -23,8 +24,7 @@ from experiments.study import (
 from tools.bench.results import markdown_table
 from tools.plot_loss import read_log
 
-NAMES = ("base", "GQA 1/2", "GQA 1/4")
-LINE_COLOURS = (COLOURS[0], COLOURS[1], COLOURS[2])
+NAMES = ("base", "GQA 1/2", "GQA 1/4", "MQA")
 STEPS_DIVISOR = 5  # uptraining takes 1 / 5 of the steps from scratch
 
 
@@ -42,9 +42,12 @@ def uptrain(config, name, seed):
         "max_steps": steps,
         "eval_interval": max(1, steps // 8),
         "learning_rate": config.run["learning_rate"] / 4,
+        "muon_learning_rate": config.run["muon_learning_rate"] / 4,
         "warmup_steps": max(1, steps // 16),
     }
-    return val_losses(train_run(f"uptrained-{config.run['dataset']}-{name}-{seed}", options))
+    return val_losses(
+        train_run(f"uptrained-{config.name}-{config.run['dataset']}-{name}-{seed}", options)
+    )
 
 
 def train_from_scratch(config, name, seed):
@@ -60,20 +63,40 @@ def mean_curve(curves):
 
 
 def losses(state):
-    """Return a table of mean losses: from scratch, after the conversion, and during uptraining."""
+    """Return a table of losses: from scratch, after the conversion, at the end of uptraining.
+
+    The differences are paired by seed.
+    """
+    base = last_losses(state, "base")
     rows = []
     for name in NAMES:
-        from_scratch = mean(points_of_seeds(state, f"{name}, from scratch"))
-        steps, uptrained = mean_curve(points_of_seeds(state, f"{name}, trained on"))
-        rows.append([name, f"{from_scratch:.4f}", *(f"{loss:.4f}" for loss in uptrained)])
-    header = ["", "from scratch", "converted", *(f"+{step} steps" for step in steps[1:])]
+        from_scratch = points_of_seeds(state, f"{name}, from scratch")
+        uptrained = last_losses(state, name)
+        converted = [curve[0][1] for curve in points_of_seeds(state, f"{name}, trained on")]
+        row = [name, format_mean(from_scratch), format_mean(converted), format_mean(uptrained)]
+        row.append(format_difference(uptrained, from_scratch))
+        row.append("" if name == "base" else format_difference(uptrained, base))
+        rows.append(row)
+    header = [
+        "",
+        "from scratch",
+        "converted",
+        "uptrained",
+        "uptrained minus from scratch",
+        "uptrained minus uptrained base",
+    ]
     return markdown_table(header, rows)
+
+
+def last_losses(state, name):
+    """Return the last loss of uptraining, of each seed."""
+    return [curve[-1][1] for curve in points_of_seeds(state, f"{name}, trained on")]
 
 
 def draw(state, panel):
     """Plot the mean loss over the steps after the conversion; dotted, the loss from scratch."""
     ends = []
-    for name, colour in zip(NAMES, LINE_COLOURS, strict=True):
+    for name, colour in zip(NAMES, COLOURS, strict=False):
         steps, uptrained = mean_curve(points_of_seeds(state, f"{name}, trained on"))
         panel.plot(steps, uptrained, color=colour, marker="o", markersize=4)
         ends.append((f"{name}, from the base", steps[-1], uptrained[-1], colour))

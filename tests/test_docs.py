@@ -28,7 +28,7 @@ import train
 from common import pretrained
 from common.models import models_with_option
 from configurator import configure, configure_with_model
-from experiments import look, report, study
+from experiments import drawings, look, report, study
 from tools import estimate_memory, export, plot_loss
 from tools.bench import __main__ as bench
 
@@ -205,6 +205,8 @@ def run_train(argv):
         tiny.update(n_head=4, n_embd=32, vocab_size=257)
     elif source != "out":  # GPT-2 has its own shape; a run in out/ has that of the tiny run
         tiny.update(n_layer=None, n_head=None, n_embd=None)
+    if any(arg.startswith("--n_kv_head=") for arg in argv):
+        tiny["n_kv_head"] = 2  # divides n_head of each of these models
     train.main(argv + arguments(**tiny))
 
 
@@ -234,6 +236,9 @@ def run_estimate_memory(argv):
 def run_experiment(name, argv):
     module = importlib.import_module(name)
     if module is report:
+        return
+    if module is drawings:
+        drawings.main(argv)
         return
     if module is look:
         look.main([*map(replace_stand_ins, argv), "--n_head=2", "--n_embd=16"])
@@ -313,3 +318,32 @@ def test_an_edit_makes_its_test_fail(repository_copy, number):
     summary = pytest_summary(repository_copy, test)
     path.write_text(text, encoding="utf-8")
     assert re.match(r"\d+ failed", summary)
+
+
+# docs/READ_IT.md ------------------------------------------------------------------------------
+
+READ_IT = TEXTS["docs/READ_IT.md"]
+STEPS = re.split(r"^## ", READ_IT, flags=re.M)[1:]
+
+
+def test_the_steps_of_read_it_take_two_hours():
+    minutes = re.findall(r"^## \d+\. .* \((\d+) minutes\)$", READ_IT, re.M)
+    assert len(minutes) == len(STEPS)
+    assert sum(map(int, minutes)) == 120
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step[0])
+def test_the_functions_to_read_are_in_the_files_that_a_step_names(step):
+    for paragraph in re.findall(r"^\*\*Read\*\*.*?\n\n", step, re.M | re.S):
+        files = re.findall(r"\]\(\.\./([\w/]+\.py)\)", paragraph)
+        source = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
+        names = re.findall(r"`([\w.]+)`", paragraph)
+        missing = [name for name in names if f"def {name.rpartition('.')[2]}(" not in source]
+        assert missing == []
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step[0])
+def test_a_step_runs_the_test_of_the_edit_that_it_names(step):
+    for number in re.findall(r"\*\*Break\*\*\s+row\s+(\d+)", step):
+        *_, test = EDITS[number]
+        assert test in step

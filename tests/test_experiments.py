@@ -1,5 +1,6 @@
 """experiments/: each runs in full at a tiny size, resumes, and measures what it says."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -10,29 +11,35 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, write_tiny
 
+import train
+from common import models
 from common.dataloader import Loader
 from common.errors import UserError
 from common.pretrained import load_model
 from experiments import (
+    associative,
     convergence,
+    costs,
     curves,
+    full_layers,
     length,
     long_sequences,
     look,
     optimizers,
+    quality,
     recall,
     report,
     runs,
     samples,
     steps,
     study,
-    table,
 )
 from tools.bench.turns import run_in_new_process
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = [
-    "table",
+    "quality",
+    "costs",
     "convergence",
     "length",
     "uptraining",
@@ -42,8 +49,10 @@ EXPERIMENTS = [
     "look",
     "curves",
     "optimizers",
+    "associative",
+    "full_layers",
 ]
-WITHOUT_PLOT = ("samples", "look")  # their results are texts
+WITHOUT_PLOT = ("samples", "look", "costs")  # their results are texts or a table
 SHAPE = {"n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": 32}
 RUN = {
     **TINY,
@@ -53,10 +62,12 @@ RUN = {
     "max_steps": 16,
     "eval_interval": 4,
     "total_batch_size": 64,
+    "optimizer": "muon",
+    "muon_learning_rate": 0.01,
 }
 del RUN["out_dir"]
 each_experiment = pytest.mark.parametrize("name", EXPERIMENTS)
-each_program = pytest.mark.parametrize("name", [*EXPERIMENTS, "report"])
+each_program = pytest.mark.parametrize("name", [*EXPERIMENTS, "report", "drawings"])
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +85,33 @@ def folder(tmp_path_factory):
 def tiny(folder, monkeypatch):
     """The working directory of the experiments, whose cpu presets become tiny."""
     monkeypatch.chdir(folder)
-    run_config = runs.Config(run=RUN, seeds=(1,), shape=SHAPE, rounds=1)
-    recall_config = recall.Config(shape=SHAPE, windows=(4, 8), max_steps=2, tested=64)
+    run_config = runs.Config("tiny", run=RUN, seeds=(1, 2), shape=SHAPE, rounds=1)
+    schedule = steps.Schedule(2)
+    recall_config = recall.Config(shape=SHAPE, windows=(4, 8), schedule=schedule, tested=256)
+    associative_config = associative.Config(
+        shape=SHAPE,
+        keys=8,
+        pairs=(1, 2, 4),
+        windows=(4,),
+        tested=256,
+        distances=(16, 32),
+        seeds=(1, 2),
+        schedule=schedule,
+    )
+    local_run = {"dataset": "tiny", "batch_size": 2, **SHAPE, "n_layer": 4, "n_kv_head": 4}
+    local_config = full_layers.Config(local_run, schedule, eval_tokens=128, seeds=(1, 2))
     long_config = long_sequences.Config(n_embd=32, lengths=(512, 1024), rounds=1)
     monkeypatch.setitem(runs.PRESETS, "cpu", run_config)
     monkeypatch.setitem(recall.PRESETS, "cpu", recall_config)
+    monkeypatch.setitem(associative.PRESETS, "cpu", associative_config)
+    monkeypatch.setitem(full_layers.PRESETS, "cpu", local_config)
     monkeypatch.setitem(long_sequences.PRESETS, "cpu", long_config)
     monkeypatch.setitem(curves.PRESETS, "cpu", curves.Config(("tiny",)))
     rates = {"adamw_rates": (0.01,), "muon_rates": (0.01,)}
     optimizers_config = optimizers.Config(run=RUN, sizes={"tiny": {"max_steps": 4}}, **rates)
     monkeypatch.setitem(optimizers.PRESETS, "cpu", optimizers_config)
     monkeypatch.setitem(samples.PROMPTS, "tiny", "def ")
-    for module in (table, long_sequences):  # a new process takes seconds; one test below starts one
+    for module in (costs, long_sequences):  # a new process takes seconds; one test below starts one
         monkeypatch.setattr(module, "run_in_new_process", call_in_this_process)
     return folder
 
@@ -144,15 +170,15 @@ def test_an_unknown_option_or_preset_is_an_error_of_one_line(tiny, capsys, name,
 
 
 def test_the_same_command_again_measures_no_point(tiny, monkeypatch):
-    run_experiment("table")
-    for name in ("measure_quality", "compute_size", "measure_speed", "measure_step_memory"):
-        monkeypatch.setattr(table, name, lambda *arguments: pytest.fail("measured again"))
-    run_experiment("table")
+    run_experiment("costs")
+    for name in ("compute_size", "measure_speed", "measure_step_memory"):
+        monkeypatch.setattr(costs, name, lambda *arguments: pytest.fail("measured again"))
+    run_experiment("costs")
 
 
 def measured_keys(keys):
     """Take up a study, measure these points; return the keys for which a function was called."""
-    some_study = study.Study("some", study.StudyConfig(), {"cpu": runs.Config(run={})})
+    some_study = study.Study("some", study.StudyConfig(), {"cpu": runs.Config("tiny", run={})})
     calls = []
     for key in keys:
         some_study.measure_once(key, calls.append, key)
@@ -165,7 +191,7 @@ def test_an_interrupted_study_resumes_with_the_next_point(tiny):
 
 
 def measure_number_of_seeds(seeds, **options):
-    presets = {"cpu": runs.Config(run={}, seeds=seeds)}
+    presets = {"cpu": runs.Config("tiny", run={}, seeds=seeds)}
     changed_study = study.Study("changed", study.StudyConfig(**options), presets)
     return changed_study.measure_once("a", len, seeds)
 
@@ -176,11 +202,46 @@ def test_points_of_another_config_are_measured_again(tiny, capsys):
     assert "another config" in capsys.readouterr().out
 
 
-def test_points_of_another_commit_are_measured_again(tiny, capsys, monkeypatch):
+def test_points_of_another_commit_are_kept_and_reported(tiny, capsys, monkeypatch):
     assert measured_keys("x") == ["x"]
     monkeypatch.setattr(study, "current_commit", lambda: "another")
-    assert measured_keys("x") == ["x"]
-    assert "another commit" in capsys.readouterr().out
+    assert measured_keys("xy") == ["y"]
+    state = json.loads((tiny / "out/experiments/some_cpu.json").read_text())
+    assert state["commits"]["y"] == "another"
+    assert state["commits"]["x"] != "another"
+    assert state["commits"]["x"][:10] in capsys.readouterr().out
+
+
+def test_another_dataset_gets_a_result_file_of_its_own(tiny):
+    (tiny / "data" / "other").symlink_to(tiny / "data" / "tiny")
+    quality.main(["--preset=cpu", "--dataset=other"])
+    state = json.loads((tiny / "docs/experiments/quality_cpu_other.json").read_text())
+    assert state["config"]["run"]["dataset"] == "other"
+
+
+def test_an_experiment_without_a_corpus_refuses_a_dataset(tiny, capsys):
+    with pytest.raises(SystemExit):
+        recall.main(["--dataset=tiny"])
+    assert "dataset" in capsys.readouterr().err
+
+
+def test_an_unfinished_study_is_published_without_the_models_that_lack_seeds(tiny, monkeypatch):
+    trained = []
+
+    def stop_at_the_third_run(config, name, seed):
+        trained.append((name, seed))
+        if len(trained) == 3:
+            raise UserError("stopped")
+        return measure_quality(config, name, seed)
+
+    measure_quality = quality.measure_quality
+    monkeypatch.setattr(quality, "measure_quality", stop_at_the_third_run)
+    with pytest.raises(SystemExit):
+        quality.main(["--preset=cpu", "--overwrite=True"])
+    state = json.loads((tiny / "docs/experiments/quality_cpu.json").read_text())
+    assert list(quality.measured_variants(state)) == ["base"]
+    assert "RoPE" not in quality.losses(state)
+    (tiny / "out/experiments/quality_cpu.json").unlink()  # for the other tests
 
 
 # Measurements ---------------------------------------------------------------------------------
@@ -227,6 +288,82 @@ def test_the_distance_counts_from_the_token_to_recall():
         assert distance[row].tolist() == [t - position for t in range(x.size(1))]
 
 
+PAIRS = torch.tensor([1, 2, 4, 4])
+
+
+def associative_batch():
+    config = associative.Config(shape=SHAPE, keys=8)
+    generator = torch.Generator().manual_seed(0)
+    x, y, distance = associative.make_batch(config, len(PAIRS), PAIRS, generator)
+    return config.keys, x, y, distance
+
+
+def test_a_sequence_has_one_target_for_each_pair():
+    _, _, y, _ = associative_batch()
+    assert (y != -1).sum(1).tolist() == PAIRS.tolist()
+
+
+def test_a_target_is_the_value_after_the_first_occurrence_of_its_key():
+    K, x, y, distance = associative_batch()
+    for row, t in (y != -1).nonzero().tolist():
+        key, first = x[row, t], t - distance[row, t]
+        assert key < K
+        assert (x[row] == key).nonzero()[:, 0].tolist() == [first, t]
+        assert y[row, t] == x[row, first + 1] == x[row, t + 1]
+        assert K <= y[row, t] < 2 * K
+
+
+def test_all_other_tokens_of_a_sequence_are_noise():
+    K, x, _, _ = associative_batch()
+    assert (x < 2 * K).sum(1).tolist() == (4 * PAIRS).tolist()
+    assert x.max() < 3 * K
+
+
+def test_every_fourth_layer_of_the_local_model_is_full():
+    shape = {**SHAPE, "n_layer": 8, "n_kv_head": 4, "window": 8, "vocab_size": 9}
+    model = full_layers.LocalGlobalGPT(full_layers.MODEL.GPTConfig(**shape))
+    windows = [block.attn.window for block in model.transformer.h]
+    assert windows == 2 * [8, 8, 8, SHAPE["block_size"]]
+
+
+def test_a_full_layer_lets_the_last_token_depend_on_the_first():
+    shape = {**SHAPE, "n_layer": 4, "n_kv_head": 4, "window": 2, "vocab_size": 9}
+    torch.manual_seed(0)
+    x = torch.randint(9, (1, 32))
+    changed = x.clone()
+    changed[0, 0] = (x[0, 0] + 1) % 9
+    local = full_layers.MODEL.GPT(full_layers.MODEL.GPTConfig(**shape))
+    mixed = full_layers.LocalGlobalGPT(full_layers.MODEL.GPTConfig(**shape))
+    assert torch.equal(local(x)[:, -1], local(changed)[:, -1])
+    assert not torch.allclose(mixed(x)[:, -1], mixed(changed)[:, -1], atol=1e-7)
+
+
+def test_train_on_equals_train_py(tiny):
+    """The loop for data made on the spot takes the same steps as train.py on the same batches."""
+    config = runs.PRESETS["cpu"]
+    options = config.run | {"grad_clip": 1.0, "dropout": 0.0, "seed": 5}
+    out_dir = runs.train_run("train-on", options)
+    model, _ = load_model(out_dir)
+    torch.manual_seed(5)
+    start = models.model_module("model").GPT(model.config)
+    fields = [field.name for field in dataclasses.fields(steps.Schedule)]
+    defaults = train.TrainConfig
+    schedule = steps.Schedule(
+        **{name: options.get(name, getattr(defaults, name)) for name in fields}
+    )
+    loader = Loader(Path("data/tiny"), options["block_size"], 257, seed=5)
+    B = options["total_batch_size"] // options["block_size"]
+    steps.train_on(
+        start,
+        lambda step: loader.train_batch(step * B, B),
+        schedule,
+        torch.device("cpu"),
+        torch.float32,
+    )
+    for p, q in zip(start.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("layers, window", [(1, 1), (1, 4), (2, 3)])
 def test_look_draws_the_receptive_field_of_stacked_windows(layers, window):
     shape = {
@@ -261,14 +398,6 @@ def test_step_memory_grows_by_weights_gradients_and_optimizer_state():
     assert large - small > 0.9 * gigabytes
 
 
-def test_a_difference_within_the_range_of_the_seeds_is_none():
-    assert table.compare_losses([1.0, 1.2], [1.1, 1.15]) == "no difference shown"
-
-
-def test_a_difference_beyond_the_range_of_the_seeds_is_a_number():
-    assert table.compare_losses([1.0, 1.01], [1.1, 1.15]) == "-0.1200"
-
-
 def test_the_step_of_a_loss_is_interpolated_between_evaluations():
     assert convergence.step_of_loss([[0, 5.0], [10, 4.0], [20, 2.0]], 3.0) == 15
 
@@ -289,8 +418,8 @@ def test_the_tables_are_those_of_the_result_files(path, monkeypatch):
 
 def test_a_table_without_its_result_file_names_the_command_that_makes_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"experiments\.table --preset=gpu"):
-        report.fill("<!-- begin table.losses gpu -->\n<!-- end -->")
+    with pytest.raises(UserError, match=r"experiments\.quality --preset=gpu"):
+        report.fill("<!-- begin quality.losses gpu -->\n<!-- end -->")
 
 
 def test_every_result_file_is_of_one_commit_without_changes():

@@ -1,0 +1,86 @@
+"""experiments/intervals.py: the quantiles, the intervals, and the words that follow from them."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from experiments.intervals import (
+    T_975,
+    format_difference,
+    format_mean,
+    interval_of,
+    paired_difference,
+    verdict,
+)
+
+
+def t_distribution_between(low, high, degrees):
+    """Integrate the density of Student's t distribution numerically."""
+    t = np.linspace(low, high, 200_001)
+    constant = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2)
+    constant /= math.sqrt(degrees * math.pi)
+    density = constant * (1 + t**2 / degrees) ** (-(degrees + 1) / 2)
+    return (
+        float(np.trapezoid(density, t)) if hasattr(np, "trapezoid") else float(np.trapz(density, t))
+    )
+
+
+@pytest.mark.parametrize("degrees, quantile", T_975.items())
+def test_a_quantile_leaves_2_5_percent_above_it(degrees, quantile):
+    assert t_distribution_between(0, quantile, degrees) == pytest.approx(0.475, abs=2e-5)
+
+
+def test_95_percent_of_the_intervals_hold_the_true_mean():
+    generator = np.random.default_rng(0)
+    samples = generator.normal(3.0, 2.0, size=(4000, 4))
+    intervals = [interval_of(sample.tolist()) for sample in samples]
+    held = [interval.low < 3.0 < interval.high for interval in intervals]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+
+
+def test_the_interval_of_four_values_by_hand():
+    interval = interval_of([1.0, 2.0, 3.0, 4.0])  # standard deviation 1.29099
+    assert interval.mean == 2.5
+    assert interval.half_width == pytest.approx(3.182 * 1.29099 / 2, rel=1e-4)
+
+
+def test_what_a_seed_does_to_both_models_cancels_out():
+    interval = paired_difference([1.5, 2.5, 9.5, 4.5], [1.0, 2.0, 9.0, 4.0])
+    assert interval.mean == pytest.approx(0.5)
+    assert interval.half_width == pytest.approx(0, abs=1e-12)
+
+
+def test_a_difference_needs_the_same_seeds_in_both():
+    with pytest.raises(ValueError):
+        paired_difference([1.0, 2.0], [1.0])
+
+
+REFERENCE = [1.0, 1.1, 1.2, 1.3]
+
+
+@pytest.mark.parametrize(
+    "shifts, words",
+    [
+        ([-0.10, -0.11, -0.09, -0.10], "better"),
+        ([0.10, 0.11, 0.09, 0.10], "worse"),
+        ([0.10, -0.11, 0.09, -0.10], "within"),
+    ],
+)
+def test_the_words_follow_the_interval(shifts, words):
+    values = [value + shift for value, shift in zip(REFERENCE, shifts, strict=True)]
+    assert verdict(values, REFERENCE).startswith(words)
+
+
+def test_within_names_the_largest_difference_that_is_possible():
+    values = [1.12, 1.08, 1.32, 1.28]
+    interval = paired_difference(values, REFERENCE)
+    (bound,) = re.findall(r"within ±(\S+)", verdict(values, REFERENCE))
+    assert float(bound) == pytest.approx(max(-interval.low, interval.high), abs=1e-4)
+
+
+def test_one_seed_has_no_interval():
+    assert format_mean([1.5]) == "1.5000"
+    assert format_difference([1.5], [1.0]) == "+0.5000"
+    assert verdict([1.5], [1.0]) == "one seed"
