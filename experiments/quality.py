@@ -60,9 +60,8 @@ def bits_per_byte(loss, dataset):
 
 
 def measured_variants(state):
-    """Return the variants of a study, {name: options}, that have been trained with each seed."""
-    all_variants = variants(state["config"]["run"])
-    return {name: all_variants[name] for name in all_variants if has_all_seeds(state, name)}
+    """Return the names of the variants that have been trained with each seed."""
+    return [name for name in variants(state["config"]["run"]) if has_all_seeds(state, name)]
 
 
 def final_losses(state, name):
@@ -88,8 +87,9 @@ def losses(state):
 def draw(state, differences, caches):
     """Plot differences from the base, and losses over KV cache size; both with 95 % intervals."""
     shown = measured_variants(state)
+    shapes = variants(state["config"]["shape"])  # of GPT-2 124M, which has other numbers of heads
     base = final_losses(state, "base")
-    for i, (name, options) in enumerate(shown.items()):
+    for i, name in enumerate(shown):
         colour = COLOURS[i % len(COLOURS)]
         values = final_losses(state, name)
         if name != "base":
@@ -98,7 +98,7 @@ def draw(state, differences, caches):
                 difference.mean, i, xerr=difference.half_width, fmt="o", capsize=4, color=colour
             )
         loss = interval_of(values)
-        x = cache_bytes(state["config"]["shape"] | options, CACHE_TOKENS) / 1e6
+        x = cache_bytes(state["config"]["shape"] | shapes[name], CACHE_TOKENS) / 1e6
         caches.errorbar(x, loss.mean, yerr=loss.half_width, fmt="o", capsize=4, color=colour)
         label_points(caches, (name, x, loss.mean, colour), offset=(6, 4))
     differences.axvline(0, color=COLOURS[0], linewidth=0.8)
