@@ -193,6 +193,7 @@ def draw(state, over_pairs, over_distance):
         over_distance.plot(config.distances, means, color=colour, marker="o", markersize=3)
     for panel in (over_pairs, over_distance):
         panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
         panel.axhline(1 / config.keys, color="grey", linewidth=0.8, linestyle=":")
         panel.set_ylim(0, 1.05)
     over_pairs.set_xlabel("pairs in a sequence (dotted: a guess among all values)")

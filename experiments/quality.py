@@ -103,10 +103,10 @@ def draw(state, differences, caches):
         label_points(caches, (name, x, loss.mean, colour), offset=(6, 4))
     differences.axvline(0, color=COLOURS[0], linewidth=0.8)
     differences.set_yticks(range(len(shown)), shown)
-    differences.set_xlabel("validation loss minus that of the base (95 % interval)")
+    differences.set_xlabel("loss minus that of the base (95 % interval)")
     caches.set_xscale("log")
     caches.set_xlim(right=6000)
-    caches.set_xlabel("KV cache of 32k tokens at the shape of GPT-2 124M, float32 (MB)")
+    caches.set_xlabel("KV cache of 32k tokens, GPT-2 124M (MB)")
     caches.set_ylabel("validation loss (nats per token)")
 
 
