@@ -21,7 +21,7 @@ from common.dataloader import Loader
 from common.errors import program
 from common.pretrained import load_model
 from configurator import configure
-from experiments.intervals import format_mean
+from experiments.intervals import format_difference, format_mean, verdict
 from experiments.runs import PRESETS, train_model, train_variant
 from experiments.study import (
     COLOURS,
@@ -102,6 +102,16 @@ def losses(state):
             cells.append("ends" if None in span else format_mean(span, digits=3))
         rows.append([name, *cells])
     return markdown_table(["", "up to T", "T to 2T", "2T to 4T"], rows)
+
+
+def within_training_length(state):
+    """Return a table of the paired differences from RoPE up to T: what the other angles cost."""
+    rope = [mean_of_spans(parts)[0] for parts in points_of_seeds(state, "RoPE")]
+    rows = []
+    for name in ("RoPE, rescaled", "RoPE, theta 1e3", "RoPE, theta 1e5"):
+        values = [mean_of_spans(parts)[0] for parts in points_of_seeds(state, name)]
+        rows.append([name, format_difference(values, rope, 3), verdict(values, rope, 3)])
+    return markdown_table(["up to T", "difference from RoPE", "so it is"], rows)
 
 
 def draw(state, panel):

@@ -36,6 +36,17 @@ from tools.bench.results import markdown_table
 from tools.plot_loss import read_log
 
 CACHE_TOKENS = 32 * 1024
+# What is compared with another variant than the base.
+COMPARISONS = (
+    ("GQA 1/4", "GQA 1/2"),
+    ("MQA", "GQA 1/4"),
+    ("MQA", "GQA 1/2"),
+    ("SWA 1/4", "SWA 1/2"),
+    ("SWA 1/16", "SWA 1/4"),
+    ("RoPE + SWA", "RoPE"),
+    ("all three", "RoPE"),
+    ("all three", "RoPE + SWA"),
+)
 
 
 def measure_quality(config, name, seed):
@@ -82,6 +93,18 @@ def losses(state):
         rows.append(row)
     header = ["", "validation loss", "bits per byte", "difference from the base", "so it is"]
     return markdown_table(header, [row + [""] * (len(header) - len(row)) for row in rows])
+
+
+def comparisons(state):
+    """Return a table of the paired differences between variants other than the base."""
+    shown = measured_variants(state)
+    rows = []
+    for name, reference in COMPARISONS:
+        if name in shown and reference in shown:
+            values, others = final_losses(state, name), final_losses(state, reference)
+            difference = format_difference(values, others)
+            rows.append([name, reference, difference, verdict(values, others)])
+    return markdown_table(["", "compared with", "difference", "so it is"], rows)
 
 
 def draw(state, differences, caches):

@@ -220,6 +220,19 @@ def test_another_dataset_gets_a_result_file_of_its_own(tiny):
     assert state["config"]["run"]["dataset"] == "other"
 
 
+def test_the_comparisons_are_paired_differences_of_the_final_losses(tiny):
+    run_experiment("quality")
+    state = json.loads((tiny / "docs/experiments/quality_cpu.json").read_text())
+    rows = quality.comparisons(state).splitlines()[2:]
+    assert len(rows) == len(quality.COMPARISONS)
+    points = state["points"]
+    values = [points[f"MQA, seed {s}"]["val_loss"] for s in (1, 2)]
+    others = [points[f"GQA 1/4, seed {s}"]["val_loss"] for s in (1, 2)]
+    difference = (values[0] - others[0] + values[1] - others[1]) / 2
+    (row,) = [row for row in rows if row.startswith("| MQA | GQA 1/4 |")]
+    assert f"{difference:+.4f}" in row
+
+
 def test_an_experiment_without_a_corpus_refuses_a_dataset(tiny, capsys):
     with pytest.raises(SystemExit):
         recall.main(["--dataset=tiny"])

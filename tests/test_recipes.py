@@ -239,5 +239,4 @@ def test_the_logging_program_sends_every_complete_line_once(tmp_path, monkeypatc
 
 def test_the_names_to_extend_for_the_experiments_exist():
     assert "base" in runs.variants(runs.PRESETS["cpu"].run)
-    assert len(length.NAMES) == len(length.LINE_COLOURS)
-    assert len(study.COLOURS) >= len(runs.variants(runs.PRESETS["cpu"].run))
+    assert len(length.NAMES) < len(study.COLOURS)  # a model of the reader's needs one, too
