@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/REPORT.md and docs/MUON.md; redraw the plots.
+"""Write the tables of README.md and of docs/REPORT.md, SAMPLES.md, MUON.md; redraw the plots.
 
     python -m experiments.report
 
@@ -23,7 +23,9 @@ from configurator import configure
 from experiments.study import DOCS, save_plot
 from tools.bench.results import describe_source, markdown_rows
 
-DOCUMENTS = (Path("README.md"), Path("docs/REPORT.md"), Path("docs/MUON.md"))
+DOCUMENTS = tuple(
+    Path(name) for name in ("README.md", "docs/REPORT.md", "docs/SAMPLES.md", "docs/MUON.md")
+)
 BLOCK = re.compile(r"<!-- begin ([^\n]*?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
