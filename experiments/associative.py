@@ -13,12 +13,13 @@ room in the residual stream for each pair. So the table is over the number of pa
 
 import sys
 from dataclasses import dataclass, field
+from statistics import mean
 
 import torch
 
 from common.errors import program
 from configurator import configure
-from experiments.intervals import format_mean, interval_of
+from experiments.intervals import format_mean
 from experiments.steps import Schedule, build_model, train_on
 from experiments.study import COLOURS, Study, StudyConfig, points_of_seeds
 from tools.bench.results import markdown_table
@@ -140,9 +141,9 @@ def accuracies_of_seeds(state, name, pairs, distance_class):
     return [point[str(pairs)][distance_class] for point in points]
 
 
-def mean_over_distances(point, pairs):
-    by_distance = point[str(pairs)]
-    return sum(by_distance) / len(by_distance)
+def accuracies_over_distances(state, name, pairs):
+    """Return, for each seed, the mean accuracy over the classes of distances."""
+    return [mean(point[str(pairs)]) for point in points_of_seeds(state, name)]
 
 
 def by_pairs(state):
@@ -155,9 +156,7 @@ def by_pairs(state):
     for name in variants(config):
         cells = []
         for pairs in config.pairs:
-            points = points_of_seeds(state, name)
-            values = [mean_over_distances(point, pairs) for point in points]
-            cells.append(format_mean(values, digits=2))
+            cells.append(format_mean(accuracies_over_distances(state, name, pairs), digits=2))
         rows.append([name, *cells])
     return markdown_table(["pairs", *config.pairs], rows)
 
@@ -182,14 +181,10 @@ def draw(state, over_pairs, over_distance):
     config = Config(**state["config"])
     most = config.pairs[-1]
     for name, colour in zip(variants(config), COLOURS, strict=False):
-        points = points_of_seeds(state, name)
-        means = []
-        for pairs in config.pairs:
-            means.append(interval_of([mean_over_distances(p, pairs) for p in points]).mean)
+        means = [mean(accuracies_over_distances(state, name, pairs)) for pairs in config.pairs]
         over_pairs.plot(config.pairs, means, color=colour, marker="o", markersize=3, label=name)
-        means = []
-        for i in range(len(config.distances)):
-            means.append(interval_of(accuracies_of_seeds(state, name, most, i)).mean)
+        classes = range(len(config.distances))
+        means = [mean(accuracies_of_seeds(state, name, most, i)) for i in classes]
         over_distance.plot(config.distances, means, color=colour, marker="o", markersize=3)
     for panel in (over_pairs, over_distance):
         panel.set_xscale("log", base=2)

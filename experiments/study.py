@@ -78,8 +78,10 @@ class Study:
             print(f"{self.path} was measured with another {names}: measuring all points again")
             return
         self.state["points"] = stored["points"]
-        self.state["commits"] = stored["commits"]
-        others = set(stored["commits"].values()) - {self.state["commit"]}
+        # Earlier files have one commit, of all points.
+        one_commit = dict.fromkeys(stored["points"], stored["commit"])
+        self.state["commits"] = stored.get("commits", one_commit)
+        others = set(self.state["commits"].values()) - {self.state["commit"]}
         if others:
             names = ", ".join(sorted(commit[:10] for commit in others))
             print(f"{self.path} has points of commit {names}: --overwrite=True measures them again")

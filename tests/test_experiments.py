@@ -213,6 +213,16 @@ def test_points_of_another_commit_are_kept_and_reported(tiny, capsys, monkeypatc
     assert state["commits"]["x"][:10] in capsys.readouterr().out
 
 
+def test_a_file_with_one_commit_for_all_points_is_resumed(tiny):
+    assert measured_keys("p") == ["p"]
+    path = tiny / "out/experiments/some_cpu.json"
+    state = json.loads(path.read_text())
+    del state["commits"]
+    path.write_text(json.dumps(state))
+    assert measured_keys("pq") == ["q"]
+    assert json.loads(path.read_text())["commits"]["p"] == state["commit"]
+
+
 def test_another_dataset_gets_a_result_file_of_its_own(tiny):
     (tiny / "data" / "other").symlink_to(tiny / "data" / "tiny")
     quality.main(["--preset=cpu", "--dataset=other"])
