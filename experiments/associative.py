@@ -40,7 +40,7 @@ class Config:
     distances: tuple = (4, 8, 16, 32)  # upper ends of the classes of distances in the table
     seeds: tuple = (1, 2, 3, 4)
     schedule: Schedule = field(
-        default_factory=lambda: Schedule(400, learning_rate=2e-3, muon_learning_rate=0.02)
+        default_factory=lambda: Schedule(1000, learning_rate=2e-3, muon_learning_rate=0.02)
     )
 
 
