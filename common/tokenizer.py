@@ -5,7 +5,8 @@
     char   the characters of one text; meta.json lists them
 
 All have the part of tiktoken.Encoding's interface that this project uses: n_vocab, eot_token (the
-id of <|endoftext|>, or None), encode_to_numpy(text) and decode_single_token_bytes(token_id).
+id of <|endoftext|>, or None), encode_to_numpy(text) and decode_single_token_bytes(token_id); and,
+for a notebook, encode(text) and decode(ids).
 """
 
 import re
@@ -59,6 +60,14 @@ class CharTokenizer:
                 "char tokenizer"
             )
         return ids.astype(np.uint32)
+
+    def encode(self, text):
+        """Return the ids of the text's characters, a list of int. Raises UserError as above."""
+        return self.encode_to_numpy(text).tolist()
+
+    def decode(self, ids):
+        """Return the text of a list of token ids, with "<|endoftext|>" for its id."""
+        return "".join(self.chars[token_id] for token_id in ids)
 
     def decode_single_token_bytes(self, token_id):
         return self.chars[token_id].encode("utf-8")

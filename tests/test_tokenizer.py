@@ -152,6 +152,20 @@ def test_char_refuses_an_unknown_character_with_the_character(unknown):
     assert "\n" not in str(error.value)
 
 
+def test_encode_returns_a_list_of_the_ids_and_decode_their_text(text):
+    for name in ("byte", "char"):
+        tokenizer = get_tokenizer({"tokenizer": name, "chars": ALL_CHARACTERS})
+        ordinary = text.replace("<|endoftext|>", "")  # which tiktoken refuses by default
+        ids = tokenizer.encode(ordinary)
+        assert ids == encode(tokenizer, ordinary).tolist()
+        assert all(type(token_id) is int for token_id in ids)
+        assert tokenizer.decode(ids) == ordinary
+
+
+def test_char_decodes_end_of_text_to_its_name():
+    assert CharTokenizer(["a", "<|endoftext|>"]).decode([0, 1, 0]) == "a<|endoftext|>a"
+
+
 def test_char_without_end_of_text_has_no_such_token():
     assert CharTokenizer("ab").eot_token is None
 
