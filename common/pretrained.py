@@ -64,8 +64,8 @@ def load_model(source, name=None, options=None):
               know are free; n_kv_head and block_size may shrink; a model without learned positions
               takes any block_size; all others must agree
 
-    The model is float32, on the CPU. Prints to stderr how the weights had to change. Raises
-    UserError if they do not fit.
+    The model is float32, on the CPU and in eval mode. Prints to stderr how the weights had to
+    change. Raises UserError if they do not fit.
     """
     options = options or {}
     loaded = _read_source(source)
@@ -89,7 +89,7 @@ def load_model(source, name=None, options=None):
     model.load_state_dict(loaded.weights, assign=True)
     # A meta.json can name a tokenizer with more ids than the weights have.
     vocab_size = min(loaded.meta["vocab_size"], model.config.vocab_size)
-    return model.requires_grad_(True), loaded.meta | {"vocab_size": vocab_size}
+    return model.requires_grad_(True).eval(), loaded.meta | {"vocab_size": vocab_size}
 
 
 def _read_source(source):
