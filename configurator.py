@@ -126,6 +126,9 @@ def configure(options, argv, doc, positional=None):
     doc          text that --help prints before the options
     positional   the option that takes arguments which are neither options nor config files; if its
                  type is list[str] it takes all of them, else one
+
+    --help prints the options and raises SystemExit(0), also if a main() is called from Python; so
+    does argparse.
     """
     given = _given_options(argv, options, positional)
     config = _fill(options, given)

@@ -41,7 +41,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.download import download, file_sha256, hub_url
-from common.errors import UserError, program
+from common.errors import UserError, run_program
 from common.files import check_regular, fsync, lock, name_in_errors, write_json
 from common.tokenizer import (
     EOT,
@@ -544,8 +544,8 @@ def verify(folder):
         print(f"{path}: SHA-256 as in meta.json")
 
 
-@program
 def main(argv):
+    """Prepare or verify a dataset as the options in argv say. Raises UserError."""
     config = configure(PrepareConfig, argv, __doc__, positional="name")
     folder = Path("data", config.name)
     if config.verify:
@@ -563,4 +563,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

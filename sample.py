@@ -29,7 +29,7 @@ import torch
 
 from common.cpu import pack_linear_layers
 from common.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
-from common.errors import UserError, program
+from common.errors import UserError, run_program
 from common.pretrained import load_model
 from common.tokenizer import encode, get_tokenizer
 from configurator import check_minimum, configure
@@ -198,7 +198,7 @@ def load(config):
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     model, meta = load_model(config.init_from)
-    model.to(device, dtype).eval()
+    model.to(device, dtype)
     pack_linear_layers(model, rows=config.num_samples)  # on a CPU
     tokenizer = get_tokenizer(meta)
     vocab_size = min(meta["vocab_size"], tokenizer.n_vocab)  # without padding
@@ -271,11 +271,13 @@ def print_samples(config):
         raise KeyboardInterrupt
 
 
-@program
 def main(argv):
+    """Print samples as the options in argv say. Raises UserError for what the user can fix.
+
+    Can be called from Python, as in a notebook; there generate_text returns the text instead.
+    """
     config = configure(SampleConfig, argv, __doc__)
     check_config(config)
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     keep_freed_memory()
     try:
         print_samples(config)
@@ -289,4 +291,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:], encoding="utf-8", errors="replace")

@@ -28,6 +28,7 @@ import math
 import os
 import shlex
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -65,7 +66,7 @@ from common.distributed import (
     shard_model,
     wrap_ddp,
 )
-from common.errors import UserError, program
+from common.errors import UserError, run_program
 from common.files import name_in_errors
 from common.models import make_config, model_module, models_with_option
 from common.optimizer import OPTIMIZERS, learning_rate, make_optimizer, muon_learning_rate
@@ -124,7 +125,10 @@ class TrainConfig:
 
 
 class StopSignal:
-    """Remembers the first SIGTERM or SIGINT inside a `with` block; a second one exits at once."""
+    """Remembers the first SIGTERM or SIGINT inside a `with` block; a second one exits at once.
+
+    In another thread than the main one it does nothing: Python sets signal handlers there only.
+    """
 
     def __init__(self):
         self.received = False
@@ -132,6 +136,8 @@ class StopSignal:
         self._handlers = {}
 
     def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGTERM, signal.SIGINT):
             self._handlers[number] = signal.signal(number, self._handle)
         return self
@@ -841,8 +847,11 @@ def print_summary(run):
 # Main -----------------------------------------------------------------------------------------
 
 
-@program  # prints a UserError as one line and exits with status 2
 def main(argv):
+    """Train as the options in argv say. Raises UserError for what the user can fix.
+
+    Can be called from Python, as in a notebook; the same call resumes an interrupted run.
+    """
     config = model_options = option_error = None
     try:
         config, model_options = configure_with_model(
@@ -912,4 +921,4 @@ def out_of_memory_advice(config, block_size, world_size=1):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

@@ -14,7 +14,6 @@ import datetime
 import gc
 import os
 import re
-import sys
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import UserError
+from common.errors import OtherRankError, UserError
 
 
 class ProcessGroup:
@@ -134,10 +133,13 @@ class ProcessGroup:
             print(text, flush=True)
 
     def exit(self, message):
-        """End the program on every rank with status 2; all ranks must call it. Rank 0 prints."""
+        """End the run on every rank with a UserError; all ranks must call it.
+
+        A program then exits with status 2 on every rank, and rank 0 prints the message.
+        """
         if self.rank == 0:
             raise UserError(message)
-        sys.exit(2)
+        raise OtherRankError(message)
 
 
 def _restart_count():

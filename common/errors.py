@@ -1,7 +1,6 @@
-"""UserError ends a program with one line for the person at the terminal, not a traceback."""
+"""UserError, and run_program, which ends a program with one line for it, not a traceback."""
 
 import contextlib
-import functools
 import os
 import signal
 import sys
@@ -15,6 +14,10 @@ class DamagedError(UserError):
     """A file does not hold what was once written to it."""
 
 
+class OtherRankError(UserError):
+    """A UserError on a rank other than 0, as which a program prints nothing: rank 0 prints it."""
+
+
 @contextlib.contextmanager
 def prefix_errors(path):
     """Let the message of a UserError in a `with` block begin with the file that is at fault."""
@@ -24,39 +27,46 @@ def prefix_errors(path):
         raise type(error)(f"{path}: {error}") from error
 
 
-def program(main):
-    """Decorate a main(): a UserError or OSError becomes one line on stderr and exit status 2."""
+def run_program(main, argv, encoding=None, errors="backslashreplace"):
+    """Call main(argv) as a program: an error becomes one line on stderr and an exit status.
 
-    @functools.wraps(main)
-    def run(*args, **kwargs):
-        # Before this, while Python imports, a program leaves SIGINT to the system.
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            _prepare_output()
-            return main(*args, **kwargs)
-        except UserError as error:
-            _exit(error, 2)
-        except BrokenPipeError:  # stdout is a closed pipe (for example "| head")
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        except OSError as error:  # no space, no permission, a file where a folder should be
-            _exit(error, 2)
-        except KeyboardInterrupt:
-            _exit("interrupted", 130)
+    encoding, errors   how stdout writes text; encoding None: as it does already
 
-    return run
+    For `if __name__ == "__main__":` only. Called from Python, as in a notebook, a main() raises its
+    errors, and leaves stdout, stderr and the signal handlers as they were.
+
+    Exit status 2 is a UserError or an OSError, 1 a closed pipe, 130 Ctrl-C. Any other exception is
+    a bug and keeps its traceback.
+    """
+    # Before this, while Python imports, a program leaves SIGINT to the system.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _prepare_output(encoding, errors)
+        main(argv)
+    except OtherRankError:
+        sys.exit(2)
+    except UserError as error:
+        _exit(error, 2)
+    except BrokenPipeError:  # stdout is a closed pipe (for example "| head")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # no space, no permission, a file where a folder should be
+        _exit(error, 2)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
 
 
-def _prepare_output():
+def _prepare_output(encoding, errors):
     """Let stdout and stderr accept any text; in Python they are None if they were closed (>&-)."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # nobody can read an error, but there is an exit status
     if sys.stdout is None:
         raise UserError("stdout is closed: send it to a file, or to /dev/null")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not what a notebook or a test puts in their place
-            stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # not what IPython's %run puts in its place
+        sys.stdout.reconfigure(encoding=encoding, errors=errors)
+    if hasattr(sys.stderr, "reconfigure"):
+        sys.stderr.reconfigure(errors="backslashreplace")
 
 
 def _exit(message, status):

@@ -17,7 +17,7 @@ from statistics import mean
 
 import torch
 
-from common.errors import program
+from common.errors import run_program
 from configurator import configure
 from experiments.intervals import format_mean
 from experiments.steps import Schedule, build_model, train_on
@@ -197,7 +197,6 @@ def draw(state, over_pairs, over_distance):
     over_pairs.legend(frameon=False, fontsize="small")
 
 
-@program
 def main(argv):
     study = Study("associative", configure(StudyConfig, argv, __doc__), PRESETS)
     config = study.config
@@ -209,4 +208,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

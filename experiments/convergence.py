@@ -11,7 +11,7 @@ import itertools
 import sys
 from statistics import mean
 
-from common.errors import program
+from common.errors import run_program
 from configurator import configure
 from experiments.intervals import format_mean
 from experiments.runs import PRESETS, shape_of_run, train_variant, val_losses, variants
@@ -110,7 +110,6 @@ def draw_curves(state, panel, step_widths):
     panel.legend(frameon=False)
 
 
-@program
 def main(argv):
     study = Study("convergence", configure(StudyConfig, argv, __doc__), PRESETS)
     config = study.config
@@ -122,4 +121,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from common.errors import program
+from common.errors import run_program
 from configurator import configure
 from experiments.runs import PRESETS, variants
 from experiments.steps import (
@@ -127,7 +127,6 @@ def decoding_sizes(shape):
     return [(1, T // 4 - 1), (1, T - 1), (8, T // 4 - 1), (8, T - 1)]
 
 
-@program
 def main(argv):
     study = Study("costs", configure(StudyConfig, argv, __doc__), PRESETS)
     config, device, dtype = study.config, study.device, study.dtype
@@ -145,4 +144,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

@@ -6,7 +6,7 @@ python -m experiments.curves --preset=cpu
 import sys
 from dataclasses import dataclass
 
-from common.errors import program
+from common.errors import run_program
 from common.models import model_module, models_with_option
 from configurator import configure, configure_with_model
 from experiments.runs import train_run, val_losses
@@ -73,7 +73,6 @@ def draw(state, panel):
     panel.set_ylabel("validation loss (nats per token)")
 
 
-@program
 def main(argv):
     study = Study("curves", configure(StudyConfig, argv, __doc__), PRESETS)
     for name in study.config.configs:
@@ -82,4 +81,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

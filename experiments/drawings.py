@@ -16,7 +16,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Patch, Rectangle
 
-from common.errors import program
+from common.errors import run_program
 from common.models import model_module
 from configurator import configure
 from experiments.study import COLOURS
@@ -263,7 +263,6 @@ DRAWINGS = {
 }
 
 
-@program
 def main(argv):
     configure(DrawingsConfig, argv, __doc__)
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -277,4 +276,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

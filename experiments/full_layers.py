@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from common.dataloader import Loader
-from common.errors import program
+from common.errors import run_program
 from common.models import model_module
 from configurator import configure
 from experiments.intervals import format_difference, format_mean, interval_of, verdict
@@ -118,7 +118,6 @@ def draw(state, panel):
     panel.set_xlabel("validation loss (nats per token), 95 % interval")
 
 
-@program
 def main(argv):
     study = Study("full_layers", configure(StudyConfig, argv, __doc__), PRESETS)
     config = study.config
@@ -130,4 +129,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

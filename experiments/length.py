@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from common.dataloader import Loader
-from common.errors import program
+from common.errors import run_program
 from common.pretrained import load_model
 from configurator import configure
 from experiments.intervals import format_difference, format_mean, verdict
@@ -131,7 +131,6 @@ def draw(state, panel):
     panel.set_ylabel("validation loss (nats per token)")
 
 
-@program
 def main(argv):
     study = Study("length", configure(StudyConfig, argv, __doc__), PRESETS)
     for name in NAMES:
@@ -142,4 +141,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

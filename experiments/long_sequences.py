@@ -6,7 +6,7 @@ python -m experiments.long_sequences --preset=cpu
 import sys
 from dataclasses import dataclass
 
-from common.errors import program
+from common.errors import run_program
 from configurator import configure
 from experiments.steps import (
     make_decoding_step,
@@ -134,7 +134,6 @@ def draw_costs(state, panel, key, text):
     panel.set_ylabel(text)
 
 
-@program
 def main(argv):
     study = Study("long_sequences", configure(StudyConfig, argv, __doc__), PRESETS)
     for T in study.config.lengths:
@@ -146,4 +145,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

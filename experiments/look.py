@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from common.errors import UserError, program
+from common.errors import UserError, run_program
 from common.models import model_module, models_with_option
 from configurator import check_minimum, configure_with_model
 from experiments.study import Study, StudyConfig
@@ -90,7 +90,6 @@ def describe_model(name, options, tokens, device="cpu"):
     return "\n".join(lines)
 
 
-@program
 def main(argv):
     config, options = configure_with_model(
         LookConfig,
@@ -115,4 +114,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

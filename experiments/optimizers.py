@@ -6,7 +6,7 @@ python -m experiments.optimizers --preset=cpu
 import sys
 from dataclasses import dataclass
 
-from common.errors import program
+from common.errors import run_program
 from configurator import configure
 from experiments.runs import SMALL, train_run, val_losses
 from experiments.study import COLOURS, Study, StudyConfig, label_points
@@ -103,7 +103,6 @@ def draw(state, panel):
     panel.set_ylabel("validation loss (nats per byte)")
 
 
-@program
 def main(argv):
     study = Study("optimizers", configure(StudyConfig, argv, __doc__), PRESETS)
     for size in study.config.sizes:
@@ -113,4 +112,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

@@ -12,7 +12,7 @@ import math
 import sys
 from statistics import mean
 
-from common.errors import program
+from common.errors import run_program
 from configurator import configure
 from experiments.intervals import (
     format_difference,
@@ -133,7 +133,6 @@ def draw(state, differences, caches):
     caches.set_ylabel("validation loss (nats per token)")
 
 
-@program
 def main(argv):
     study = Study("quality", configure(StudyConfig, argv, __doc__), PRESETS)
     config = study.config
@@ -144,4 +143,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

@@ -14,7 +14,7 @@ from statistics import mean
 
 import torch
 
-from common.errors import program
+from common.errors import run_program
 from configurator import configure
 from experiments.steps import Schedule, build_model, train_on
 from experiments.study import (
@@ -148,7 +148,6 @@ def draw(state, panel):
     panel.set_ylabel("fraction recalled")
 
 
-@program
 def main(argv):
     study = Study("recall", configure(StudyConfig, argv, __doc__), PRESETS)
     config = study.config
@@ -160,4 +159,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import UserError, program
+from common.errors import UserError, run_program
 from configurator import configure
 from experiments.study import DOCS, save_plot
 from tools.bench.results import describe_source, markdown_rows
@@ -132,7 +132,6 @@ def fill(text):
     return BLOCK.sub(replacement, text)
 
 
-@program
 def main(argv):
     configure(ReportConfig, argv, __doc__)
     for path in DOCUMENTS:
@@ -147,4 +146,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from common.errors import program
+from common.errors import run_program
 from common.pretrained import load_model
 from common.tokenizer import get_tokenizer
 from configurator import configure
@@ -40,7 +40,6 @@ def continue_prompt(config, name, device):
     return text.removeprefix(prompt)
 
 
-@program
 def main(argv):
     study = Study("samples", configure(StudyConfig, argv, __doc__), PRESETS)
     for name in variants(study.config.run):
@@ -49,4 +48,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

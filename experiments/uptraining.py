@@ -10,7 +10,7 @@ base trained further for as many steps, and GQA trained from scratch.
 import sys
 from statistics import mean
 
-from common.errors import program
+from common.errors import run_program
 from configurator import configure
 from experiments.intervals import format_difference, format_mean
 from experiments.runs import PRESETS, train_run, train_variant, val_losses, variants
@@ -108,7 +108,6 @@ def draw(state, panel):
     panel.set_ylabel("validation loss (nats per token)")
 
 
-@program
 def main(argv):
     study = Study("uptraining", configure(StudyConfig, argv, __doc__), PRESETS)
     config = study.config
@@ -122,4 +121,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

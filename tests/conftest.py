@@ -13,7 +13,7 @@ import torch
 
 import train
 from common import download
-from common.errors import UserError
+from common.errors import UserError, run_program
 from common.tokenizer import get_tokenizer
 
 # A second thread does not speed up tiny tensors, and slows down processes that share the cores.
@@ -65,14 +65,14 @@ def write_tiny(folder):
     write_dataset(folder / "data" / "tiny", ids[:-600], ids[-600:], {"tokenizer": "byte"})
 
 
-def refused(capsys, argv):
-    """Run train.py with arguments that it must refuse; return its one line on stderr."""
+def refused(capsys, argv, main=train.main):
+    """Run a program with arguments that it must refuse; return its one line on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        train.main(argv)
+        run_program(main, argv)
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
+    assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     return lines[0]
 

@@ -36,6 +36,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from common.errors import run_program
+
 TIMEOUT = 120  # seconds after which a process counts as hung
 AUDIT_EVENTS = {"os.mkdir": "mkdir", "os.rmdir": "rmdir", "os.remove": "remove"}
 
@@ -165,7 +167,7 @@ def half_of(view):
 
 def _exit_status(call):
     try:
-        call()
+        run_program(lambda argv: call(), [])
     except SystemExit as stopped:
         return stopped.code or 0
     except BaseException:

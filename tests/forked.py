@@ -15,6 +15,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import run_program
+
 SECONDS = 20  # that a child may take
 GIGABYTE = 10**9
 ADDRESS_SPACE = 8 * GIGABYTE  # that a child may reserve, beyond what its parent has
@@ -80,7 +82,7 @@ def _run_child(main, argv, folder, out, err, memory):
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
         try:
-            main(argv)
+            run_program(main, argv)
             status = 0
         except SystemExit as stopped:
             status = stopped.code

@@ -43,6 +43,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import train
 from common import checkpoint
 from common.dataloader import Loader
+from common.errors import run_program
 
 torch.set_num_threads(1)
 
@@ -107,7 +108,7 @@ def do_run(run):
     spoil = spoiled(**run["spoil"]) if "spoil" in run else contextlib.nullcontext()
     try:
         with spoil as record["digests"]:
-            train.main(argv)
+            run_program(train.main, argv)
         record["status"] = 0
     except SystemExit as stopped:
         if "signal" in run:  # another rank was killed: torchrun must see that this one fails, too

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 import prepare_data
 import sample
 import train
-from common.errors import program
 from common.pretrained import load_model
 from model import GPT, GPTConfig
 from tools import export, plot_loss
@@ -99,7 +98,7 @@ PROGRAMS = {
     "eval_only": (train.main, arguments(eval_only=True), last_line),
     "sample": (sample.main, ["--init_from=out/tiny", *SAMPLE_OPTIONS], printed),
     "export": (export.main, ["--init_from=out/tiny", "--out_dir=exported"], exported),
-    "load_model": (program(print_weights), ["out/tiny"], printed),
+    "load_model": (print_weights, ["out/tiny"], printed),
     "plot_loss": (print_curves, ["out/tiny"], printed),
     "verify": (prepare_data.main, ["tiny", "--verify=True"], printed),
     "sample gpt": (sample.main, ["--init_from=gpt", *SAMPLE_OPTIONS], printed),
@@ -111,7 +110,7 @@ PROGRAMS = {
         ),
         trained,
     ),
-    "load gpt2": (program(print_weights), ["gpt2"], printed),
+    "load gpt2": (print_weights, ["gpt2"], printed),
     "config": (train.main, ["tiny.py", "--eval_only=True"], last_line),
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_dataset
+from conftest import refused, write_dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import prepare_data
@@ -146,11 +146,7 @@ def rows_of(name):
 
 def error_of(capsys, *argv):
     """Run the program with arguments that it must refuse; return its one line on stderr."""
-    with pytest.raises(SystemExit) as stopped:
-        bench.main(list(argv))
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+    return refused(capsys, list(argv), bench.main)
 
 
 # Every benchmark ------------------------------------------------------------------------------

@@ -3,17 +3,23 @@
 Also common/errors.py: the exit status and the output of a program that fails.
 """
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import pytest
 
 import sample
 import train
-from common.errors import UserError, program
+from common.errors import OtherRankError, UserError, run_program
 from common.models import config_fields, model_module, model_names
 from configurator import OTHER_NAMES, check_minimum, configure, configure_with_model
 from tools import plot_loss
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -512,17 +518,12 @@ def test_help_shows_the_options_of_a_model_if_there_is_one(capsys, flag, parse):
 
 
 def failing(error):
-    """Return a program that raises this error."""
+    """Return a main() that raises this error."""
 
-    @program
-    def main():
+    def main(argv):
         raise error
 
     return main
-
-
-def test_a_program_returns_what_its_main_returns():
-    assert program(lambda argv: argv)(["a"]) == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -530,7 +531,7 @@ def test_a_program_returns_what_its_main_returns():
 )
 def test_a_user_error_or_an_interrupt_is_one_line_on_stderr_and_a_status(capsys, error, status):
     with pytest.raises(SystemExit) as end:
-        failing(error)()
+        run_program(failing(error), [])
     out, err = capsys.readouterr()
     assert end.value.code == status
     assert out == ""
@@ -538,6 +539,23 @@ def test_a_user_error_or_an_interrupt_is_one_line_on_stderr_and_a_status(capsys,
     assert str(error) in err
 
 
+def test_an_error_that_rank_0_prints_is_only_a_status_on_another_rank(capsys):
+    with pytest.raises(SystemExit) as end:
+        run_program(failing(OtherRankError("no data")), [])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_closed_pipe_is_status_1_and_no_line():
+    code = "from common.errors import run_program; run_program(print, [])"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as pipe:
+        command = [sys.executable, "-c", code]
+        completed = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE)
+    assert (completed.returncode, completed.stderr) == (1, b"")
+
+
 def test_a_bug_of_ours_keeps_its_traceback():
     with pytest.raises(AssertionError):
-        failing(AssertionError("a bug"))()
+        run_program(failing(AssertionError("a bug")), [])

@@ -14,7 +14,7 @@ from test_fineweb import shard_file, shard_name
 import prepare_data
 from common.dataloader import Loader
 from common.download import download, hub_url
-from common.errors import UserError, program
+from common.errors import UserError
 from common.tokenizer import byte_tokenizer
 from tools import export
 
@@ -48,7 +48,6 @@ def prepare_shakespeare():
     prepare_data.main(["shakespeare_char"])
 
 
-@program
 def download_file():
     download(hub_url("file.bin"), "data/file.bin")
 

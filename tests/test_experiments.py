@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, write_tiny
+from conftest import TINY, refused, write_tiny
 
 import train
 from common import models
@@ -160,11 +160,7 @@ def test_an_experiment_draws_a_plot(tiny, name):
 )
 def test_an_unknown_option_or_preset_is_an_error_of_one_line(tiny, capsys, name, argument, named):
     main = importlib.import_module(f"experiments.{name}").main
-    with pytest.raises(SystemExit) as stopped:
-        main([argument])
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert named in line
+    assert named in refused(capsys, [argument], main)
 
 
 # Studies --------------------------------------------------------------------------------------
@@ -243,10 +239,9 @@ def test_the_comparisons_are_paired_differences_of_the_final_losses(tiny):
     assert f"{difference:+.4f}" in row
 
 
-def test_an_experiment_without_a_corpus_refuses_a_dataset(tiny, capsys):
-    with pytest.raises(SystemExit):
+def test_an_experiment_without_a_corpus_refuses_a_dataset(tiny):
+    with pytest.raises(UserError, match="dataset"):
         recall.main(["--dataset=tiny"])
-    assert "dataset" in capsys.readouterr().err
 
 
 def test_an_unfinished_study_is_published_without_the_models_that_lack_seeds(tiny, monkeypatch):
@@ -260,7 +255,7 @@ def test_an_unfinished_study_is_published_without_the_models_that_lack_seeds(tin
 
     measure_quality = quality.measure_quality
     monkeypatch.setattr(quality, "measure_quality", stop_at_the_third_run)
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError):
         quality.main(["--preset=cpu", "--overwrite=True"])
     state = json.loads((tiny / "docs/experiments/quality_cpu.json").read_text())
     assert quality.measured_variants(state) == ["base"]

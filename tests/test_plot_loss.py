@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import read_log
+from conftest import read_log, refused
 
 from tools import plot_loss
 
@@ -61,8 +61,5 @@ def test_a_run_without_any_training_loss_is_drawn(workdir):
     ],
 )
 def test_what_is_not_a_run_is_refused_in_one_line(workdir, capsys, argv, words):
-    with pytest.raises(SystemExit) as stopped:
-        plot_loss.main(argv)
-    lines = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1
-    assert all(word in lines[0] for word in words)
+    line = refused(capsys, argv, plot_loss.main)
+    assert all(word in line for word in words)

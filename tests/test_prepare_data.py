@@ -7,6 +7,7 @@ import random
 import re
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 from conftest import decode
@@ -54,17 +55,7 @@ def contents(folder):
 @pytest.fixture
 def refused(capsys):
     """Return a function that runs the program, which must refuse, and returns its one line."""
-
-    def run(*argv):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            prepare_data.main(list(argv))
-        lines = capsys.readouterr().err.splitlines()
-        assert stopped.value.code == 2
-        assert len(lines) == 1, lines
-        return lines[0]
-
-    return run
+    return lambda *argv: conftest.refused(capsys, list(argv), prepare_data.main)
 
 
 # Text in --------------------------------------------------------------------------------------

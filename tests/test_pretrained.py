@@ -10,14 +10,14 @@ import types
 
 import pytest
 import torch
-from conftest import arguments
+from conftest import arguments, refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import sample
 import train
 from common import pretrained
-from common.errors import UserError
+from common.errors import UserError, run_program
 from common.pretrained import load_model
 from tools.export import export
 from tools.export import main as export_main
@@ -182,7 +182,7 @@ def test_gpt2_without_a_network_is_one_line_and_writes_nothing(
     monkeypatch.setattr("common.download.RETRY_WAIT", 0.0)
     (workdir / "data/tiny/meta.json").write_text('{"tokenizer": "gpt2"}')
     with pytest.raises(SystemExit) as stopped:
-        main(argv)
+        run_program(main, argv)
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
@@ -232,11 +232,10 @@ def test_training_starts_from_gpt2_with_a_shorter_context(served, workdir):
     assert load_model("out/tiny")[0].config.block_size == 16
 
 
-def test_training_refuses_a_shape_other_than_that_of_gpt2(served, workdir, capsys):
+def test_training_refuses_a_shape_other_than_that_of_gpt2(served, workdir):
     (workdir / "data/tiny/meta.json").write_text('{"tokenizer": "gpt2"}')
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=r"gpt2 .*n_layer=2\b.*\b3\b"):
         train.main(arguments(**FINETUNING, n_layer=3))
-    assert re.search(r"gpt2 .*n_layer=2\b.*\b3\b", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -382,10 +381,7 @@ def test_export_as_a_program_prints_how_to_load_the_result(tiny_run, capsys):
 
 
 def test_export_without_out_dir_is_refused_with_the_option(tiny_run, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        export_main(["--init_from=out/tiny"])
-    assert stopped.value.code == 2
-    assert "--out_dir" in capsys.readouterr().err
+    assert "--out_dir" in refused(capsys, ["--init_from=out/tiny"], export_main)
 
 
 @pytest.mark.network
@@ -397,8 +393,8 @@ def test_the_released_gpt2_continues_a_prompt_as_in_transformers(
     sampling = ["--temperature=0", "--dtype=float32"]
     try:
         sample.main(["--init_from=gpt2", f"--prompt={prompt}", *sampling])
-    except SystemExit:
-        pytest.skip(f"no network: {capsys.readouterr().err}")
+    except UserError as error:
+        pytest.skip(f"no network: {error}")
     text = capsys.readouterr().out
     theirs = GPT2LMHeadModel.from_pretrained("openai-community/gpt2")
     assert text.startswith(greedy_text(theirs, gpt2_tokenizer, prompt))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from conftest import arguments, write_dataset
@@ -13,25 +14,22 @@ from test_variants import WINDOW, make_vivid, tokens
 
 import sample
 import train
+from common.errors import run_program
 from common.models import model_module
 from common.pretrained import load_model
+
+TINY_RUN = ["--init_from=out/tiny", "--dtype=float32", "--device=cpu"]
 
 
 def run(capsys, *argv):
     """Run sample.py on the tiny run; return what it printed."""
-    sample.main(["--init_from=out/tiny", "--dtype=float32", "--device=cpu", *argv])
+    sample.main([*TINY_RUN, *argv])
     return capsys.readouterr()
 
 
 def refused(capsys, *argv):
     """Run sample.py with arguments that it must refuse; return its one line on stderr."""
-    with pytest.raises(SystemExit) as stopped:
-        run(capsys, *argv)
-    assert stopped.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    return lines[0]
+    return conftest.refused(capsys, [*TINY_RUN, *argv], sample.main)
 
 
 def greedy_by_full_forwards(model, ids, count):
@@ -172,7 +170,7 @@ def test_an_interrupt_prints_the_text_so_far(tiny_run, capsys, monkeypatch):
 
     monkeypatch.setattr(sample, "generate", interrupted)
     with pytest.raises(SystemExit) as stopped:
-        run(capsys, "--prompt=def ", "--num_samples=2", "--seed=3")
+        run_program(sample.main, [*TINY_RUN, "--prompt=def ", "--num_samples=2", "--seed=3"])
     printed = capsys.readouterr()
     assert stopped.value.code == 130
     assert "[10 tokens" in printed.err

@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 
 from common.device import pick_dtype
-from common.errors import UserError, program
+from common.errors import UserError, run_program
 from common.models import make_config, model_module, models_with_option
 from common.optimizer import OPTIMIZERS, hidden_matrices
 from configurator import check_minimum, configure_with_model
@@ -344,7 +344,6 @@ def estimate(config, options):
     return columns
 
 
-@program
 def main(argv):
     config, options = configure_with_model(
         EstimateConfig,
@@ -359,4 +358,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 from tiktoken.load import read_file_cached
 
-from common.errors import UserError, program
+from common.errors import UserError, run_program
 from common.files import fsync, lock, name_in_errors, write_json
 from common.pretrained import CONV1D, FIXED, load_model
 from common.tokenizer import EOT, get_tokenizer
@@ -205,7 +205,6 @@ def write_gpt2_tokenizer(folder, block_size):
         (folder / name).write_bytes(read_file_cached(GPT2_BPE + original, sha256))
 
 
-@program
 def main(argv):
     config = configure(ExportConfig, argv, __doc__)
     if not config.init_from or not config.out_dir:
@@ -218,4 +217,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

@@ -14,7 +14,7 @@ if __name__ == "__main__" and not __package__:
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.errors import UserError, program
+from common.errors import UserError, run_program
 from common.files import check_regular, parse_json, read_text
 from configurator import configure
 
@@ -98,7 +98,6 @@ def draw_run(panel, key, label, records, color):
     )
 
 
-@program
 def main(argv):
     config = configure(PlotConfig, argv, __doc__, positional="runs")
     if not config.runs:
@@ -113,4 +112,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

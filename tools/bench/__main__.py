@@ -33,7 +33,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 import torch
 
 from common.device import is_out_of_memory, keep_freed_memory, pick_device
-from common.errors import UserError, program
+from common.errors import UserError, run_program
 from configurator import check_minimum, configure
 from tools.bench.attention import measure_attention
 from tools.bench.data import measure_data
@@ -169,7 +169,6 @@ def release_memory(device):
         torch.cuda.empty_cache()
 
 
-@program
 def main(argv):
     config = configure(BenchConfig, argv, __doc__, positional="what")
     check_minimum(config, 1, "budget_seconds", "position")
@@ -191,4 +190,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, sys.argv[1:])

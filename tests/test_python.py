@@ -1,0 +1,264 @@
+"""The programs called from Python, as in a notebook: they raise their errors and change nothing.
+
+The streams are like those of a notebook: they have write() and flush() and nothing else. Also the
+other side: started as a program, each main() ends with one line and status 2.
+"""
+
+import contextlib
+import functools
+import io
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import arguments
+from faults import Forked, needs_fork
+
+import prepare_data
+import sample
+import train
+from common.errors import OtherRankError, UserError
+from common.pretrained import load_model
+from tools import estimate_memory, export, plot_loss
+
+ROOT = Path(train.__file__).parent
+SAMPLE = ["--init_from=out/tiny", "--prompt=def ", "--max_new_tokens=5", "--device=cpu"]
+PREPARE = ["mine", "--input=text.txt", "--tokenizer=byte"]
+MAINS = {  # name: (main, argv)
+    "train": (train.main, arguments(out_dir="out/new", max_steps=2)),
+    "resume": (train.main, arguments(max_steps=13)),
+    "eval_only": (train.main, arguments(eval_only=True)),
+    "sample": (sample.main, SAMPLE),
+    "samples": (sample.main, [*SAMPLE, "--num_samples=2"]),
+    "prepare_data": (prepare_data.main, PREPARE),
+    "export": (export.main, ["--init_from=out/tiny", "--out_dir=exported"]),
+    "plot_loss": (plot_loss.main, ["out/tiny"]),
+    "estimate_memory": (estimate_memory.main, ["--n_layer=1"]),
+}
+each_main = pytest.mark.parametrize("name", MAINS)
+# A main() that fails late, with its signal handlers set or its files open.
+FAILING = {
+    "an unknown option": (sample.main, [*SAMPLE, "--temprature=1"]),
+    "a bad option": (sample.main, [*SAMPLE, "--top_p=2"]),
+    "a missing model": (sample.main, ["--init_from=out/none"]),
+    "a bad training option": (train.main, arguments(n_embd=15)),
+    "a loss that is not finite": (
+        train.main,
+        arguments(out_dir="out/new", learning_rate=1e30, warmup_steps=0, grad_clip=0.0),
+    ),
+    "a dataset that is not replaced": (prepare_data.main, ["tiny", "--input=text.txt"]),
+    "an export without a directory": (export.main, ["--init_from=out/tiny"]),
+    "a missing run": (plot_loss.main, ["out/none"]),
+    "a missing model file": (estimate_memory.main, ["--model=mine"]),
+}
+each_failing = pytest.mark.parametrize("name", FAILING)
+
+
+class NotebookStream:
+    """Has what print() needs, and no reconfigure, fileno, buffer, encoding or isatty."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.fixture
+def folder(tiny_run, workdir):
+    """Return the working directory, with a run, out/tiny, and a text, text.txt."""
+    (workdir / "text.txt").write_text(100 * "def f(x): return x\n")
+    return workdir
+
+
+@contextlib.contextmanager
+def streams_of_a_notebook():
+    """Put streams like a notebook's in the place of stdout and stderr; yield the two."""
+    # Not in a fixture: pytest captures again between a fixture and its test.
+    out, err = NotebookStream(), NotebookStream()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield out, err
+
+
+@contextlib.contextmanager
+def nothing_changes():
+    """Check that streams, how they write text, and signal handlers are afterwards as before."""
+    out, err = (
+        io.TextIOWrapper(io.BytesIO(), encoding="latin-1", errors="xmlcharrefreplace")
+        for _ in range(2)
+    )
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        before = state()
+        yield
+        assert (sys.stdout, sys.stderr) == (out, err)
+        assert state() == before
+
+
+def state():
+    return {
+        "text": [(stream.encoding, stream.errors) for stream in (sys.stdout, sys.stderr)],
+        "descriptors": [os.fstat(descriptor).st_ino for descriptor in (1, 2)],
+        "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+    }
+
+
+@each_main
+def test_a_main_prints_to_a_stream_without_reconfigure_or_fileno(folder, name):
+    main, argv = MAINS[name]
+    with streams_of_a_notebook() as (out, _):
+        main(argv)
+    assert out.text.endswith("\n")
+
+
+@each_failing
+def test_a_main_raises_user_error_and_prints_no_error_line(folder, name):
+    main, argv = FAILING[name]
+    with streams_of_a_notebook() as (_, err), pytest.raises(UserError):
+        main(argv)
+    assert "error:" not in err.text
+
+
+@each_main
+def test_a_main_leaves_streams_and_signal_handlers_as_they_were(folder, name):
+    main, argv = MAINS[name]
+    with nothing_changes():
+        main(argv)
+
+
+@each_failing
+def test_a_main_that_fails_leaves_streams_and_signal_handlers_as_they_were(folder, name):
+    main, argv = FAILING[name]
+    with nothing_changes(), pytest.raises(UserError):
+        main(argv)
+
+
+@pytest.mark.parametrize("error", [OSError("no space"), BrokenPipeError(), RuntimeError("a bug")])
+def test_an_error_in_a_step_of_training_is_raised_and_handlers_are_restored(
+    folder, monkeypatch, error
+):
+    def fail(run):
+        raise error
+
+    monkeypatch.setattr(train, "train_step", fail)
+    with nothing_changes(), pytest.raises(type(error)) as raised:
+        train.main(arguments(out_dir="out/new"))
+    assert raised.value is error
+
+
+def test_a_stopped_training_returns_and_handlers_are_restored(folder, monkeypatch):
+    def stop(run):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train, "train_step", stop)
+    with nothing_changes():
+        train.main(arguments(out_dir="out/new"))
+
+
+def test_ctrl_c_while_sampling_is_raised(folder, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(sample, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(SAMPLE)
+
+
+def test_training_works_in_a_thread_that_cannot_set_signal_handlers(folder):
+    thread = threading.Thread(target=train.main, args=[arguments(out_dir="out/new", max_steps=2)])
+    thread.start()
+    thread.join()
+    assert Path("out/new/step_00000002").is_dir()
+
+
+def test_another_rank_raises_the_message_that_rank_0_prints(monkeypatch):
+    monkeypatch.setattr(train.ProcessGroup, "all_gather", lambda group, value: ["no data"])
+    group = train.ProcessGroup(timeout=1)
+    group.rank = 1
+    with pytest.raises(OtherRankError, match="no data"):
+        with group.exit_together():
+            pass
+
+
+@pytest.mark.parametrize("main", [train.main, sample.main, plot_loss.main])
+def test_help_prints_the_options_and_raises_system_exit_0(main):
+    with streams_of_a_notebook() as (out, _), pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert "--" in out.text
+
+
+def test_load_model_returns_a_model_in_eval_mode(tiny_run):
+    model, _ = load_model("out/tiny")
+    assert model.config.dropout > 0
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_run_from_loaded_weights_trains_with_dropout(folder, monkeypatch):
+    modes = []
+    train_step = train.train_step
+
+    def record_mode(run):
+        modes.append(run.model.training)
+        return train_step(run)
+
+    monkeypatch.setattr(train, "train_step", record_mode)
+    train.main(arguments(out_dir="out/new", init_from="out/tiny", max_steps=2))
+    assert modes == [True, True]
+
+
+# Started as programs --------------------------------------------------------------------------
+
+EXPERIMENTS = sorted(
+    f"experiments.{path.stem}"
+    for path in (ROOT / "experiments").glob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
+)
+TOOLS = ["tools.bench", "tools.estimate_memory", "tools.export", "tools.plot_loss"]
+
+
+def is_one_line_with(text, word):
+    return text.startswith("error: ") and text.count("\n") == 1 and word in text
+
+
+@pytest.mark.parametrize("name", ["train.py", "sample.py", "prepare_data.py", *TOOLS])
+def test_a_program_refuses_an_option_in_one_line_with_status_2(tmp_path, name):
+    program = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
+    completed = subprocess.run(
+        [sys.executable, *program, "--colour=red"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert completed.returncode == 2
+    assert is_one_line_with(completed.stderr, "colour")
+    assert completed.stdout == ""
+
+
+@needs_fork
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_refuses_an_option_in_one_line_with_status_2(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", ["experiment", "--colour=red"])
+    start = functools.partial(runpy.run_module, name, run_name="__main__")
+    outcome = Forked(start, tmp_path).finish()
+    assert outcome.status == 2
+    assert is_one_line_with(outcome.err, "colour")
+
+
+def test_sample_as_a_program_writes_utf_8_whatever_the_locale(tiny_run, workdir):
+    completed = subprocess.run(
+        [sys.executable, ROOT / "sample.py", *SAMPLE[:1], "--prompt=Ä", "--max_new_tokens=1"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
+        capture_output=True,
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.startswith("Ä".encode())
