@@ -163,22 +163,18 @@ def save_plot(state, draw):
     draw   function of the state and of one or more panels (matplotlib Axes, side by side); its
            number of parameters says how many
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen needed
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # see tools/plot_loss.py
 
     count = len(inspect.signature(draw).parameters) - 1
     width = 8 if count < 3 else 11
-    figure, axes = plt.subplots(1, count, figsize=(width, 4), layout="constrained", squeeze=False)
-    panels = axes[0]
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    panels = figure.subplots(1, count, squeeze=False)[0]
     draw(state, *panels)
     for panel in panels:
         panel.margins(y=0.12)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(DOCS / f"{result_name(state)}.png", dpi=110)
-    plt.close(figure)
 
 
 def label_points(panel, *points, offset=(6, -3)):

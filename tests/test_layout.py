@@ -86,6 +86,13 @@ def test_no_file_imports_a_module_of_pickles(path):
 
 
 @each_file
+def test_no_file_imports_pyplot_whose_backend_is_that_of_a_notebook(path):
+    names = imports(path)
+    assert not [name for name in names if name.startswith("matplotlib.pyplot")]
+    assert "matplotlib.use(" not in path.read_text(encoding="utf-8")
+
+
+@each_file
 def test_no_file_calls_torch_load_or_save(path):
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}

@@ -15,6 +15,7 @@ import sys
 import threading
 from pathlib import Path
 
+import matplotlib
 import pytest
 from conftest import arguments
 from faults import Forked, needs_fork
@@ -194,6 +195,12 @@ def test_help_prints_the_options_and_raises_system_exit_0(main):
         main(["--help"])
     assert end.value.code == 0
     assert "--" in out.text
+
+
+def test_drawing_keeps_the_backend_that_a_notebook_shows_plots_with(folder, monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "backend", "svg")
+    plot_loss.main(["out/tiny"])
+    assert matplotlib.get_backend() == "svg"
 
 
 def test_load_model_returns_a_model_in_eval_mode(tiny_run):

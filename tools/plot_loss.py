@@ -54,15 +54,14 @@ def read_log(directory):
 
 def draw(runs, path):
     """Draw {label: records} into the PNG file `path`; the three panels share the loss axis."""
-    import matplotlib
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # not pyplot, whose backend is that of a notebook
 
-    matplotlib.use("Agg")  # draws into files, without a screen
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
     # Colors of different lightness can be told apart in print and by color-blind readers.
     shades = [0.85 * i / max(1, len(runs) - 1) for i in range(len(runs))]
-    colors = plt.get_cmap("viridis")(shades)
+    colors = colormaps["viridis"](shades)
     for panel, key in zip(panels, ("step", "tokens", "seconds"), strict=True):
         for (label, records), color in zip(runs.items(), colors, strict=True):
             draw_run(panel, key, label, records, color)
@@ -71,7 +70,6 @@ def draw(runs, path):
     panels[0].set_ylabel("loss (nats per token)")
     panels[0].legend(fontsize="small")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def draw_run(panel, key, label, records, color):

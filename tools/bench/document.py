@@ -206,16 +206,13 @@ def save_plot(question, results, path):
     values = bars(question, results)
     if not values:
         return False
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen needed
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # see tools/plot_loss.py
 
     height = 1 + BAR_HEIGHT * len(values)
-    figure, panel = plt.subplots(figsize=(8, height), layout="constrained")
+    figure = Figure(figsize=(8, height), layout="constrained")
+    panel = figure.subplots()
     draw_bars(panel, question, values)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return True
 
 
