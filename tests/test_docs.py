@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import TEXT, arguments
 from test_pretrained import random_gpt2
+from test_python import streams_of_a_notebook
 from test_variants import MODELS
 from torch.distributed.run import get_args_parser
 
@@ -267,6 +268,21 @@ def test_a_command_runs(command, tiny_run, monkeypatch):
     monkeypatch.setattr(bench, "BENCHMARKS", dict.fromkeys(bench.BENCHMARKS, nothing))
     os.symlink(ROOT / "config", "config")
     run(shlex.split(command))
+
+
+# Python ---------------------------------------------------------------------------------------
+
+
+def test_the_python_lines_of_the_readme_generate_text_in_a_notebook(tiny_run):
+    shutil.copytree(tiny_run, "out/quickstart")
+    [code] = [code for language, code in BLOCK.findall(TEXTS["README.md"]) if language == "python"]
+    names = {}
+    with streams_of_a_notebook() as (out, _):
+        exec(code, names)
+    assert out.text.startswith("def ")
+    assert len(out.text) > len("def \n")
+    assert not names["model"].training
+    assert names["tokenizer"].decode(names["tokenizer"].encode("def f(x):")) == "def f(x):"
 
 
 # docs/BREAK_IT.md -----------------------------------------------------------------------------

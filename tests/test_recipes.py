@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import arguments
 from test_variants import close, feed, last_logits, make, make_vivid, tokens
 
 import model_rope
@@ -166,6 +167,35 @@ def test_the_lines_for_python_generate_text(tiny_run, capsys):
     shutil.copytree(tiny_run, "out/quickstart")
     exec(block("python", "generate_text"), {})
     assert capsys.readouterr().out.startswith("def ")
+
+
+def test_the_lines_with_ids_print_the_loss_and_decode_what_is_generated(tiny_run, capsys):
+    shutil.copytree(tiny_run, "out/quickstart")
+    names = {}
+    exec(block("python", "import generate\n"), names)
+    loss, continuation = capsys.readouterr().out.split("\n", maxsplit=1)
+    assert 1 < float(loss) < 6
+    assert len(names["continuation"]) == 20
+    assert continuation == names["tokenizer"].decode(names["continuation"]) + "\n"
+
+
+QUICKSTART = '["config/quickstart.py", "--max_steps=100", "--out_dir=out/short"]'
+
+
+def test_the_lines_that_call_a_main_train_and_sample(workdir, capsys):
+    code = block("python", "train.main")
+    assert code.count(QUICKSTART) == 1  # which takes longer than a test should
+    tiny = repr(arguments(max_steps=2, out_dir="out/short"))
+    exec(code.replace(QUICKSTART, tiny), {})
+    assert "def " in capsys.readouterr().out
+
+
+def test_the_lines_that_call_a_main_print_its_error(workdir, capsys):
+    code = block("python", "train.main")
+    exec(code.replace(QUICKSTART, repr(arguments(n_embd=15))), {})
+    printed = capsys.readouterr()
+    assert "n_embd=15" in printed.out
+    assert printed.err == ""
 
 
 def test_generate_text_takes_the_options_of_sampling(tiny_run):
