@@ -5,7 +5,6 @@ other side: started as a program, each main() ends with one line and status 2.
 """
 
 import contextlib
-import functools
 import io
 import os
 import runpy
@@ -255,7 +254,13 @@ def test_a_program_refuses_an_option_in_one_line_with_status_2(tmp_path, name):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_refuses_an_option_in_one_line_with_status_2(tmp_path, monkeypatch, name):
     monkeypatch.setattr(sys, "argv", ["experiment", "--colour=red"])
-    start = functools.partial(runpy.run_module, name, run_name="__main__")
+
+    def start():
+        try:
+            runpy.run_module(name, run_name="__main__")
+        except UserError as error:  # Forked would report it in one line, too
+            raise AssertionError("main() must be called by run_program") from error
+
     outcome = Forked(start, tmp_path).finish()
     assert outcome.status == 2
     assert is_one_line_with(outcome.err, "colour")
