@@ -60,6 +60,8 @@ SHAKESPEARE_URL = (
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 FINEWEB = "datasets/kjj0/fineweb10B-gpt2/resolve/main"
 FINEWEB_SHARDS = 103
+# modded-nanogpt, whose leaderboard is public, evaluates the first 10 * 2**20 tokens of the shard.
+FINEWEB_VAL_TOKENS = 10_485_760
 SHARD_HEADER = 256  # int32 numbers before a shard's tokens: magic, version, token count, zeros
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 
@@ -316,7 +318,8 @@ def prepare_text(folder, tokenizer_name, paths, field, val_fraction, source):
 def prepare_fineweb(folder, shards, overwrite):
     """Download FineWeb's tokenized shards and append them to train.bin; return the meta.json.
 
-    A later call with more shards adds only those that are missing.
+    val.bin has the first FINEWEB_VAL_TOKENS tokens of the validation shard, and one more, which is
+    the last target. A later call with more shards adds only those that are missing.
     """
     if not 1 <= shards <= FINEWEB_SHARDS:
         raise UserError(f"shards={shards} must be from 1 to {FINEWEB_SHARDS}")
@@ -326,7 +329,9 @@ def prepare_fineweb(folder, shards, overwrite):
     is_begun = has_dataset(folder) or meta.get("shards") == 0
     if meta.get("source") != "fineweb" or not is_begun:
         (folder / "train.bin").unlink(missing_ok=True)
-        val_tokens = append_shard("fineweb_val_000000.bin", folder / "val.bin", 0)
+        val_tokens = append_shard(
+            "fineweb_val_000000.bin", folder / "val.bin", 0, max_tokens=FINEWEB_VAL_TOKENS + 1
+        )
         meta = {
             "tokenizer": "gpt2",
             "vocab_size": 50257,
@@ -358,8 +363,11 @@ def prepare_fineweb(folder, shards, overwrite):
     return meta
 
 
-def append_shard(name, bin_path, tokens_before):
-    """Download a shard and append it to a bin of `tokens_before` tokens; return the new count."""
+def append_shard(name, bin_path, tokens_before, max_tokens=None):
+    """Download a shard and append it to a bin of `tokens_before` tokens; return the new count.
+
+    max_tokens   append the first tokens of the shard only, at most so many
+    """
     shard = bin_path.with_name(name)
     check_regular(shard)
     check_regular(bin_path)
@@ -383,9 +391,11 @@ def append_shard(name, bin_path, tokens_before):
         bin_file.truncate(2 * tokens_before)  # an interrupted call may have added more
         file.seek(4 * SHARD_HEADER)
         shutil.copyfileobj(file, bin_file)
+        added = header[2] if max_tokens is None else min(header[2], max_tokens)
+        bin_file.truncate(2 * (tokens_before + added))
     fsync(bin_path)
     shard.unlink()
-    return tokens_before + header[2]
+    return tokens_before + added
 
 
 # Datasets -------------------------------------------------------------------------------------

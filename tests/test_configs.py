@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import arguments
 
+import prepare_data
 import sample
 import train
 from common.pretrained import load_model
@@ -26,6 +27,21 @@ def options_of(name):
     """Return the options that a config file sets."""
     names = runpy.run_path(str(CONFIGS / f"{name}.py"))
     return {key: value for key, value in names.items() if not key.startswith("_")}
+
+
+OPTIONS = {path.stem: options_of(path.stem) for path in sorted(CONFIGS.glob("[!_]*.py"))}
+FINEWEB = [name for name, options in OPTIONS.items() if options.get("dataset") == "fineweb"]
+
+
+@pytest.mark.parametrize("name", FINEWEB)
+def test_a_fineweb_config_evaluates_the_tokens_of_the_leaderboards(name):
+    assert OPTIONS[name]["eval_tokens"] == prepare_data.FINEWEB_VAL_TOKENS == 10 * 2**20
+
+
+def test_50_shards_are_enough_text_for_one_epoch_of_gpt2_rope_5b():
+    options = OPTIONS["gpt2_rope_5b"]
+    sequences = options["max_steps"] * options["total_batch_size"] // 1024
+    assert sequences <= 50 * 100_000_000 // 1024 - 1  # the windows of an epoch, see Loader
 
 
 @pytest.mark.parametrize("base", ["gpt2", "shakespeare_char"])

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import prepare_data
+from common.dataloader import Loader
 from common.errors import UserError
 from prepare_data import PrepareConfig, prepare, verify
 
@@ -81,6 +83,22 @@ def test_the_bins_are_the_shards_without_headers_in_order(shards):
     fineweb(3)
     assert ids("train") == shards[1] + shards[2] + shards[3]
     assert ids("val") == shards[0]
+
+
+def test_val_bin_ends_with_the_target_of_the_last_leaderboard_token(shards, monkeypatch):
+    monkeypatch.setattr(prepare_data, "FINEWEB_VAL_TOKENS", 640)
+    fineweb(1)
+    assert ids("val") == shards[0][:641]
+    verify(FOLDER)
+
+
+def test_validation_evaluates_each_token_of_the_leaderboards_once(shards, monkeypatch):
+    monkeypatch.setattr(prepare_data, "FINEWEB_VAL_TOKENS", 640)
+    fineweb(1)
+    loader = Loader(FOLDER, block_size=64, vocab_size=50257, seed=1)
+    batches = list(loader.val_batches(eval_tokens=640, batch_size=2))
+    assert torch.cat([x for x, _ in batches]).flatten().tolist() == shards[0][:640]
+    assert torch.cat([y for _, y in batches]).flatten().tolist() == shards[0][1:641]
 
 
 def test_the_downloaded_shards_are_deleted(shards):
