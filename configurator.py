@@ -138,11 +138,15 @@ def configure(options, argv, doc, positional=None):
     return config
 
 
-def configure_with_model(options, argv, doc, model_config, hint, positional=None):
+def configure_with_model(
+    options, argv, doc, model_config, hint, positional=None, ignored_in_files=()
+):
     """Fill the dataclass `options`, and collect the options of a model that one of them chooses.
 
-    model_config   function from the filled `options` to a second dataclass, the model's GPTConfig
-    hint           function from an unknown name to a sentence about it, or ""
+    model_config       function from the filled `options` to a second dataclass, the model's
+                       GPTConfig
+    hint               function from an unknown name to a sentence about it, or ""
+    ignored_in_files   names that config files may set although this program has no such option
 
     Returns the filled `options` and a dict of the model options that were given.
     """
@@ -153,7 +157,12 @@ def configure_with_model(options, argv, doc, model_config, hint, positional=None
         title = f"Model ({model_options.__module__}.py)"
         _print_help(doc, _describe_options(options) + _describe_options(model_options, title))
     model_types = _types(model_options)
-    _check_known(given, _types(options) | model_types, hint)
+    needed = {
+        name: value
+        for name, value in given.items()
+        if isinstance(value, _Text) or name not in ignored_in_files
+    }
+    _check_known(needed, _types(options) | model_types, hint)
     chosen = {
         name: _convert(name, model_types[name], given[name])
         for name in model_types

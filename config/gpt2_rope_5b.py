@@ -1,6 +1,6 @@
 """GPT-2 124M with rotary positions on 5.0 billion tokens of FineWeb: a run with a published curve.
 
-    python prepare_data.py fineweb --shards=50                              # 5 billion tokens, 10 GB
+    python prepare_data.py fineweb --shards=50                             # 5 billion tokens, 10 GB
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_rope_5b.py
 
 The curve is AdamW's in https://github.com/KellerJordan/modded-nanogpt, the one log in

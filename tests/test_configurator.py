@@ -48,9 +48,11 @@ def options_of(*argv, **kwargs):
     return configure(Options, list(argv), "A program.", **kwargs)
 
 
-def with_shape(*argv, hint=lambda name: ""):
+def with_shape(*argv, hint=lambda name: "", **kwargs):
     """Return the filled Options, and a dict of the options of Shape that are given."""
-    return configure_with_model(Options, list(argv), "A program.", lambda options: Shape, hint)
+    return configure_with_model(
+        Options, list(argv), "A program.", lambda options: Shape, hint, **kwargs
+    )
 
 
 def user_error(*argv, parse=options_of, **kwargs):
@@ -457,6 +459,21 @@ def test_the_filled_options_choose_the_model():
 
     configure_with_model(Options, ["--model=model_swa"], "", choose_model, lambda name: "")
     assert received == [Options(model="model_swa")]
+
+
+def test_a_config_file_may_set_options_of_another_program(config_file):
+    path = config_file("max_steps = 5\nn_layer = 3")
+    assert with_shape(path, ignored_in_files={"max_steps"}) == (Options(), {"n_layer": 3})
+
+
+def test_the_command_line_may_not_set_options_of_another_program(config_file):
+    kwargs = {"parse": with_shape, "ignored_in_files": {"max_steps"}}
+    assert "max_steps" in user_error(config_file("max_steps = 5"), "--max_steps=6", **kwargs)
+
+
+def test_an_option_of_no_program_in_a_config_file_is_refused(config_file):
+    kwargs = {"parse": with_shape, "ignored_in_files": {"max_steps"}}
+    assert "max_stepz" in user_error(config_file("max_stepz = 5"), **kwargs)
 
 
 def test_an_option_of_the_model_with_a_wrong_type_is_refused():

@@ -4,6 +4,7 @@ Nothing here knows the formulas, except where a test's name says "by hand".
 """
 
 import gc
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from tools import estimate_memory
 from train import TrainConfig
 
 MODELS = ("model", "model_rope", "model_gqa", "model_swa", "model_rope_gqa_swa")
+CONFIGS = sorted((Path(__file__).parent.parent / "config").glob("[!_]*.py"))
 # 8 ranks split 33 and 20 unevenly.
 ODD = {"block_size": 24, "vocab_size": 33, "n_layer": 3, "n_head": 2, "n_embd": 20}
 ADAMW = SimpleNamespace(weight_decay=0.1, learning_rate=1e-3, beta1=0.9, beta2=0.95)
@@ -386,6 +388,22 @@ def test_totals_are_the_sum_of_their_rows_counted_by_hand():
             assert column[f"total{how}"] == held + column[f"activations{how}"]
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_a_config_of_train_is_accepted(path):
+    estimate_memory.main([str(path), "--n_layer=2", "--micro_steps=1"])
+
+
+def test_micro_steps_follow_from_total_batch_size():
+    tokens = 8 * 2 * 24  # of a micro-step, over all ranks
+    columns = estimated(batch_size=2, total_batch_size=3 * tokens)
+    assert columns == estimated(batch_size=2, micro_steps=3)
+
+
+def test_micro_steps_that_are_given_replace_those_of_total_batch_size():
+    columns = estimated(micro_steps=3, total_batch_size=5000)
+    assert columns == estimated(micro_steps=3)
+
+
 def test_billions_of_parameters_take_no_memory(monkeypatch):
     made = []
 
@@ -421,6 +439,7 @@ def test_the_mode_that_the_options_choose_is_marked(capsys):
         (["--dtype=int8"], ["dtype=int8", "bfloat16"]),
         (["--n_embd=100", "--n_head=3"], ["n_embd=100", "n_head=3"]),
         (["--window=3"], ["window", "model_swa"]),
+        (["--total_batch_size=5000"], ["total_batch_size=5000", "131072", "world_size"]),
         (["--world_size=0"], ["world_size=0", "at least 1"]),
         (["--model=mine"], ["model=mine"]),
     ],

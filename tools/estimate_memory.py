@@ -2,6 +2,10 @@
 
     python -m tools.estimate_memory --n_layer=48 --n_head=25 --n_embd=1600 --world_size=8
     python -m tools.estimate_memory --model=model_rope --fsdp=True --shard_degree=4
+    python -m tools.estimate_memory config/gpt2.py --world_size=4
+
+Of a config file of train.py, the options that decide about memory are used. If it leaves vocab_size
+to the dataset, add --vocab_size, which is GPT-2's by default.
 
 Every quantity is one line with its formula, so that the table can be checked by hand. Activations
 are what a forward pass keeps for the backward pass, as uncompiled PyTorch keeps it: torch.compile
@@ -19,7 +23,7 @@ import sys
 if __name__ == "__main__" and not __package__:
     sys.exit("error: run it from the repository root as: python -m tools.estimate_memory")
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -29,6 +33,7 @@ from common.errors import UserError, run_program
 from common.models import make_config, model_module, models_with_option
 from common.optimizer import OPTIMIZERS, hidden_matrices
 from configurator import check_minimum, configure_with_model
+from train import TrainConfig
 
 FLOAT32 = 4  # bytes of a master weight, of its gradient, of each of AdamW's moments and of Muon's
 INT64 = 8  # bytes of a token id
@@ -39,13 +44,14 @@ class EstimateConfig:
     # As in train.py
     model: str = "model"  # the model file, without .py
     batch_size: int = 16  # sequences per forward pass and process
+    total_batch_size: int | None = None  # tokens per optimizer step; None: micro_steps decides
     optimizer: str = "adamw"  # adamw; muon: the matrices in blocks by Muon, the rest by AdamW
     dtype: str = "bfloat16"  # float32, bfloat16, float16
     fsdp: bool = False  # mark the column of FSDP instead of that of DDP
     shard_degree: int = 0  # ranks that hold one copy of the model, with fsdp; 0: all of them
-    # Instead of torchrun and total_batch_size
+    # Instead of torchrun
     world_size: int = 8  # ranks
-    micro_steps: int = 1  # forward and backward passes of a rank per optimizer step
+    micro_steps: int | None = None  # passes of a rank per step; None: total_batch_size's, else 1
 
 
 # Parameters, gradients, optimizer state, communication ----------------------------------------
@@ -306,6 +312,20 @@ def print_table(columns, marked):
         print(f"{name:30}" + "".join(cells))
 
 
+def count_micro_steps(config, block_size):
+    """Return how many forward and backward passes a rank does per optimizer step."""
+    if config.micro_steps is not None or config.total_batch_size is None:
+        return config.micro_steps or 1
+    tokens = config.batch_size * block_size * config.world_size
+    if config.total_batch_size % tokens:
+        raise UserError(
+            f"total_batch_size={config.total_batch_size} is not a multiple of batch_size x "
+            f"block_size x world_size = {config.batch_size} x {block_size} x {config.world_size} "
+            f"= {tokens}: choose another --world_size or --batch_size, or give --micro_steps"
+        )
+    return config.total_batch_size // tokens
+
+
 def estimate(config, options):
     """Print the table of what a rank holds and sends; return {mode: {quantity: bytes}}."""
     ranks, shard_degree = config.world_size, config.shard_degree
@@ -318,6 +338,7 @@ def estimate(config, options):
     dtype = pick_dtype(config.dtype, torch.device("cpu"))
     module = model_module(config.model)
     shape = make_config(module, options)
+    config = replace(config, micro_steps=count_micro_steps(config, shape.block_size))
     with torch.device("meta"):  # shapes without memory
         model = module.GPT(shape)
 
@@ -351,8 +372,9 @@ def main(argv):
         __doc__,
         model_config=lambda config: model_module(config.model).GPTConfig,
         hint=models_with_option,
+        ignored_in_files={field.name for field in fields(TrainConfig)},
     )
-    check_minimum(config, 1, "batch_size", "micro_steps", "world_size")
+    check_minimum(config, 1, "batch_size", "total_batch_size", "micro_steps", "world_size")
     check_minimum(config, 0, "shard_degree")
     return estimate(config, options)
 
