@@ -1,11 +1,31 @@
 """tools/plot_loss.py draws the curves of all runs into one PNG file."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import read_log, refused
+from conftest import arguments, read_log, refused
 
+import train
 from tools import plot_loss
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def between(monkeypatch):
+    """A list of functions; main() runs the next one instead of waiting, and fails without one."""
+    functions = []
+    clock = SimpleNamespace(sleep=lambda seconds: functions.pop(0)())
+    monkeypatch.setattr(plot_loss, "time", clock)
+    return functions
 
 
 def test_runs_are_drawn_into_one_png_and_its_path_is_printed(tiny_run, workdir, capsys):
@@ -39,6 +59,100 @@ def test_every_loss_of_the_log_is_in_the_curves(tiny_run, monkeypatch, workdir):
         x, y = drawn["out/tiny, validation"][panel]
         assert x == [record[key] for record in val]
         assert y == [record["val_loss"] for record in val]
+
+
+def test_a_line_that_is_being_written_is_left_out(tiny_run):
+    with open(tiny_run / "log.jsonl", "a") as log:
+        log.write('{"step": 13, "tok')
+    assert plot_loss.read_log(tiny_run)[-1]["step"] == 12
+
+
+# --follow -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """A list of the last steps of out/tiny that main() draws; it draws nothing else."""
+    steps = []
+    monkeypatch.setattr(
+        plot_loss, "draw", lambda runs, path: steps.append(runs["out/tiny"][-1]["step"])
+    )
+    return steps
+
+
+def interrupt_in_step(number, monkeypatch):
+    """Let train.py receive SIGTERM in a step, from 1; return the function to restore it."""
+    original = train.train_step
+
+    def train_step(run):
+        if run.step == number - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return original(run)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    return lambda: monkeypatch.setattr(train, "train_step", original)
+
+
+def test_follow_redraws_until_the_last_step(workdir, monkeypatch, drawn, between):
+    restore = interrupt_in_step(6, monkeypatch)
+    train.main(arguments())
+    restore()
+    between += [lambda: None, lambda: train.main(arguments())]
+    plot_loss.main(["out/tiny", "--follow=True"])
+    assert drawn == [5, 5, 12]
+
+
+def test_follow_draws_a_resumed_run_whose_log_became_shorter(tiny_run, drawn, between):
+    log = tiny_run / "log.jsonl"
+    complete = log.read_text()
+    last = tiny_run / "step_00000012"
+    last.rename("last")
+    shorter = "".join(complete.splitlines(keepends=True)[:9])
+
+    def finish():
+        log.write_text(complete)
+        Path("last").rename(last)
+
+    between += [lambda: log.write_text(shorter), finish]
+    plot_loss.main(["out/tiny", "--follow=True"])
+    assert drawn == [12, 8, 12]
+
+
+def test_follow_waits_for_every_run(tiny_run, drawn, between):
+    shutil.copytree(tiny_run, "out/other")
+    shutil.move("out/other/step_00000012", "last")
+    between.append(lambda: shutil.move("last", "out/other/step_00000012"))
+    plot_loss.main(["out/tiny", "out/other", "--follow=True"])
+    assert drawn == [12, 12]
+
+
+def test_without_follow_an_unfinished_run_is_drawn_once(tiny_run, drawn):
+    shutil.rmtree(tiny_run / "step_00000012")
+    plot_loss.main(["out/tiny"])
+    assert drawn == [12]
+
+
+def test_ctrl_c_ends_follow_with_one_line_and_a_complete_file(tiny_run, workdir):
+    shutil.rmtree(tiny_run / "step_00000012")
+    png = workdir / "out/loss.png"
+    command = [sys.executable, "-m", "tools.plot_loss", "out/tiny", "--follow=True"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not png.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert errors == "error: interrupted\n"
+    assert png.read_bytes().endswith(b"IEND\xaeB`\x82")
+
+
+# Odd runs -------------------------------------------------------------------------------------
 
 
 def test_a_run_without_any_training_loss_is_drawn(workdir):

@@ -1,6 +1,7 @@
 """Draw the loss curves of several runs into one PNG file.
 
     python -m tools.plot_loss out/a out/b [--out=out/loss.png]
+    python -m tools.plot_loss out/a --follow=True          redraw the file while the run goes
 
 Training loss is a thin line, validation loss a line with dots. Three panels show them over
 optimizer steps, tokens processed and seconds of training.
@@ -11,6 +12,8 @@ import sys
 if __name__ == "__main__" and not __package__:
     sys.exit("error: run it from the repository root as: python -m tools.plot_loss")
 
+import contextlib
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from common.errors import UserError, run_program
 from common.files import check_regular, parse_json, read_text
 from configurator import configure
 
+REDRAW_SECONDS = 10
 LINE_SHAPE = {  # of a line of log.jsonl; see common.files.parse_json
     "step": int,
     "tokens": int,
@@ -31,10 +35,11 @@ LINE_SHAPE = {  # of a line of log.jsonl; see common.files.parse_json
 class PlotConfig:
     runs: list[str] = field(default_factory=list)  # directories of runs
     out: str = "out/loss.png"  # the PNG file to write
+    follow: bool = False  # redraw it every 10 seconds, until the last step of all runs or Ctrl-C
 
 
 def read_log(directory):
-    """Return the lines of a run's log.jsonl, a list of dicts.
+    """Return the complete lines of a run's log.jsonl, a list of dicts.
 
     Raises UserError if the file does not exist or is damaged, or has fewer than two lines.
     """
@@ -43,13 +48,25 @@ def read_log(directory):
         text = read_text(path)
     except FileNotFoundError as error:
         raise UserError(f"no {path}: {directory} is not a run of train.py") from error
+    complete = text[: text.rfind("\n") + 1]  # without a line that train.py is writing
     records = [
         parse_json(line, LINE_SHAPE, f"{path}, line {number},")
-        for number, line in enumerate(text.splitlines(), 1)
+        for number, line in enumerate(complete.splitlines(), 1)
     ]
     if len(records) < 2:
         raise UserError(f"{path} has {len(records)} lines, too few to draw: train longer")
     return records
+
+
+def is_finished(directory):
+    """Return whether a run has saved the checkpoint of its last step, after that step's line."""
+    from common.checkpoint import list_checkpoints, read_record  # imports torch, which is slow
+
+    for newest in list_checkpoints(directory)[-1:]:
+        with contextlib.suppress(FileNotFoundError):  # deleted just now, for a newer one
+            record = read_record(newest)
+            return record["step"] == record["options"]["max_steps"]
+    return False
 
 
 def draw(runs, path):
@@ -69,7 +86,10 @@ def draw(runs, path):
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss (nats per token)")
     panels[0].legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    part = Path(path).with_suffix(".part")  # an image viewer that reloads needs a complete file
+    check_regular(part)
+    figure.savefig(part, format="png", dpi=150)
+    part.replace(path)
 
 
 def draw_run(panel, key, label, records, color):
@@ -102,10 +122,16 @@ def main(argv):
         raise UserError("no runs given: python -m tools.plot_loss out/quickstart")
     if not config.out.endswith(".png"):
         raise UserError(f"out={config.out} must end in .png")
-    runs = {str(Path(directory)): read_log(directory) for directory in config.runs}
     check_regular(config.out)
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    draw(runs, config.out)
+    is_last = False
+    while not is_last:
+        # Asked before the logs are read, so that the last drawing has the last line.
+        is_last = not config.follow or all(map(is_finished, config.runs))
+        runs = {str(Path(directory)): read_log(directory) for directory in config.runs}
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+        draw(runs, config.out)
+        if not is_last:
+            time.sleep(REDRAW_SECONDS)
     print(config.out)
 
 
