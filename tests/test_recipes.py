@@ -1,6 +1,8 @@
 """docs/RECIPES.md: its diff makes the model that its brute-force check accepts; its Python runs."""
 
+import csv
 import importlib
+import json
 import re
 import shutil
 import subprocess
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import arguments
+from conftest import arguments, read_log
 from test_variants import close, feed, last_logits, make, make_vivid, tokens
 
 import model_rope
@@ -243,25 +245,111 @@ def test_converted_interleaved_rope_weights_give_the_same_scores():
     close(scores(*converted, rotate_halves), scores(q, k, rotate_interleaved))
 
 
-def test_the_logging_program_sends_every_complete_line_once(tmp_path, monkeypatch):
-    log, sent, sleeps = tmp_path / "log.jsonl", [], []
-    log.write_text('{"step": 0, "val_loss": 5.5, "mfu": null}\n{"step": 1, "train')
+# Watching a run -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quickstart(tiny_run):
+    """The finished tiny run as out/quickstart."""
+    shutil.copytree(tiny_run, "out/quickstart")
+    return Path("out/quickstart")
+
+
+@pytest.fixture
+def between(monkeypatch):
+    """A list of functions; the programs run the next one instead of waiting, the last is Ctrl-C."""
+    functions = []
 
     def sleep(seconds):
-        sleeps.append(seconds)
-        if len(sleeps) == 2:
+        if not functions:
             raise KeyboardInterrupt
-        log.write_text('{"step": 0, "val_loss": 5.5, "mfu": null}\n{"step": 1, "train_loss": 5}\n')
+        functions.pop(0)()
 
+    monkeypatch.setattr("time.sleep", sleep)
+    return functions
+
+
+@pytest.fixture
+def follow(monkeypatch):
+    """Make follow.py of the page importable; return its function."""
+    module = types.ModuleType("follow")
+    exec(block("python", "def follow"), module.__dict__)
+    monkeypatch.setitem(sys.modules, "follow", module)
+    return module.follow
+
+
+def followed(follow, run):
+    """Return what follow() yields before Ctrl-C."""
+    received = []
+    with pytest.raises(KeyboardInterrupt):
+        for item in follow(run):
+            received.append(item)
+    return received
+
+
+def test_follow_yields_every_complete_line_once(tmp_path, follow, between):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 0, "val_loss": 5.5, "mfu": null}\n{"step": 1, "train')
+    complete = '{"step": 0, "val_loss": 5.5, "mfu": null}\n{"step": 1, "train_loss": 5}\n'
+    between.append(lambda: log.write_text(complete))
+    assert followed(follow, tmp_path) == [(0, {"val_loss": 5.5}), (1, {"train_loss": 5})]
+
+
+def test_follow_yields_no_step_of_a_resumed_run_twice(tmp_path, follow, between):
+    log = tmp_path / "log.jsonl"
+    lines = [json.dumps({"step": step}) + "\n" for step in range(5)]
+    log.write_text("".join(lines[:4]))
+    between += [lambda: log.write_text("".join(lines[:2])), lambda: log.write_text("".join(lines))]
+    assert [step for step, _ in followed(follow, tmp_path)] == [0, 1, 2, 3, 4]
+
+
+def test_wandb_gets_the_metrics_of_every_step(quickstart, follow, between, monkeypatch):
+    sent = []
     wandb = types.ModuleType("wandb")
     wandb.init = lambda **options: None
-    wandb.log = lambda metrics, step: sent.append((step, metrics))
+    wandb.log = lambda metrics, step: sent.append({"step": step} | metrics)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(sys, "argv", ["send.py", str(log)])
-    monkeypatch.setattr("time.sleep", sleep)
     with pytest.raises(KeyboardInterrupt):
         exec(block("python", "import wandb"), {})
-    assert sent == [(0, {"val_loss": 5.5}), (1, {"train_loss": 5})]
+    assert sent == without_none(read_log(quickstart))
+
+
+def without_none(records):
+    return [
+        {name: value for name, value in record.items() if value is not None} for record in records
+    ]
+
+
+def test_tensorboard_shows_every_step_once_after_two_starts(quickstart, follow, between):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            exec(block("python", "SummaryWriter"), {})
+    events = EventAccumulator("out/tensorboard/quickstart", size_guidance={"scalars": 0})
+    events.Reload()
+    steps = [scalar.step for scalar in events.Scalars("train_loss")]
+    assert steps == list(range(1, 13))
+
+
+def test_the_csv_has_the_values_of_the_log(quickstart):
+    exec(block("python", "csv.DictWriter"), {})
+    with open("out/quickstart.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [{name: float(value) for name, value in row.items() if value} for row in rows] == (
+        without_none(read_log(quickstart))
+    )
+
+
+def test_the_csv_of_pandas_has_the_values_of_the_log(quickstart):
+    pandas = pytest.importorskip("pandas")
+    exec(block("python", "import pandas"), {})
+    written = pandas.read_csv("out/quickstart.csv").to_dict("records")
+    for row, record in zip(written, read_log(quickstart), strict=True):
+        for name, value in record.items():
+            if value is not None:
+                assert row[name] == pytest.approx(value)
 
 
 # Experiments ----------------------------------------------------------------------------------
