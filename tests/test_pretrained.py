@@ -7,6 +7,7 @@ import json
 import os
 import re
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,12 +73,15 @@ def load_error(source):
     return str(error.value)
 
 
+def change_json(path, changes):
+    """Change fields of a JSON file."""
+    path = Path(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def change_config(folder, changes):
     """Change fields of a saved model's config.json."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config.update(changes)
-    path.write_text(json.dumps(config))
+    change_json(folder / "config.json", changes)
 
 
 def change_tensors(folder, change):
@@ -366,6 +370,26 @@ def test_an_exported_run_of_gpt2_tokens_includes_the_tokenizer(served, workdir, 
     ids = AutoTokenizer.from_pretrained("exported")(text)["input_ids"]
     assert ids == gpt2_tokenizer.encode_ordinary(text)
     assert AutoModelForCausalLM.from_pretrained("exported").config.vocab_size == 50257
+
+
+def test_generation_with_transformers_defaults_stops_at_block_size(tiny_run):
+    export("out/tiny", "exported")
+    theirs = AutoModelForCausalLM.from_pretrained("exported")
+    theirs.generation_config.eos_token_id = None
+    generated = theirs.generate(torch.tensor([[100, 101, 102]]), do_sample=False)
+    assert generated.shape == (1, 16)
+
+
+def test_an_export_names_block_size_as_llama_cpp_reads_it(tiny_run):
+    export("out/tiny", "exported")
+    assert json.loads(Path("exported/config.json").read_text())["n_ctx"] == 16
+
+
+def test_an_export_does_not_contain_the_path_of_the_text(workdir):
+    change_json("data/tiny/meta.json", {"source": "/home/me/private.txt"})
+    train.main(arguments(max_steps=1))
+    export("out/tiny", "exported")
+    assert all(b"private" not in path.read_bytes() for path in Path("exported").iterdir())
 
 
 def test_export_refuses_an_existing_directory(tiny_run, workdir):

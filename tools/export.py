@@ -51,6 +51,9 @@ GPT2_FILES = {  # name in transformers: (name there, SHA-256)
 }
 
 
+EXPORTED_META = ("tokenizer", "vocab_size", "chars")  # fields of meta.json
+
+
 @dataclass
 class ExportConfig:
     init_from: str | None = (
@@ -68,6 +71,7 @@ def gpt2_format(weights, config):
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_positions": config.block_size,
+        "n_ctx": config.block_size,  # for llama.cpp's converter
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
@@ -173,9 +177,22 @@ def write_model(folder, model, meta):
     # umask.
     (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     write_json(folder / "config.json", theirs)
-    write_json(folder / "meta.json", meta)
+    write_json(folder / "generation_config.json", generation_config(model, eot))
+    # Not the rest, such as the path of the text.
+    write_json(folder / "meta.json", {key: meta[key] for key in EXPORTED_META if key in meta})
     if meta["tokenizer"] == "gpt2":
         write_gpt2_tokenizer(folder, model.config.block_size)
+
+
+def generation_config(model, eot):
+    """Return the generation_config.json: where transformers' generate and its pipeline stop.
+
+    Without max_length, they would look for positions after the last one.
+    """
+    config = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+    if "wpe" in model.transformer:
+        config["max_length"] = model.config.block_size
+    return config
 
 
 def exported_weights(model, meta):
