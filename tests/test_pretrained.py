@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import arguments, refused
+from conftest import arguments, refused, write_dataset
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -376,6 +376,60 @@ def test_an_exported_run_of_gpt2_tokens_includes_the_tokenizer(served, workdir, 
     ids = AutoTokenizer.from_pretrained("exported")(text)["input_ids"]
     assert ids == gpt2_tokenizer.encode_ordinary(text)
     assert AutoModelForCausalLM.from_pretrained("exported").config.vocab_size == 50257
+
+
+TEXTS = ["", "def f(x):\n\treturn x  , y .\r\n\n", " naïve café ☕ 𝕏\x00\x7f"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_auto_tokenizer_of_a_byte_model_gives_the_bytes_and_the_text(tiny_run, text):
+    export("out/tiny", "exported")
+    tokenizer = AutoTokenizer.from_pretrained("exported")
+    ids = tokenizer(text)["input_ids"]
+    assert ids == list(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_auto_tokenizer_of_a_byte_model_has_all_ids_and_the_end_of_text(tiny_run):
+    export("out/tiny", "exported")
+    tokenizer = AutoTokenizer.from_pretrained("exported")
+    assert (len(tokenizer), tokenizer.eos_token_id) == (257, 256)
+    assert tokenizer("a<|endoftext|>")["input_ids"] == [97, 256]
+
+
+@pytest.fixture
+def char_export(workdir):
+    """The characters of an exported char model, in an order of their own, and its tokenizer."""
+    chars = [*"\n\t é☕𝕏.,zyxba", "<|endoftext|>"]
+    meta = {"tokenizer": "char", "chars": chars}
+    ids = list(range(len(chars) - 1)) * 200
+    write_dataset(workdir / "data/chars", ids, ids, meta)
+    train.main(arguments(dataset="chars", max_steps=1))
+    export("out/tiny", "exported")
+    return chars, AutoTokenizer.from_pretrained("exported")
+
+
+def test_auto_tokenizer_of_a_char_model_gives_its_ids_and_the_text(char_export):
+    chars, tokenizer = char_export
+    text = "a  b ,é\n\n\t☕𝕏. xyz "
+    ids = tokenizer(text)["input_ids"]
+    assert ids == [chars.index(char) for char in text]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == len(chars) - 1
+
+
+def test_auto_tokenizer_of_a_char_model_refuses_an_unknown_character(char_export):
+    _, tokenizer = char_export
+    with pytest.raises(Exception, match="vocabulary"):
+        tokenizer("aQb")
+
+
+def test_the_pipeline_of_transformers_continues_text_of_a_byte_model(tiny_run):
+    export("out/tiny", "exported")
+    generate = pipeline("text-generation", model="exported")
+    [generated] = generate("def ")
+    assert generated["generated_text"].startswith("def ")
+    assert len(generated["generated_text"]) > 4
 
 
 def test_the_pipeline_of_transformers_stops_at_block_size(workdir, gpt2_tokenizer):

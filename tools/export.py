@@ -3,8 +3,8 @@
     python -m tools.export --init_from=out/quickstart --out_dir=exported
 
 `model` becomes a GPT2LMHeadModel, `model_rope` and `model_rope_gqa_swa` a Starcoder2ForCausalLM.
-The directory also gets meta.json, which names the tokenizer, and GPT-2's own tokenizer files if the
-model uses its tokens.
+The directory also gets the files of its tokenizer, for AutoTokenizer, and meta.json, which names it
+for this project.
 """
 
 import sys
@@ -49,8 +49,6 @@ GPT2_FILES = {  # name in transformers: (name there, SHA-256)
         "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     ),
 }
-
-
 EXPORTED_META = ("tokenizer", "vocab_size", "chars")  # fields of meta.json
 
 
@@ -180,8 +178,7 @@ def write_model(folder, model, meta):
     write_json(folder / "generation_config.json", generation_config(model, eot))
     # Not the rest, such as the path of the text.
     write_json(folder / "meta.json", {key: meta[key] for key in EXPORTED_META if key in meta})
-    if meta["tokenizer"] == "gpt2":
-        write_gpt2_tokenizer(folder, model.config.block_size)
+    write_tokenizer(folder, meta, model.config.block_size)
 
 
 def generation_config(model, eot):
@@ -208,18 +205,76 @@ def exported_weights(model, meta):
     return weights
 
 
-def write_gpt2_tokenizer(folder, block_size):
-    """Write the files from which transformers' AutoTokenizer makes GPT-2's tokenizer."""
+def write_tokenizer(folder, meta, block_size):
+    """Write the files from which transformers' AutoTokenizer makes the model's tokenizer."""
     tokenizer_config = {
-        "tokenizer_class": "GPT2Tokenizer",
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
-        "bos_token": EOT,
-        "eos_token": EOT,
-        "unk_token": EOT,
+        "clean_up_tokenization_spaces": False,  # decode must not change spaces before punctuation
     }
+    if get_tokenizer(meta).eot_token is not None:
+        tokenizer_config |= {"bos_token": EOT, "eos_token": EOT}
+    if meta["tokenizer"] == "byte":
+        write_json(folder / "tokenizer.json", byte_tokenizer_json())
+    elif meta["tokenizer"] == "char":
+        write_json(folder / "tokenizer.json", char_tokenizer_json(meta["chars"]))
+    else:
+        tokenizer_config |= {"tokenizer_class": "GPT2Tokenizer", "unk_token": EOT}
+        for name, (original, sha256) in GPT2_FILES.items():
+            (folder / name).write_bytes(read_file_cached(GPT2_BPE + original, sha256))
     write_json(folder / "tokenizer_config.json", tokenizer_config)
-    for name, (original, sha256) in GPT2_FILES.items():
-        (folder / name).write_bytes(read_file_cached(GPT2_BPE + original, sha256))
+
+
+def byte_tokenizer_json():
+    """Return the tokenizer.json of the byte tokenizer: byte-level BPE without merges."""
+    # Byte-level BPE writes each byte as a printable character: most as the one with this code
+    # point, and those that are not printable as the characters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    vocab = {chr(byte): byte for byte in printable}
+    vocab |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    return {
+        "version": "1.0",
+        "added_tokens": [added_token(256)],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    }
+
+
+def char_tokenizer_json(chars):
+    """Return the tokenizer.json of a char tokenizer; it refuses characters that it does not know.
+
+    chars   as in meta.json
+    """
+    return {
+        "version": "1.0",
+        "added_tokens": [added_token(i) for i, char in enumerate(chars) if char == EOT],
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": r"[\s\S]"},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        "decoder": {"type": "Fuse"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {char: i for i, char in enumerate(chars)},
+            "unk_token": "an unknown character",  # not in vocab: it is an error
+        },
+    }
+
+
+def added_token(token_id):
+    """Return the entry of <|endoftext|> in a tokenizer.json."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": token_id, "content": EOT, "special": True} | flags
 
 
 def main(argv):
