@@ -170,8 +170,9 @@ def _average_kv_heads(c_attn, n_kv_head, group_size, config):
     """
     head_dim = config.n_embd // config.n_head
     q, kv = c_attn.tensor_split([config.n_embd])
-    kv = kv.unflatten(0, (2 * n_kv_head, group_size, head_dim)).mean(dim=1).flatten(0, 1)
-    return torch.cat([q, kv])
+    # In float64, in which the mean of equal heads, as of an exported model_gqa, is exact.
+    heads = kv.double().unflatten(0, (2 * n_kv_head, group_size, head_dim))
+    return torch.cat([q, heads.mean(dim=1).float().flatten(0, 1)])
 
 
 def _check_shapes(source, name, weights, expected):

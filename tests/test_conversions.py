@@ -226,11 +226,9 @@ def test_a_rotary_run_cannot_become_one_with_learned_positions(workdir):
 
 def train_vivid(**options):
     """Train a run whose weights are so large that each token depends on those before it."""
+    shape = {"block_size": 16, "n_head": 4, "n_embd": 32}
     argv = arguments(
-        **options,
-        block_size=16,
-        n_head=4,
-        n_embd=32,
+        **(shape | options),
         max_steps=8,
         learning_rate=0.03,
         dropout=0.0,
@@ -307,9 +305,28 @@ def test_transformers_writes_the_same_greedy_text_past_window_and_block_size(
     assert capsys.readouterr().out == text + "\n"
 
 
-@pytest.mark.parametrize("name", ["model_gqa", "model_swa"])
-def test_a_model_that_transformers_does_not_have_is_not_exported(workdir, name):
-    train.main(arguments(model=name, n_head=4, max_steps=1))
-    expected = ["out/tiny", name, "transformers", "model_rope"]
+@pytest.mark.parametrize("n_kv_head", [1, 2, 3, 6])
+def test_grouped_queries_exported_as_gpt2_have_equal_logits(workdir, n_kv_head):
+    train_vivid(model="model_gqa", n_kv_head=n_kv_head, n_head=6, n_embd=36)
+    export("out/tiny", "exported")
+    ours, _ = load_model("out/tiny")
+    theirs = AutoModelForCausalLM.from_pretrained("exported")
+    ids = torch.randint(257, (2, 16))
+    assert type(theirs).__name__ == "GPT2LMHeadModel"
+    assert max_difference(logits(ours, ids), logits(theirs, ids)) < 1e-4
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2, 3, 6])
+def test_exported_grouped_queries_are_read_back_bit_for_bit(workdir, n_kv_head):
+    train_vivid(model="model_gqa", n_kv_head=n_kv_head, n_head=6, n_embd=36)
+    export("out/tiny", "exported")
+    ours, _ = load_model("out/tiny")
+    back, _ = load_model("exported", "model_gqa", {"n_kv_head": n_kv_head})
+    assert all(torch.equal(p, back.state_dict()[name]) for name, p in ours.state_dict().items())
+
+
+def test_a_model_that_transformers_does_not_have_is_not_exported(workdir):
+    train.main(arguments(model="model_swa", n_head=4, max_steps=1))
+    expected = ["out/tiny", "model_swa", "transformers", "model_rope"]
     assert_refused(expected, export, "out/tiny", "exported")
     assert not (workdir / "exported").exists()

@@ -2,7 +2,8 @@
 
     python -m tools.export --init_from=out/quickstart --out_dir=exported
 
-`model` becomes a GPT2LMHeadModel, `model_rope` and `model_rope_gqa_swa` a Starcoder2ForCausalLM.
+`model` becomes a GPT2LMHeadModel, and so does `model_gqa`, with each KV head repeated for its group
+of query heads. `model_rope` and `model_rope_gqa_swa` become a Starcoder2ForCausalLM.
 The directory also gets the files of its tokenizer, for AutoTokenizer, and meta.json, which names it
 for this project.
 """
@@ -74,10 +75,25 @@ def gpt2_format(weights, config):
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
     }
+    weights = repeat_kv_heads(weights, config)
     weights = {
         key: w.t().contiguous() if CONV1D.fullmatch(key) else w for key, w in weights.items()
     }
     return weights, FIXED | theirs
+
+
+def repeat_kv_heads(weights, config):
+    """Return the weights of the model with one KV head per query head that computes the same."""
+    n_kv_head = getattr(config, "n_kv_head", config.n_head)
+    head_dim = config.n_embd // config.n_head
+    repeated = dict(weights)
+    for key, w in weights.items():
+        if ".c_attn." in key:
+            q, kv = w.tensor_split([config.n_embd])
+            kv_heads = kv.unflatten(0, (2 * n_kv_head, head_dim))  # those of k, then those of v
+            kv_heads = kv_heads.repeat_interleave(config.n_head // n_kv_head, dim=0)
+            repeated[key] = torch.cat([q, kv_heads.flatten(0, 1)])
+    return repeated
 
 
 def starcoder2_format(weights, config):
@@ -119,12 +135,12 @@ def starcoder2_format(weights, config):
 
 FORMATS = {
     "model": gpt2_format,
+    "model_gqa": gpt2_format,
     "model_rope": starcoder2_format,
     "model_rope_gqa_swa": starcoder2_format,
 }
 # The class of transformers that comes closest, and why it is not written here.
 NO_FORMAT = {
-    "model_gqa": "GPT-2 with several KV heads is not among its models (GPTBigCode has one or all)",
     "model_swa": "GPT-2 with windows everywhere is not among its models (GPT-Neo lacks biases)",
 }
 
