@@ -1,10 +1,11 @@
 """Load weights into any model: GPT-2's by name, a model in transformers' format, or a run.
 
-GPT-2 (gpt2, gpt2-medium, gpt2-large, gpt2-xl) is downloaded once from the Hugging Face hub as
-safetensors. Its parameter names are ours without the prefix "transformer."; its Linear weights are
-stored as Conv1D, (in, out), and are transposed here. A variant can start from the same weights:
-sliding windows take them as they are, grouped-query attention averages the KV heads of each group,
-and rotary positions replace wpe, which is dropped.
+GPT-2 (gpt2, gpt2-medium, gpt2-large, gpt2-xl) is read from the Hugging Face cache, where other
+programs have downloaded it, or downloaded once from the hub as safetensors. Its parameter names are
+ours without the prefix "transformer."; its Linear weights are stored as Conv1D, (in, out), and are
+transposed here. A variant can start from the same weights: sliding windows take them as they are,
+grouped-query attention averages the KV heads of each group, and rotary positions replace wpe, which
+is dropped.
 """
 
 import contextlib
@@ -58,7 +59,8 @@ class Source:
 def load_model(source, name=None, options=None):
     """Return (model, meta): a model with the weights of `source`, and its tokenizer's meta.json.
 
-    source    a GPT-2 name, a run, one of its checkpoints, or a directory in transformers' format
+    source    a GPT-2 name, a repository in the Hugging Face cache, a run, one of its checkpoints,
+              or a directory in transformers' format
     name      the model file to load into; None: the run's own, or `model` for GPT-2
     options   fields of its GPTConfig that the user asked for. dropout and what the source does not
               know are free; n_kv_head and block_size may shrink; a model without learned positions
@@ -93,10 +95,14 @@ def load_model(source, name=None, options=None):
 
 
 def _read_source(source):
-    if source in HUB:
-        return _read_transformers(_fetch(source))
+    for name, repository in HUB.items():
+        if source in (name, repository):
+            return _read_transformers(_fetch(name))
     directory = Path(source)
     if not directory.is_dir():
+        cached = _cached_snapshot(source)
+        if cached is not None:
+            return _read_transformers(cached)
         raise UserError(
             f"{source} is neither one of {', '.join(HUB)} nor a directory with a run or a model"
         )
@@ -188,10 +194,22 @@ def _check_shapes(source, name, weights, expected):
 
 
 def _fetch(name):
-    """Return the folder of a released GPT-2, downloaded once and verified by its hashes."""
+    """Return the folder of a released GPT-2: from the Hugging Face cache, or downloaded once.
+
+    What was downloaded is verified by its hashes each time.
+    """
     folder = FOLDER / name
     weights, sums = folder / "model.safetensors", folder / "model.safetensors.sha256"
     if not (weights.exists() and sums.exists()):
+        cached = _cached_snapshot(HUB[name])
+        if cached is not None:
+            print(f"{name}: reading {cached}", file=sys.stderr)
+            return cached
+        if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+            raise UserError(
+                f"{name} is neither in {folder} nor in the Hugging Face cache, and HF_HUB_OFFLINE "
+                "forbids to download it: unset HF_HUB_OFFLINE, or set HF_HOME to the right cache"
+            )
         print(f"downloading {name} to {folder}", file=sys.stderr)
         url = hub_url(f"{HUB[name]}/resolve/main")
         download(f"{url}/model.safetensors", weights, replace=True)
@@ -202,6 +220,18 @@ def _fetch(name):
         write_text(sums, "".join(f"{file_sha256(path)}  {path.name}\n" for path in paths))
     _verify_sums(sums, weights)
     return folder
+
+
+def _cached_snapshot(repository):
+    """Return the folder of a repository's files in the Hugging Face cache; None if it has none."""
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    revision = folder / "refs/main"  # holds the commit, which names a folder
+    if not revision.exists():
+        return None
+    snapshot = folder / "snapshots" / read_text(revision).strip()
+    return snapshot if any(snapshot.glob("model*.safetensors")) else None
 
 
 def _verify_sums(sums, weights):

@@ -191,8 +191,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """Serve files on this machine in place of the hub (HF_ENDPOINT); retries do not wait."""
+def hub(monkeypatch, tmp_path):
+    """Serve files on this machine in place of the hub (HF_ENDPOINT); retries do not wait.
+
+    The cache of transformers is empty.
+    """
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache/hub"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.hub = Hub()
     server.hub.url = f"http://127.0.0.1:{server.server_port}"

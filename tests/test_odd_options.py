@@ -115,6 +115,7 @@ def number_problems(cases, templates, tmp_path):
 def offline(monkeypatch):
     """Let downloads fail at once."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_CACHE", "no cache")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("common.download.RETRIES", 1)
 

@@ -142,6 +142,57 @@ def test_gpt2_by_name_is_downloaded_once(served, hub):
     assert [path for path, _ in hub.requests].count(FILE) == 1
 
 
+def test_gpt2_can_be_named_by_its_repository(served):
+    ours, _ = load_model("openai-community/gpt2")
+    ids = torch.randint(50257, (1, 11))
+    assert max_difference(logits(ours, ids), logits(served, ids)) < 1e-4
+
+
+def save_in_cache(model, cache, repository):
+    """Save a model as huggingface_hub keeps it: a snapshot of links, named by its commit."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    model.save_pretrained(folder / "blobs")
+    snapshot = folder / "snapshots/0123abc"
+    snapshot.mkdir(parents=True)
+    for path in (folder / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("0123abc")
+
+
+@pytest.mark.parametrize(("variable", "below"), [("HF_HUB_CACHE", "."), ("HF_HOME", "hub")])
+def test_gpt2_of_the_hugging_face_cache_is_used_without_a_request(
+    hub, tmp_path, monkeypatch, variable, below
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.setenv(variable, str(tmp_path / "theirs"))
+    theirs = random_gpt2()
+    save_in_cache(theirs, tmp_path / "theirs" / below, "openai-community/gpt2")
+    ids = torch.randint(50257, (1, 11))
+    for name in ("gpt2", "openai-community/gpt2"):
+        ours, _ = load_model(name)
+        assert max_difference(logits(ours, ids), logits(theirs, ids)) < 1e-4
+    assert hub.requests == []
+
+
+def test_another_repository_is_read_from_the_cache_but_never_downloaded(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    theirs = random_gpt2(n_layer=1)
+    save_in_cache(theirs, tmp_path / "cache/hub", "someone/small")
+    ours, _ = load_model("someone/small")
+    ids = torch.randint(50257, (1, 11))
+    assert max_difference(logits(ours, ids), logits(theirs, ids)) < 1e-4
+    assert "someone/other" in load_error("someone/other")
+    assert hub.requests == []
+
+
+def test_gpt2_is_not_downloaded_with_hf_hub_offline(served, hub, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "HF_HUB_OFFLINE" in load_error("gpt2")
+    assert hub.requests == []
+
+
 def test_an_interrupted_download_of_gpt2_resumes(served, hub, monkeypatch):
     monkeypatch.setattr("common.download.RETRIES", 1)
     hub.break_after = 1_000_000
@@ -189,6 +240,7 @@ def test_gpt2_without_a_network_is_one_line_and_writes_nothing(
     workdir, monkeypatch, capsys, main, argv
 ):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_CACHE", str(workdir / "cache/hub"))
     monkeypatch.setattr("common.download.RETRY_WAIT", 0.0)
     (workdir / "data/tiny/meta.json").write_text('{"tokenizer": "gpt2"}')
     with pytest.raises(SystemExit) as stopped:
