@@ -137,7 +137,10 @@ def test_ctrl_c_ends_follow_with_one_line_and_a_complete_file(tiny_run, workdir)
     png = workdir / "out/loss.png"
     command = [sys.executable, "-m", "tools.plot_loss", "out/tiny", "--follow=True"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # A background job of a shell ignores SIGINT, which its children would inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     try:
         deadline = time.monotonic() + 60
         while not png.exists() and time.monotonic() < deadline:
