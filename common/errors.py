@@ -1,4 +1,4 @@
-"""UserError, and run_program, which ends a program with one line for it, not a traceback."""
+"""UserError, and run_program, which prints it as one line instead of a traceback."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ class DamagedError(UserError):
 
 
 class OtherRankError(UserError):
-    """A UserError on a rank other than 0, as which a program prints nothing: rank 0 prints it."""
+    """A UserError on another rank than 0. run_program prints nothing for it: rank 0 prints it."""
 
 
 @contextlib.contextmanager

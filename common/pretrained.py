@@ -208,7 +208,7 @@ def _fetch(name):
         if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
             raise UserError(
                 f"{name} is neither in {folder} nor in the Hugging Face cache, and HF_HUB_OFFLINE "
-                "forbids to download it: unset HF_HUB_OFFLINE, or set HF_HOME to the right cache"
+                "forbids the download: unset HF_HUB_OFFLINE, or set HF_HOME to the right cache"
             )
         print(f"downloading {name} to {folder}", file=sys.stderr)
         url = hub_url(f"{HUB[name]}/resolve/main")

@@ -191,7 +191,7 @@ REFUSED = {
         {"argv": command("refused", 2), "folders": [".", "other"]},
         ["rank 0", "9080", "rank 1", "8980"],
     ),
-    "machines without a shared out_dir": (
+    "machines with different out_dirs": (
         {"argv": command("apart", 2), "folders": [".", "apart"]},
         ["out/apart-model"],
     ),

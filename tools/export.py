@@ -85,6 +85,8 @@ def gpt2_format(weights, config):
 def repeat_kv_heads(weights, config):
     """Return the weights of the model with one KV head per query head that computes the same."""
     n_kv_head = getattr(config, "n_kv_head", config.n_head)
+    if n_kv_head == config.n_head:
+        return weights
     head_dim = config.n_embd // config.n_head
     repeated = dict(weights)
     for key, w in weights.items():
@@ -194,7 +196,7 @@ def write_model(folder, model, meta):
     write_json(folder / "generation_config.json", generation_config(model, eot))
     # Not the rest, such as the path of the text.
     write_json(folder / "meta.json", {key: meta[key] for key in EXPORTED_META if key in meta})
-    write_tokenizer(folder, meta, model.config.block_size)
+    write_tokenizer(folder, meta, eot, model.config.block_size)
 
 
 def generation_config(model, eot):
@@ -221,14 +223,14 @@ def exported_weights(model, meta):
     return weights
 
 
-def write_tokenizer(folder, meta, block_size):
+def write_tokenizer(folder, meta, eot, block_size):
     """Write the files from which transformers' AutoTokenizer makes the model's tokenizer."""
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,  # decode must not change spaces before punctuation
     }
-    if get_tokenizer(meta).eot_token is not None:
+    if eot is not None:
         tokenizer_config |= {"bos_token": EOT, "eos_token": EOT}
     if meta["tokenizer"] == "byte":
         write_json(folder / "tokenizer.json", byte_tokenizer_json())
