@@ -502,10 +502,12 @@ def train_step(run):
     seed_dropout(config.seed, run.step, group.rank, run.device)
     loss = torch.zeros((), device=run.device)
     for micro_step in range(micro_steps):
-        stopping = group.any_rank(run.stop.received)
-        if stopping:
-            run.optimizer.zero_grad()
-            return None
+        # Before the first micro-step the loop has just checked. Each check is a collective.
+        if micro_step > 0:
+            stopping = group.any_rank(run.stop.received)
+            if stopping:
+                run.optimizer.zero_grad()
+                return None
         # Each rank takes its own sequences; all ranks together take the same global batch,
         # whatever the world size.
         first = (
