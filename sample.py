@@ -27,7 +27,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 import torch
 
-from common.cpu import pack_linear_layers
+from common.cpu import prepare_for_sampling
 from common.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from common.errors import UserError, run_program
 from common.pretrained import load_model
@@ -199,7 +199,7 @@ def load(config):
     dtype = pick_dtype(config.dtype, device)
     model, meta = load_model(config.init_from)
     model.to(device, dtype)
-    pack_linear_layers(model, rows=config.num_samples)  # on a CPU
+    prepare_for_sampling(model, rows=config.num_samples)  # on a CPU
     tokenizer = get_tokenizer(meta)
     vocab_size = min(meta["vocab_size"], tokenizer.n_vocab)  # without padding
     return model, tokenizer, vocab_size

@@ -1,10 +1,13 @@
-"""Two operations that torch runs faster on a CPU in another dtype or another layout.
+"""What torch runs faster on a CPU in another dtype or another layout.
 
-Float32Attention    training in bfloat16: attention over short sequences in float32
-pack_linear_layers  sampling: the weights in oneDNN's own layout
+use_float32_attention  training in bfloat16: attention over short sequences in float32
+prepare_for_sampling   pack_linear_layers: the weights in oneDNN's own layout
+                       use_float32_cache: in bfloat16, the KV cache and attention in float32
 
-Neither changes a model file, and both give the same results up to rounding.
+None of these changes a model file, and all give the same results up to rounding.
 """
+
+import math
 
 import torch
 import torch.nn as nn
@@ -64,6 +67,42 @@ def wants_float32_attention(device, dtype):
     return device.type == "cpu" and dtype == torch.bfloat16 and not has_amx
 
 
+def prepare_for_sampling(model, rows=1):
+    """Make a model on a CPU decode faster; in place. On other devices it does nothing.
+
+    rows   number of samples of a decode step to optimize for; others work as well
+
+    The model is then for inference only: it cannot be trained, saved or moved. Call it after the
+    last model.to(...).
+    """
+    weight = model.transformer.wte.weight
+    if wants_float32_attention(weight.device, weight.dtype):
+        use_float32_cache(model)
+    pack_linear_layers(model, rows)
+
+
+def use_float32_cache(model):
+    """Let a bfloat16 model keep its KV cache, and compute attention, in float32; in place.
+
+    torch's bfloat16 kernel is slow for the one query of a decode step. GPT-2 124M decodes 1.3 times
+    as fast so after 1000 tokens, and ten samples 1.8 times as fast after 500, on two cores. The
+    cache takes twice the memory.
+    """
+    for block in model.transformer.h:
+        use_float32_attention(block, max_queries=math.inf)
+    make_cache = model.make_cache
+
+    def make_float32_cache(*args, **kwargs):
+        cache = make_cache(*args, **kwargs)
+        for name, value in vars(cache).items():
+            if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:
+                setattr(cache, name, value.float())
+                cache.nbytes += value.nbytes
+        return cache
+
+    model.make_cache = make_float32_cache
+
+
 class PackedLinear(nn.Module):
     """y = x W^T + b with W in the layout that oneDNN multiplies by fastest; for inference only.
 
@@ -98,12 +137,11 @@ def can_pack(dtype):
 def pack_linear_layers(model, rows=1):
     """Replace a model's linear layers, and its output head, by packed ones; in place.
 
-    rows   number of input rows to optimize for, the samples of a decode step; others work as well
+    rows   number of input rows to optimize for
 
-    The model is then for inference only: it cannot be trained, saved or moved. Layers are replaced
-    one by one, so that memory grows by the head alone: wte stays as it is, for the embedding. Does
-    nothing if the model is not on a CPU or its dtype has no packed products here. The gain is in
-    docs/BENCHMARKS.md, where transformers calls F.linear.
+    Layers are replaced one by one, so that memory grows by the head alone: wte stays as it is, for
+    the embedding. Does nothing if the model is not on a CPU or its dtype has no packed products
+    here. The gain is in docs/BENCHMARKS.md, where transformers calls F.linear.
     """
     wte = model.transformer.wte
     if wte.weight.device.type != "cpu" or not can_pack(wte.weight.dtype):

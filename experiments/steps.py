@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.cpu import pack_linear_layers
+from common.cpu import prepare_for_sampling
 from common.device import peak_memory
 from common.models import model_module
 from common.optimizer import learning_rate, make_optimizer, muon_learning_rate
@@ -91,9 +91,9 @@ def make_decoding_step(shape, position, device, dtype, B=1):
     for B samples of one prompt.
     """
     model = build_model(shape).to(device, dtype).eval()
+    prepare_for_sampling(model, rows=B)  # on a CPU, as sample.py does
     cache = model.make_cache(B, position + 1)
     fill_cache(model, cache, position)
-    pack_linear_layers(model, rows=B)  # on a CPU, as sample.py does
     token = torch.zeros(B, 1, dtype=torch.int64, device=device)
 
     @torch.inference_mode()

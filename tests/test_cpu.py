@@ -11,7 +11,9 @@ from common.cpu import (
     PackedLinear,
     can_pack,
     pack_linear_layers,
+    prepare_for_sampling,
     use_float32_attention,
+    use_float32_cache,
     wants_float32_attention,
 )
 from common.models import model_module
@@ -149,6 +151,67 @@ def test_bfloat16_training_is_nearer_to_float32_with_float32_attention(name):
     ours = gradient(torch.bfloat16)
     assert not torch.equal(ours, plain)
     assert (ours - exact).norm() < 1.05 * (plain - exact).norm()
+
+
+# A KV cache in float32 ------------------------------------------------------------------------
+
+
+def last_logits(model, idx, chunk):
+    """Return the logits of the last position, of a prefill in chunks of so many tokens."""
+    cache = model.make_cache(idx.size(0))
+    with torch.inference_mode():
+        for tokens in idx.split(chunk, dim=1):
+            logits = model(tokens, cache=cache)
+    return logits
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 40])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_float32_cache_is_as_near_to_float32_as_a_bfloat16_one(name, chunk):
+    idx = torch.randint(101, (64, 40), generator=torch.Generator().manual_seed(1))
+    exact = last_logits(small_model(name, torch.bfloat16).float(), idx, chunk)
+    model = small_model(name, torch.bfloat16)
+    plain = last_logits(model, idx, chunk)
+    use_float32_cache(model)
+    ours = last_logits(model, idx, chunk)
+    assert not torch.equal(ours, plain)
+    assert (ours - exact).norm() < 1.1 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_float32_cache_is_float32_and_reports_its_bytes(name):
+    model = small_model(name, torch.bfloat16)
+    plain = model.make_cache(3).nbytes
+    use_float32_cache(model)
+    cache = model.make_cache(3)
+    assert cache.k.dtype == cache.v.dtype == torch.float32
+    assert cache.nbytes == cache.k.nbytes + cache.v.nbytes == 2 * plain
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_amx", "expected"),
+    [
+        (torch.bfloat16, False, torch.float32),
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.float32, False, torch.float32),
+    ],
+)
+def test_a_bfloat16_model_samples_with_a_float32_cache_on_cpus_without_amx(
+    monkeypatch, dtype, has_amx, expected
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx})
+    model = small_model("model", dtype)
+    prepare_for_sampling(model)
+    assert model.make_cache(1).k.dtype == expected
+
+
+def test_a_model_prepared_for_sampling_generates_many_samples_in_bfloat16():
+    model = small_model("model_rope_gqa_swa", torch.bfloat16)
+    prepare_for_sampling(model, rows=3)
+    prompt = torch.tensor([[5, 7, 11]])
+    tokens = torch.stack(list(sample.generate(model, prompt, 100, num_samples=3, temperature=0)))
+    assert tokens.shape == (100, 3)
+    assert torch.equal(tokens[:, 0], tokens[:, 1])
 
 
 # Packed linear layers -------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import tempfile
 import torch
 
 import sample
-from common.cpu import pack_linear_layers
+from common.cpu import prepare_for_sampling
 from common.device import keep_freed_memory
 from common.models import model_module
 from tools.bench.limits import bandwidth, dtype_name, dtypes, fastest_reader
@@ -64,7 +64,7 @@ def default_model(name, device, dtype, rows):
     model = module.GPT(module.GPTConfig(**MODEL)).to(device, dtype).eval()
     weights = [p for name, p in model.named_parameters() if not name.endswith("wpe.weight")]
     bytes_read = sum(p.nbytes for p in weights)
-    pack_linear_layers(model, rows)
+    prepare_for_sampling(model, rows)
     return model, bytes_read
 
 
