@@ -1,9 +1,8 @@
 """GPT-2 with grouped-query attention (GQA): groups of query heads share a KV head.
 
 "GQA" (Ainslie et al. 2023, section 2.2, figure 2). Decoding reads the whole KV cache for each
-token; with fewer KV heads it is smaller by n_kv_head / n_head, and so is what decoding reads.
-n_kv_head = n_head is multi-head attention (MHA), n_kv_head = 1 is multi-query attention (MQA,
-Shazeer 2019, section 3).
+token; here it has n_kv_head / n_head of the size of model.py's. n_kv_head = n_head is multi-head
+attention (MHA), n_kv_head = 1 is multi-query attention (MQA, Shazeer 2019, section 3).
 
             MHA                 GQA                 MQA
     q    0  1  2  3          0  1  2  3          0  1  2  3       n_head = 4 query heads
@@ -12,7 +11,7 @@ Shazeer 2019, section 3).
     v    0  1  2  3          0     1             0
 
 Differences from model.py, marked GQA: c_attn makes n_head queries and n_kv_head keys and values;
-the cache stores KV heads; attention repeats them, or when decoding reads each once for its group.
+the cache stores KV heads; attention repeats them, and decoding reads each once for its whole group.
 
 Shapes: B batch, T new tokens, S keys (S - T from the cache, then T new), C channels, H query heads,
 G KV heads, D = C / H channels of a head, V vocabulary.
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. The defaults are GPT-2 small, 124M parameters."""
+    """The shape of a model. The defaults are GPT-2 small with 4 KV heads, 115M parameters."""
 
     block_size: int = 1024  # longest sequence, in tokens
     vocab_size: int = 50257  # token ids are 0 .. vocab_size - 1
@@ -92,7 +91,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head  # GQA
         self.dropout = config.dropout
-        self.kv_channels = config.n_kv_head * (config.n_embd // config.n_head)  # GQA: of k, of v
+        self.kv_channels = config.n_kv_head * (config.n_embd // config.n_head)  # GQA: of k or v
         qkv_channels = config.n_embd + 2 * self.kv_channels
         self.c_attn = nn.Linear(config.n_embd, qkv_channels, bias=config.bias)  # q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -123,11 +122,12 @@ class CausalSelfAttention(nn.Module):
         G, S = k.size(1), k.size(2)
         dropout = self.dropout if self.training else 0.0
         if T == 1:  # decode: one query, which attends to all keys
-            # GQA: the queries of a group become the rows of one matrix; its KV head is read once
+            # GQA: the queries of a group, all of one token, become the rows of one matrix, so that
+            # its KV head is read once
             q = q.view(B, G, H // G, D)
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
             return y.reshape(B, H, T, D)
-        # GQA: repeating is as fast as enable_gqa=True, which has no fast kernel in some cases
+        # GQA: enable_gqa=True would not repeat them, but not all kernels of torch support it
         k = k.repeat_interleave(H // G, dim=1)  # (B, H, S, D)
         v = v.repeat_interleave(H // G, dim=1)  # (B, H, S, D)
         if T == S:  # training, or prefill of a whole prompt

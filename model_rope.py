@@ -214,8 +214,8 @@ class GPT(nn.Module):
         In float32, whatever the model's dtype: bfloat16 cannot tell positions above 256 apart.
         """
         D = self.config.n_embd // self.config.n_head
-        pairs = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)  # 2i
-        frequencies = self.config.rope_theta ** (-pairs / D)  # (D/2,)
+        pair = torch.arange(D // 2, device=positions.device, dtype=torch.float32)
+        frequencies = self.config.rope_theta ** (-2 * pair / D)  # (D/2,)
         angles = positions[:, None] * frequencies  # (T, D/2)
         return angles.cos(), angles.sin()
 

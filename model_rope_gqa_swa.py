@@ -24,7 +24,7 @@ MAX_DENSE_QUERIES = 320  # with more queries, blocks are faster than a mask over
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. The defaults are GPT-2 small, 124M parameters."""
+    """The shape of a model. The defaults are GPT-2 small with 4 KV heads, 114M parameters."""
 
     block_size: int = 1024  # RoPE: training length, in tokens; positions have no limit
     vocab_size: int = 50257  # token ids are 0 .. vocab_size - 1
@@ -129,7 +129,7 @@ class CausalSelfAttention(nn.Module):
         self.n_kv_head = config.n_kv_head  # GQA
         self.window = config.window  # SWA
         self.dropout = config.dropout
-        self.kv_channels = config.n_kv_head * (config.n_embd // config.n_head)  # GQA: of k, of v
+        self.kv_channels = config.n_kv_head * (config.n_embd // config.n_head)  # GQA: of k or v
         qkv_channels = config.n_embd + 2 * self.kv_channels
         self.c_attn = nn.Linear(config.n_embd, qkv_channels, bias=config.bias)  # q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -162,11 +162,12 @@ class CausalSelfAttention(nn.Module):
         G = k.size(1)
         dropout = self.dropout if self.training else 0.0
         if T == 1:  # decode: one query, which attends to all keys
-            # GQA: the queries of a group become the rows of one matrix; its KV head is read once
+            # GQA: the queries of a group, all of one token, become the rows of one matrix, so that
+            # its KV head is read once
             q = q.view(B, G, H // G, D)
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
             return y.reshape(B, H, T, D)
-        # GQA: repeating is as fast as enable_gqa=True, which has no fast kernel in some cases
+        # GQA: enable_gqa=True would not repeat them, but not all kernels of torch support it
         k = k.repeat_interleave(H // G, dim=1)  # (B, H, S, D)
         v = v.repeat_interleave(H // G, dim=1)  # (B, H, S, D)
         if T > MAX_DENSE_QUERIES:  # SWA
@@ -276,8 +277,8 @@ class GPT(nn.Module):
         In float32, whatever the model's dtype: bfloat16 cannot tell positions above 256 apart.
         """
         D = self.config.n_embd // self.config.n_head
-        pairs = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)  # 2i
-        frequencies = self.config.rope_theta ** (-pairs / D)  # (D/2,)
+        pair = torch.arange(D // 2, device=positions.device, dtype=torch.float32)
+        frequencies = self.config.rope_theta ** (-2 * pair / D)  # (D/2,)
         angles = positions[:, None] * frequencies  # (T, D/2)
         return angles.cos(), angles.sin()
 

@@ -2,9 +2,9 @@
 
     python -m experiments.full_layers --preset=cpu
 
-Most models since 2024 let only some of their layers attend to the whole sequence. Here every fourth
-layer of model_rope_gqa_swa.py is full: LocalGlobalGPT, a subclass, so that the model file stays
-about one idea. It is compared with all layers local and with all layers full.
+Most models with windows since 2024 let some of their layers attend to the whole sequence. Here
+every fourth layer of model_rope_gqa_swa.py is full: LocalGlobalGPT, a subclass, so that the model
+file stays about one idea. It is compared with all layers local and with all layers full.
 """
 
 import sys
@@ -93,19 +93,20 @@ def measure_loss(config, name, seed, device, dtype):
 
 
 def losses(state):
-    """Return a table of the final losses, and of their differences from all layers full."""
+    """Return a table of the final losses, and of their differences from all full and all local."""
     config = Config(**state["config"])
     full = points_of_seeds(state, "all full")
-    rows = []
-    for name in variants(config):
-        values = points_of_seeds(state, name)
-        row = [name, format_mean(values)]
-        if name == "all full":
-            row += ["", ""]
-        else:
+    rows = [["all full", format_mean(full), "", "", ""]]
+    for fraction in config.window_fractions:
+        local = points_of_seeds(state, f"all local, T/{fraction}")
+        mixed = points_of_seeds(state, f"every fourth full, T/{fraction}")
+        for name, values in (("all local", local), ("every fourth full", mixed)):
+            row = [f"{name}, T/{fraction}", format_mean(values)]
             row += [format_difference(values, full), verdict(values, full)]
-        rows.append(row)
-    return markdown_table(["", "validation loss", "minus all full", "so it is"], rows)
+            row.append("" if values is local else format_difference(mixed, local))
+            rows.append(row)
+    header = ["", "validation loss", "minus all full", "so it is", "minus all local"]
+    return markdown_table(header, rows)
 
 
 def draw(state, panel):

@@ -113,16 +113,16 @@ def draw(state, differences, caches):
     shapes = variants(state["config"]["shape"])  # of GPT-2 124M, which has other numbers of heads
     base = final_losses(state, "base")
     for i, name in enumerate(shown):
-        colour = COLOURS[i % len(COLOURS)]
+        colour, marker = COLOURS[i % len(COLOURS)], "os"[i // len(COLOURS)]
         values = final_losses(state, name)
         if name != "base":
             difference = paired_difference(values, base)
             differences.errorbar(
-                difference.mean, i, xerr=difference.half_width, fmt="o", capsize=4, color=colour
+                difference.mean, i, xerr=difference.half_width, fmt=marker, capsize=4, color=colour
             )
         loss = interval_of(values)
         x = cache_bytes(state["config"]["shape"] | shapes[name], CACHE_TOKENS) / 1e6
-        caches.errorbar(x, loss.mean, yerr=loss.half_width, fmt="o", capsize=4, color=colour)
+        caches.errorbar(x, loss.mean, yerr=loss.half_width, fmt=marker, capsize=4, color=colour)
         label_points(caches, (name, x, loss.mean, colour), offset=(6, 4))
     differences.axvline(0, color=COLOURS[0], linewidth=0.8)
     differences.set_yticks(range(len(shown)), shown)
