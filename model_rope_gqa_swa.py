@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 # SWA: measured on a CPU by python -m tools.bench attention
 MIN_BLOCK, MAX_BLOCK = 64, 256  # queries in a block: as many as the window, within these bounds
-MAX_DENSE_QUERIES = 320  # with more queries, blocks are faster than a mask over all pairs
+MAX_DENSE_QUERIES = 256  # with more queries, blocks are faster than a mask over all pairs
 
 
 @dataclass

@@ -19,8 +19,8 @@ A mask alone would save nothing: all T^2 scores are computed before it applies. 
 is_causal=True can at least skip the later keys: T (T + 1) / 2 scores.) Therefore queries are
 computed in blocks, each with only the keys that its windows reach. A block (of queries; not a
 layer, and not block_size) has as many queries as the window, but at least 64 and at most 256; a
-window of more than 257 reaches into several blocks. For windows of 64 to 256, the keys of two
-blocks are twice as many as needed. For a window of 5, two blocks of 64 are 25 times as many.
+window of more than 257 reaches into several blocks. For windows of 64 to 256, blocks compute twice
+as many scores as needed; for a window of 5, with blocks of 64, 25 times as many.
 
 With T = 1024 and window = 256, 229,504 scores are needed, a mask computes 1,048,576, and is_causal
 524,800. Blocks compute 458,752 or fewer: the first 256 queries have no block before them (256 x
@@ -42,7 +42,7 @@ import torch.nn.functional as F
 
 # SWA: measured on a CPU by python -m tools.bench attention
 MIN_BLOCK, MAX_BLOCK = 64, 256  # queries in a block: as many as the window, within these bounds
-MAX_DENSE_QUERIES = 320  # with more queries, blocks are faster than a mask over all pairs
+MAX_DENSE_QUERIES = 256  # with more queries, blocks are faster than a mask over all pairs
 
 
 @dataclass

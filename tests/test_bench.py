@@ -115,7 +115,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "BANDWIDTH_BYTES", 1 << 16)
     monkeypatch.setattr(limits, "SHORT_SECONDS", 0)
     monkeypatch.setattr(attention, "WINDOW", 32)
-    monkeypatch.setattr(attention, "BATCH_AND_LENGTH", [(1, 128)])
+    monkeypatch.setattr(attention, "CASES", [(1, 128, 32)])
     monkeypatch.setattr(attention, "SHORT", 128)
     monkeypatch.setattr(attention, "LONG", 192)
     monkeypatch.setattr(sampling, "MODEL", SHAPE)

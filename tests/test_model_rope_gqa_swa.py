@@ -12,7 +12,7 @@ import sample
 # transformers ---------------------------------------------------------------------------------
 
 # n_layer, n_head, n_kv_head, n_embd, vocab_size, window, T
-# Past 320 tokens attention is computed in blocks.
+# Past 256 tokens attention is computed in blocks.
 SHAPES = [
     (1, 2, 1, 4, 11, 1, 7),
     (2, 6, 2, 24, 61, 3, 13),

@@ -109,7 +109,7 @@ def test_logits_and_gradients_of_the_model_equal_those_of_brute_force(monkeypatc
 def test_the_receptive_field_is_the_windows_of_all_layers(n_layer, window):
     reach = n_layer * (window - 1)
     t = 11
-    T = 340 if window > 5 else t + reach + 5  # past 320 tokens attention is computed in blocks
+    T = 340 if window > 5 else t + reach + 5  # past 256 tokens attention is computed in blocks
     ours, x = vivid(window, T, n_layer), tokens(1, T)
     changed = x.clone()
     changed[:, t] = (x[:, t] + 1) % 61

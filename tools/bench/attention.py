@@ -11,8 +11,20 @@ from common.models import model_module
 from tools.bench.limits import dtype_name, matmul_rates
 from tools.bench.turns import compare, milliseconds, ratio, run_in_new_process, stopwatch
 
-WINDOW, N_HEAD, HEAD_DIM = 256, 12, 64
-BATCH_AND_LENGTH = [(2, 256), (2, 384), (2, 512), (2, 768), (2, 1000), (2, 1024), (1, 8192)]
+N_HEAD, HEAD_DIM = 12, 64
+WINDOW = 256  # of most cases; a shorter one needs blocks from fewer tokens on
+CASES = [  # B, T, window
+    (2, 256, 64),
+    (2, 320, 64),
+    (2, 512, 64),
+    (2, 256, WINDOW),
+    (2, 384, WINDOW),
+    (2, 512, WINDOW),
+    (2, 768, WINDOW),
+    (2, 1000, WINDOW),
+    (2, 1024, WINDOW),
+    (1, 8192, WINDOW),
+]
 LONGEST_DENSE = 1024  # a dense mask beyond this many tokens takes too long
 SHORT, LONG = 4096, 16384  # tokens between which the growth of memory is measured
 
@@ -30,17 +42,21 @@ def full(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def dense(q, k, v):
-    """Sliding-window attention by a mask over all T x T scores, made in the call as by a model."""
-    T = q.size(2)
-    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - WINDOW)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+def dense(window):
+    """Return sliding-window attention by a mask over all T x T scores, made as by a model."""
+
+    def attend(q, k, v):
+        T = q.size(2)
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    return attend
 
 
-def sliding():
+def sliding(window=WINDOW):
     """Return the attention function of model_swa."""
     module = model_module("model_swa")
-    config = module.GPTConfig(n_head=N_HEAD, n_embd=N_HEAD * HEAD_DIM, window=WINDOW)
+    config = module.GPTConfig(n_head=N_HEAD, n_embd=N_HEAD * HEAD_DIM, window=window)
     return module.CausalSelfAttention(config, 0).attend
 
 
@@ -76,34 +92,40 @@ def measure_attention(bench):
     """
     rates = matmul_rates(bench.device)
     rows = []
-    cases = [(dtype, B, T) for dtype in rates for B, T in BATCH_AND_LENGTH]
-    costs = [B * T * T for _, B, T in cases]
-    for (dtype, B, T), cost in zip(cases, costs, strict=True):
-        seconds = bench.seconds * cost / sum(costs)
-        rows.append(bench.show(attention_speed(bench.device, dtype, B, T, seconds, rates[dtype])))
+    total_cost = len(rates) * sum(B * T * T for B, T, _ in CASES)
+    for dtype in rates:
+        for B, T, window in CASES:
+            seconds = bench.seconds * B * T * T / total_cost
+            inputs = random_inputs(B, T, bench.device, dtype)
+            rows.append(bench.show(attention_speed(inputs, window, seconds, rates[dtype])))
     for dtype in rates:
         rows.append(bench.show(attention_memory(bench.device, dtype)))
     return rows
 
 
-def attention_speed(device, dtype, B, T, seconds, rate):
-    """Return one row: a forward and backward pass of each kind of attention."""
-    functions = {"sliding": sliding(), "full": full}
+def attention_speed(inputs, window, seconds, rate):
+    """Return one row: a forward and backward pass of each kind of attention.
+
+    inputs   of random_inputs()
+    rate     of a large matrix product, in FLOP/s
+    """
+    q = inputs[0]
+    B, _, T, _ = q.shape
+    functions = {"sliding": sliding(window), "full": full}
     if T <= LONGEST_DENSE:
-        functions["dense"] = dense
-    inputs = random_inputs(B, T, device, dtype)
+        functions["dense"] = dense(window)
     contestants = {
-        name: stopwatch(device, forward_backward, function, *inputs)
+        name: stopwatch(q.device, forward_backward, function, *inputs)
         for name, function in functions.items()
     }
     times = compare(seconds, contestants)
-    row = {"dtype": dtype_name(dtype), "batch": B, "T": T, "window": WINDOW}
+    row = {"dtype": dtype_name(q.dtype), "batch": B, "T": T, "window": window}
     for name in functions:
         row[f"{name}_ms"] = milliseconds(times[name])
     for name in functions:
         if name != "sliding":
             row[f"{name}_over_sliding"] = ratio(times[name], times["sliding"])
-    limit = attention_flops(B, T, WINDOW) / rate
+    limit = attention_flops(B, T, window) / rate
     row["sliding_of_product_limit"] = ratio([limit], times["sliding"])
     return row
 
