@@ -43,6 +43,15 @@ def make_config(module, fields):
         raise UserError(f"{module.__name__}.py: {error}") from error
 
 
+def check_shapes(source, name, weights, expected):
+    """Raise UserError unless names and shapes are those that the model expects."""
+    for key in sorted(expected.keys() | weights.keys()):
+        ours = tuple(expected[key].shape) if key in expected else "nothing"
+        theirs = tuple(weights[key].shape) if key in weights else "nothing"
+        if ours != theirs:
+            raise UserError(f"{source}: {key} is {theirs} there, {ours} in {name}.py")
+
+
 def config_fields(name):
     """Return the names of the options (the fields of GPTConfig) of a model file."""
     return [field.name for field in dataclasses.fields(model_module(name).GPTConfig)]

@@ -1,11 +1,10 @@
 """Load weights into any model: GPT-2's by name, a model in transformers' format, or a run.
 
 GPT-2 (gpt2, gpt2-medium, gpt2-large, gpt2-xl) is read from the Hugging Face cache, where other
-programs have downloaded it, or downloaded once from the hub as safetensors. Its parameter names are
-ours without the prefix "transformer."; its Linear weights are stored as Conv1D, (in, out), and are
-transposed here. A variant can start from the same weights: sliding windows take them as they are,
-grouped-query attention averages the KV heads of each group, and rotary positions replace wpe, which
-is dropped.
+programs have downloaded it, or downloaded once from the hub as safetensors. GPT-2, StarCoder2 and
+GPT-Neo are converted by common/transformers_format.py. A variant can start from the weights of
+another model file: sliding windows take them as they are, grouped-query attention averages the KV
+heads of each group, and rotary positions replace wpe, which is dropped.
 """
 
 import contextlib
@@ -23,26 +22,17 @@ from common import checkpoint
 from common.download import download, file_sha256, hub_url
 from common.errors import UserError, prefix_errors
 from common.files import read_json, read_text, write_text
-from common.models import make_config, model_module
+from common.models import check_shapes, make_config, model_module
 from common.tokenizer import VOCAB_SIZES, check_meta, read_meta
+from common.transformers_format import FORMATS, check_fields
 
 HUB = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
 FOLDER = Path("data/pretrained")
 SUMMED = ("model.safetensors", "config.json")  # files whose hashes are stored
-HEAD_SIZE = 64  # of all released GPT-2s; used if there is no config.json to give n_head
-CONV1D = re.compile(r".*\.(c_attn|c_proj|c_fc)\.weight")
-# Attention masks, and the head, which is wte.
-NOT_WEIGHTS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|lm_head\.weight")
-# Settings of a GPT-2 config.json that model.py has fixed to these values.
-FIXED = {
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": True,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-}
+# Attention masks, and the head, which is the token embedding.
+NOT_WEIGHTS = re.compile(r"h\.\d+\.attn\.(attention\.)?(bias|masked_bias)|lm_head\.weight")
 WPE = "transformer.wpe.weight"
 
 
@@ -61,7 +51,7 @@ def load_model(source, name=None, options=None):
 
     source    a GPT-2 name, a repository in the Hugging Face cache, a run, one of its checkpoints,
               or a directory in transformers' format
-    name      the model file to load into; None: the run's own, or `model` for GPT-2
+    name      the model file to load into; None: the one that the weights were made for
     options   fields of its GPTConfig that the user asked for. dropout and what the source does not
               know are free; n_kv_head and block_size may shrink; a model without learned positions
               takes any block_size; all others must agree
@@ -87,7 +77,7 @@ def load_model(source, name=None, options=None):
             f"{source} in {name}: {' and '.join(changes)}; the model needs further training",
             file=sys.stderr,
         )
-    _check_shapes(source, name, loaded.weights, expected)
+    check_shapes(source, name, loaded.weights, expected)
     model.load_state_dict(loaded.weights, assign=True)
     # A meta.json can name a tokenizer with more ids than the weights have.
     vocab_size = min(loaded.meta["vocab_size"], model.config.vocab_size)
@@ -181,15 +171,6 @@ def _average_kv_heads(c_attn, n_kv_head, group_size, config):
     return torch.cat([q, heads.mean(dim=1).float().flatten(0, 1)])
 
 
-def _check_shapes(source, name, weights, expected):
-    """Raise UserError unless names and shapes are those that the model expects."""
-    for key in sorted(expected.keys() | weights.keys()):
-        ours = tuple(expected[key].shape) if key in expected else "nothing"
-        theirs = tuple(weights[key].shape) if key in weights else "nothing"
-        if ours != theirs:
-            raise UserError(f"{source}: {key} is {theirs} there, {ours} in {name}.py")
-
-
 # Read weights ---------------------------------------------------------------------------------
 
 
@@ -253,52 +234,65 @@ def _verify_sums(sums, weights):
 
 
 def _read_transformers(folder):
-    """Return the Source of a GPT-2 in transformers' format."""
-    config = _read_gpt2_config(folder)
-    raw = _read_safetensors(folder)
-    if "wte.weight" not in raw or "wpe.weight" not in raw:
-        raise UserError(f"{folder} has no model*.safetensors with wte.weight and wpe.weight")
-    if not torch.equal(raw.get("lm_head.weight", raw["wte.weight"]), raw["wte.weight"]):
-        raise UserError(
-            f"{folder} has an lm_head.weight other than wte.weight, but model.py ties them"
-        )
-    weights = {}
-    for key, value in raw.items():
-        if NOT_WEIGHTS.fullmatch(key):
-            continue
-        if not value.is_floating_point():
-            raise UserError(
-                f"{folder} has quantized weights: use the model in float32, bfloat16 or float16"
-            )
-        if CONV1D.fullmatch(key) and value.dim() == 2:
-            value = value.t()
-        weights[f"transformer.{key}"] = value.contiguous().float()
-    shape = _gpt2_shape(folder, config, raw)
-    if os.path.lexists(folder / "meta.json"):  # a broken link is not the absence of a file
+    """Return the Source of a model in one of transformers' formats."""
+    config = _read_config(folder)
+    model_type = config.get("model_type", "gpt2")
+    model_format = FORMATS[model_type]
+    tensors = _read_tensors(folder, model_format.prefix, model_format.embedding)
+    name, shape, weights = model_format.convert(tensors, config, folder)
+    # StarCoder2's own tokenizer is none of ours. A broken link is not the absence of a file.
+    if model_type == "starcoder2" or os.path.lexists(folder / "meta.json"):
         meta = read_meta(folder)
     else:
         vocab_size = min(shape["vocab_size"], VOCAB_SIZES["gpt2"])
         meta = {"tokenizer": "gpt2", "vocab_size": vocab_size}
-    return Source("model", shape, weights, meta)
+    return Source(name, shape, weights, meta)
 
 
-def _read_gpt2_config(folder):
-    """Return a GPT-2's config.json. Raises UserError for a model that model.py cannot compute."""
+def _read_config(folder):
+    """Return a config.json without its nulls, {} if there is none: weights alone are a GPT-2's.
+
+    Raises UserError for a model that no model file computes.
+    """
     path = folder / "config.json"
     if not path.exists():
         return {}
-    config = read_json(path, {"model_type?": str, "n_head?": (int, type(None))})
-    kind = config.get("model_type")
-    if kind != "gpt2":
-        raise UserError(f"{path} describes a model of type {kind}, not gpt2")
-    for key, value in FIXED.items():
-        if config.get(key, value) != value:
-            raise UserError(f"{path} has {key}={config[key]}, but model.py computes {value}")
-    return config
+    model_type = read_json(path, {"model_type?": str}).get("model_type")
+    if model_type not in FORMATS:
+        raise UserError(
+            f"{path} describes a model of type {model_type}, not one of {', '.join(FORMATS)}"
+        )
+    config = read_json(path, FORMATS[model_type].fields)
+    check_fields(folder, config, FORMATS[model_type].fixed)
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _read_tensors(folder, prefix, embedding):
+    """Return the weights of a model in float32, each name with the prefix.
+
+    Raises UserError if the token embedding is missing or the head is another matrix.
+    """
+    raw = {key.removeprefix(prefix): w for key, w in _read_safetensors(folder).items()}
+    if embedding not in raw:
+        raise UserError(f"{folder} has no model*.safetensors with {embedding}")
+    if not torch.equal(raw.get("lm_head.weight", raw[embedding]), raw[embedding]):
+        raise UserError(
+            f"{folder} has an lm_head.weight other than {embedding}, but the models here tie them"
+        )
+    tensors = {}
+    for key, w in raw.items():
+        if NOT_WEIGHTS.fullmatch(key):
+            continue
+        if not w.is_floating_point():
+            raise UserError(
+                f"{folder} has quantized weights: use the model in float32, bfloat16 or float16"
+            )
+        tensors[prefix + key] = w.contiguous().float()
+    return tensors
 
 
 def _read_safetensors(folder):
-    """Return all tensors of model.safetensors or its shards, without the prefix "transformer."."""
+    """Return all tensors of model.safetensors or its shards."""
     path = folder / "model.safetensors"
     paths = [path] if path.exists() else sorted(folder.glob("model-*-of-*.safetensors"))
     tensors = {}
@@ -311,34 +305,7 @@ def _read_safetensors(folder):
         raise UserError(
             f"{path} is truncated or altered ({error}): remove it and get it again"
         ) from error
-    return {key.removeprefix("transformer."): value for key, value in tensors.items()}
-
-
-def _gpt2_shape(folder, config, raw):
-    """Return the GPTConfig fields of GPT-2 weights; they must agree with config.json."""
-    if raw["wte.weight"].dim() != 2 or raw["wpe.weight"].dim() != 2:
-        raise UserError(f"{folder} has a wte.weight or a wpe.weight that is not a matrix")
-    vocab_size, n_embd = raw["wte.weight"].shape
-    block_size = len(raw["wpe.weight"])
-    layers = {key.split(".")[1] for key in raw if key.startswith("h.")}
-    if layers != {str(i) for i in range(len(layers))} or not layers:
-        raise UserError(f"{folder} has weights of the layers {sorted(layers)}, not of 0, 1, 2 ...")
-    shape = {
-        "block_size": block_size,
-        "vocab_size": vocab_size,
-        "n_layer": len(layers),
-        "n_head": config.get("n_head") or n_embd // HEAD_SIZE,
-        "n_embd": n_embd,
-        "bias": True,
-        "dropout": 0.0,
-    }
-    actual = shape | {"n_positions": block_size, "n_inner": 4 * n_embd}
-    for key in ("n_layer", "n_embd", "vocab_size", "n_positions", "n_inner"):
-        if config.get(key) not in (None, actual[key]):
-            raise UserError(
-                f"{folder}/config.json has {key}={config[key]}, the weights have {actual[key]}"
-            )
-    return shape
+    return tensors
 
 
 def _read_run(directory):

@@ -19,6 +19,7 @@ import prepare_data
 import sample
 import train
 from common.pretrained import load_model
+from common.transformers_format import to_gpt2
 from model import GPT, GPTConfig
 from tools import export, plot_loss
 
@@ -122,7 +123,7 @@ def foreign_model(**shape):
     """Return the tensors and the config.json of a random GPT-2 in transformers' format."""
     torch.manual_seed(0)
     config = GPTConfig(block_size=16, vocab_size=257, **shape)
-    weights, theirs = export.gpt2_format(GPT(config).state_dict(), config)
+    weights, theirs = to_gpt2(GPT(config).state_dict(), config)
     return {name.removeprefix("transformer."): w.clone() for name, w in weights.items()}, theirs
 
 

@@ -3,9 +3,10 @@
     python -m tools.export --init_from=out/quickstart --out_dir=exported
 
 `model` becomes a GPT2LMHeadModel, and so does `model_gqa`, with each KV head repeated for its group
-of query heads. `model_rope` and `model_rope_gqa_swa` become a Starcoder2ForCausalLM.
-The directory also gets the files of its tokenizer, for AutoTokenizer, and meta.json, which names it
-for this project.
+of query heads. `model_rope` and `model_rope_gqa_swa` become a Starcoder2ForCausalLM. `model_swa`
+becomes a GPTNeoForCausalLM, if it was trained with --bias=False. The directory also gets the files
+of its tokenizer, for AutoTokenizer, and meta.json, which names it for this project, whose
+--init_from=DIR reads the model back.
 """
 
 import sys
@@ -17,26 +18,22 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import save
 from tiktoken.load import read_file_cached
 
-from common.errors import UserError, run_program
+from common.errors import UserError, prefix_errors, run_program
 from common.files import fsync, lock, name_in_errors, write_json
-from common.pretrained import CONV1D, FIXED, load_model
+from common.pretrained import load_model
 from common.tokenizer import EOT, get_tokenizer
+from common.transformers_format import to_gpt2, to_gpt_neo, to_starcoder2
 from configurator import configure
 
-# Parts of our parameter names, and StarCoder2's. Its q_proj, k_proj and v_proj are rows of c_attn.
-STARCODER2_NAMES = {
-    "transformer.": "model.",
-    ".wte.": ".embed_tokens.",
-    ".ln_f.": ".norm.",
-    ".h.": ".layers.",
-    ".ln_1.": ".input_layernorm.",
-    ".ln_2.": ".post_attention_layernorm.",
-    ".attn.": ".self_attn.",
-    "attn.c_proj": "attn.o_proj",
+FORMATS = {
+    "model": to_gpt2,
+    "model_gqa": to_gpt2,
+    "model_rope": to_starcoder2,
+    "model_rope_gqa_swa": to_starcoder2,
+    "model_swa": to_gpt_neo,
 }
 # The files of GPT-2's tokenizer, as OpenAI published them and as tiktoken caches them.
 GPT2_BPE = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -61,92 +58,6 @@ class ExportConfig:
     out_dir: str | None = None  # the directory to make
 
 
-def gpt2_format(weights, config):
-    """Return the weights and the config.json of transformers' GPT2LMHeadModel."""
-    theirs = {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,  # for llama.cpp's converter
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-    }
-    weights = repeat_kv_heads(weights, config)
-    weights = {
-        key: w.t().contiguous() if CONV1D.fullmatch(key) else w for key, w in weights.items()
-    }
-    return weights, FIXED | theirs
-
-
-def repeat_kv_heads(weights, config):
-    """Return the weights of the model with one KV head per query head that computes the same."""
-    n_kv_head = getattr(config, "n_kv_head", config.n_head)
-    if n_kv_head == config.n_head:
-        return weights
-    head_dim = config.n_embd // config.n_head
-    repeated = dict(weights)
-    for key, w in weights.items():
-        if ".c_attn." in key:
-            q, kv = w.tensor_split([config.n_embd])
-            kv_heads = kv.unflatten(0, (2 * n_kv_head, head_dim))  # those of k, then those of v
-            kv_heads = kv_heads.repeat_interleave(config.n_head // n_kv_head, dim=0)
-            repeated[key] = torch.cat([q, kv_heads.flatten(0, 1)])
-    return repeated
-
-
-def starcoder2_format(weights, config):
-    """Return the weights and the config.json of transformers' Starcoder2ForCausalLM."""
-    n_kv_head = getattr(config, "n_kv_head", config.n_head)
-    head_dim = config.n_embd // config.n_head
-    theirs = {
-        "model_type": "starcoder2",
-        "architectures": ["Starcoder2ForCausalLM"],
-        "hidden_act": "gelu_pytorch_tanh",
-        "norm_epsilon": 1e-5,
-        "use_bias": True,
-        "tie_word_embeddings": True,
-        "hidden_size": config.n_embd,
-        "intermediate_size": 4 * config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": n_kv_head,
-        "sliding_window": getattr(config, "window", None),
-        "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.block_size,
-        "residual_dropout": config.dropout,
-        "embedding_dropout": config.dropout,
-        "attention_dropout": config.dropout,
-    }
-    renamed = {}
-    for key, w in weights.items():
-        for our_part, their_part in STARCODER2_NAMES.items():
-            key = key.replace(our_part, their_part)
-        if ".c_attn." not in key:
-            renamed[key] = w
-            continue
-        q, k, v = w.split([config.n_embd, n_kv_head * head_dim, n_kv_head * head_dim])
-        renamed[key.replace("c_attn", "q_proj")] = q.contiguous()
-        renamed[key.replace("c_attn", "k_proj")] = k.contiguous()
-        renamed[key.replace("c_attn", "v_proj")] = v.contiguous()
-    return renamed, theirs
-
-
-FORMATS = {
-    "model": gpt2_format,
-    "model_gqa": gpt2_format,
-    "model_rope": starcoder2_format,
-    "model_rope_gqa_swa": starcoder2_format,
-}
-# The class of transformers that comes closest, and why it is not written here.
-NO_FORMAT = {
-    "model_swa": "GPT-2 with windows everywhere is not among its models (GPT-Neo lacks biases)",
-}
-
-
 def export(source, out_dir):
     """Write the model of `source`, anything that load_model takes, to a new directory.
 
@@ -164,16 +75,15 @@ def export(source, out_dir):
         model, meta = load_model(source)
         name = type(model).__module__
         if name not in FORMATS:
-            reason = NO_FORMAT.get(name, "it is not among its models")
             raise UserError(
-                f"{source} is a {name}, which cannot be exported to transformers: {reason}; "
-                f"{', '.join(FORMATS)} can"
+                f"{source} is a {name}, which is not among the models of transformers: only "
+                f"{', '.join(FORMATS)} can be exported"
             )
         part = out_dir.with_name(out_dir.name + ".part")
         shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
         part.mkdir()
         try:
-            with name_in_errors(part):
+            with name_in_errors(part), prefix_errors(source):
                 write_model(part, model, meta)
             for path in (*part.iterdir(), part):
                 fsync(path)
@@ -185,7 +95,7 @@ def export(source, out_dir):
 
 def write_model(folder, model, meta):
     """Write all files of a model in transformers' format."""
-    weights, theirs = FORMATS[type(model).__module__](exported_weights(model, meta), model.config)
+    weights, theirs = FORMATS[type(model).__module__](without_padding(model, meta), model.config)
     eot = get_tokenizer(meta).eot_token
     theirs |= {"vocab_size": meta["vocab_size"], "dtype": "float32"}
     theirs |= {"bos_token_id": eot, "eos_token_id": eot}
@@ -210,17 +120,11 @@ def generation_config(model, eot):
     return config
 
 
-def exported_weights(model, meta):
-    """Return the state dict without padding tokens, and with zero biases for bias=False."""
+def without_padding(model, meta):
+    """Return the state dict without padding tokens."""
     weights = model.state_dict()
     wte = weights["transformer.wte.weight"]
-    weights["transformer.wte.weight"] = wte[: meta["vocab_size"]]
-    for key in list(weights):
-        is_embedding = key.startswith("transformer.w")
-        if key.endswith("weight") and not is_embedding:
-            bias = key.removesuffix("weight") + "bias"
-            weights.setdefault(bias, torch.zeros(len(weights[key])))
-    return weights
+    return weights | {"transformer.wte.weight": wte[: meta["vocab_size"]]}
 
 
 def write_tokenizer(folder, meta, eot, block_size):
