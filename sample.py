@@ -1,4 +1,4 @@
-"""Generate text from GPT-2, from a run, or from a model in transformers' GPT-2 format.
+"""Generate text from GPT-2, from a run, or from a model in transformers' format.
 
     python sample.py --init_from=out/quickstart --prompt="def "
     python sample.py --init_from=gpt2 --prompt="The meaning of life is" --num_samples=3
