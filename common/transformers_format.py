@@ -75,13 +75,14 @@ def split_qkv(weights, config):
 
 def join_qkv(weights):
     """Undo split_qkv."""
-    parts = {}
-    for name in ("q_proj", "k_proj", "v_proj"):
-        for key, w in weights.items():
-            if f".{name}." in key:
-                parts.setdefault(key.replace(name, "c_attn"), []).append(w)
-    others = {key: w for key, w in weights.items() if not re.search(r"\.[qkv]_proj\.", key)}
-    return others | {key: torch.cat(qkv) for key, qkv in parts.items()}
+    joined = {}
+    for key, w in weights.items():
+        if ".q_proj." in key:
+            qkv = [weights[key.replace("q_proj", name)] for name in ("q_proj", "k_proj", "v_proj")]
+            joined[key.replace("q_proj", "c_attn")] = torch.cat(qkv)
+        elif ".k_proj." not in key and ".v_proj." not in key:
+            joined[key] = w
+    return joined
 
 
 def expected_tensors(to_theirs, name, shape, folder):
