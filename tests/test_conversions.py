@@ -17,7 +17,7 @@ import sample
 import train
 from common.errors import UserError
 from common.pretrained import load_model
-from tools.export import export
+from tools.export import FORMATS, export
 
 VARIANTS = ["model_rope", "model_gqa", "model_swa", "model_rope_gqa_swa"]
 WINDOW = 8
@@ -330,3 +330,9 @@ def test_windows_with_biases_in_c_attn_are_not_exported_and_leave_no_file(workdi
     before = sorted(workdir.iterdir())
     assert_refused(["out/tiny", "c_attn", "--bias=False"], export, "out/tiny", "exported")
     assert sorted(workdir.iterdir()) == before
+
+
+def test_a_model_file_that_transformers_does_not_have_is_not_exported(tiny_run, monkeypatch):
+    monkeypatch.delitem(FORMATS, "model")
+    expected = ["out/tiny is a model,", "transformers", "model_rope"]
+    assert_refused(expected, export, "out/tiny", "exported")
