@@ -137,9 +137,12 @@ def main(argv):
     study = Study("quality", configure(StudyConfig, argv, __doc__), PRESETS)
     config = study.config
     for name in variants(config.run):
+        was_measured = has_all_seeds(study.state, name)
         for seed in config.seeds:
             study.measure_once(f"{name}, seed {seed}", measure_quality, config, name, seed)
-        study.finish(draw)
+        if not was_measured:
+            study.finish(draw)
+    study.finish(draw)
 
 
 if __name__ == "__main__":
