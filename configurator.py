@@ -27,7 +27,8 @@ from pathlib import Path
 
 from common.errors import UserError
 
-PATHS = ("init_from", "input", "out", "out_dir")  # options in which ~ is the home directory
+# Options in which ~ is the home directory.
+PATHS = ("init_from", "input", "import_nanogpt", "out", "out_dir")
 FREE_TEXT = ("prompt", "stop")  # options that may hold any characters
 MAX_BITS = 1000  # of an integer; a float holds 1023
 KV_HEADS = "use --n_kv_head, of model_gqa and model_rope_gqa_swa"

@@ -8,6 +8,8 @@
     python prepare_data.py mine --input='corpus/*.txt'
                                                 your own text: .txt, .jsonl (--field=text), .gz of
                                                 either
+    python prepare_data.py theirs --import_nanogpt=DIR
+                                                the bins in a data directory of nanoGPT
 
 The bins are raw little-endian uint16 token ids, nanoGPT's format. A .txt file is a document, and so
 is a line of a .jsonl file; <|endoftext|> separates documents. The last val_fraction of all tokens
@@ -40,9 +42,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from common.dataloader import find_largest_id
 from common.download import download, file_sha256, hub_url
 from common.errors import UserError, run_program
 from common.files import check_regular, fsync, lock, name_in_errors, write_json
+from common.nanogpt import read_dataset_meta
 from common.tokenizer import (
     EOT,
     NAMES,
@@ -88,6 +92,7 @@ class PrepareConfig:
     # What
     name: str = ""  # the dataset, a folder of data/
     input: str | None = None  # your own text: a file or a quoted pattern
+    import_nanogpt: str | None = None  # a data directory of nanoGPT: train.bin, val.bin, meta.pkl
     field: str = "text"  # the field of a .jsonl line that holds its text
     shards: int = 10  # fineweb: training shards to have in all, 1 to 103
     # How
@@ -273,15 +278,8 @@ def prepare_text(folder, tokenizer_name, paths, field, val_fraction, source):
         raise UserError(
             f"{tokenizer.n_vocab} different characters do not fit in uint16: use --tokenizer=byte"
         )
-    parts = {name: folder / f"{name}.part" for name in ("train.bin", "val.bin", "meta.json")}
-    for part in parts.values():
-        check_regular(part)
-    try:
-        with (
-            name_in_errors(folder),
-            open(parts["train.bin"], "w+b") as train,
-            open(parts["val.bin"], "wb") as val,
-        ):
+    with dataset_parts(folder) as parts:
+        with open(parts["train.bin"], "w+b") as train, open(parts["val.bin"], "wb") as val:
             for ids in tokenize(tokenizer, read_pieces(paths, field, "tokens")):
                 train.write(ids)
             total = train.tell() // 2
@@ -296,20 +294,95 @@ def prepare_text(folder, tokenizer_name, paths, field, val_fraction, source):
             shutil.copyfileobj(train, val)
             train.truncate(2 * n_train)
         meta |= {"vocab_size": tokenizer.n_vocab, "source": source, "val_fraction": val_fraction}
-        for split in ("train", "val"):
-            part = parts[f"{split}.bin"]
-            fsync(part)
-            meta[split] = describe_bin(part, tokenizer)
-        write_json(parts["meta.json"], meta)  # all that needs room, before the old dataset goes
-        # Without train.bin the folder is not a dataset: it goes first and comes back last.
-        (folder / "train.bin").unlink(missing_ok=True)
-        for name in ("val.bin", "meta.json", "train.bin"):
-            parts[name].replace(folder / name)
-        fsync(folder)
+        publish_parts(folder, parts, meta, tokenizer)
+    return meta
+
+
+@contextlib.contextmanager
+def dataset_parts(folder):
+    """Yield {file name: path to write it to}; remove what is left there in the end."""
+    parts = {name: folder / f"{name}.part" for name in ("train.bin", "val.bin", "meta.json")}
+    for part in parts.values():
+        check_regular(part)
+    try:
+        with name_in_errors(folder):
+            yield parts
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
+
+
+def publish_parts(folder, parts, meta, tokenizer):
+    """Replace the dataset in a folder by the bins in `parts`; add their descriptions to `meta`."""
+    for split in ("train", "val"):
+        part = parts[f"{split}.bin"]
+        fsync(part)
+        meta[split] = describe_bin(part, tokenizer)
+    write_json(parts["meta.json"], meta)  # all that needs room, before the old dataset goes
+    # Without train.bin the folder is not a dataset: it goes first and comes back last.
+    (folder / "train.bin").unlink(missing_ok=True)
+    for name in ("val.bin", "meta.json", "train.bin"):
+        parts[name].replace(folder / name)
+    fsync(folder)
+
+
+# nanoGPT --------------------------------------------------------------------------------------
+
+
+def prepare_nanogpt(config, folder):
+    """Make a dataset of the bins in a data directory of nanoGPT; return the meta.json.
+
+    The bins are copied, unless that directory is the folder of the dataset.
+    """
+    if config.input or config.tokenizer or config.val_fraction is not None:
+        raise UserError(
+            "the bins of --import_nanogpt are tokenized and split already: --input, --tokenizer "
+            "and --val_fraction do not apply"
+        )
+    directory = Path(config.import_nanogpt)
+    meta = read_dataset_meta(directory) | {"source": str(directory)}
+    for name in ("train.bin", "val.bin"):
+        check_foreign_bin(directory / name, meta)
+    tokenizer = available_tokenizer(meta)
+    with lock_dataset(folder):
+        is_in_place = directory.resolve() == folder.resolve()
+        is_without_meta = is_in_place and not (folder / "meta.json").exists()
+        if has_dataset(folder) and not config.overwrite and not is_without_meta:
+            check_replaceable(folder, meta["source"])
+        if is_in_place:
+            for split in ("train", "val"):
+                meta[split] = describe_bin(folder / f"{split}.bin", tokenizer)
+            write_json(folder / "meta.json", meta)
+            return meta
+        with dataset_parts(folder) as parts:
+            for name in ("train.bin", "val.bin"):
+                shutil.copyfile(directory / name, parts[name])
+            publish_parts(folder, parts, meta, tokenizer)
     return meta
+
+
+def check_foreign_bin(path, meta):
+    """Raise UserError unless a file is a bin of token ids that the tokenizer of `meta` has."""
+    if not path.is_file():
+        raise UserError(f"no {path}: --import_nanogpt needs a directory with train.bin and val.bin")
+    size = path.stat().st_size
+    if size % 2 or size < 4:
+        raise UserError(f"{path} has {size} bytes: not two or more uint16 tokens, or cut off")
+    largest_id = find_largest_id(path)
+    if largest_id >= meta["vocab_size"]:
+        raise UserError(
+            f"{path} holds the token id {largest_id}, but the tokenizer {meta['tokenizer']} has "
+            f"{meta['vocab_size']} ids: {path.parent} needs the meta.pkl that was made with the bin"
+        )
+
+
+def available_tokenizer(meta):
+    """Return the tokenizer of a meta.json; None, with a line on stderr, if it is not available."""
+    try:
+        return get_tokenizer(meta)
+    except UserError as error:
+        print(f"no bits per byte: {error}", file=sys.stderr)
+        return None
 
 
 # FineWeb --------------------------------------------------------------------------------------
@@ -352,11 +425,7 @@ def prepare_fineweb(folder, shards, overwrite):
         tokens = append_shard(name, folder / "train.bin", meta["train"]["tokens"])
         meta |= {"shards": shard, "train": {"tokens": tokens}}
         write_json(folder / "meta.json", meta)
-    try:
-        tokenizer = get_tokenizer(meta)
-    except UserError as error:
-        print(f"no bits per byte: {error}", file=sys.stderr)
-        tokenizer = None
+    tokenizer = available_tokenizer(meta)
     for split in ("train", "val"):
         meta[split] = describe_bin(folder / f"{split}.bin", tokenizer)
     write_json(folder / "meta.json", meta)
@@ -443,6 +512,8 @@ def prepare(config, root="data", only_missing=False):
             f"name a dataset: {', '.join(DATASETS)}, or one of your own with --input (--help "
             "explains)"
         )
+    if config.import_nanogpt:
+        return prepare_nanogpt(config, Path(root, config.name))
     if not config.input and config.name not in DATASETS:
         raise UserError(
             f"{config.name} is not one of {', '.join(DATASETS)}: --input='FILES' names its text"
@@ -464,11 +535,7 @@ def prepare(config, root="data", only_missing=False):
 
     folder, source = Path(root, config.name), config.input or config.name
     made = {"source": source, "tokenizer": tokenizer, "val_fraction": val_fraction}
-
-    def report_wait():
-        print(f"waiting for another process that prepares {folder}", file=sys.stderr, flush=True)
-
-    with lock(folder / ".lock", on_busy=report_wait) as waited:
+    with lock_dataset(folder) as waited:
         if has_dataset(folder) and not config.overwrite:
             if not only_missing:
                 check_replaceable(folder, source)
@@ -479,6 +546,15 @@ def prepare(config, root="data", only_missing=False):
             return prepare_fineweb(folder, config.shards, config.overwrite)
         paths = source_files(config, root)
         return prepare_text(folder, tokenizer, paths, config.field, val_fraction, source)
+
+
+def lock_dataset(folder):
+    """Return a context that holds the lock of a dataset, as common.files.lock does."""
+
+    def report_wait():
+        print(f"waiting for another process that prepares {folder}", file=sys.stderr, flush=True)
+
+    return lock(folder / ".lock", on_busy=report_wait)
 
 
 def has_dataset(folder):
@@ -519,6 +595,11 @@ def open_dataset(name, prepare_missing=True):
     """
     folder = Path("data", name)
     if has_dataset(folder):
+        if (folder / "meta.pkl").exists() and not (folder / "meta.json").exists():
+            raise UserError(
+                f"{folder} has nanoGPT's meta.pkl and no meta.json: python prepare_data.py {name} "
+                f"--import_nanogpt={folder} makes it"
+            )
         return folder, read_meta(folder)
     if name == "fineweb":
         raise UserError(

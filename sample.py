@@ -40,7 +40,7 @@ MAX_SAMPLES = 100_000  # each has a decoder of its own
 @dataclass
 class SampleConfig:
     # Model and prompt
-    init_from: str = "gpt2"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a directory
+    init_from: str = "gpt2"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, a directory, or a ckpt.pt
     prompt: str = ""  # text to continue; empty: start a document
     # How much
     num_samples: int = 1  # generated together, as one batch

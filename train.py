@@ -84,7 +84,7 @@ class TrainConfig:
     out_dir: str | None = None  # for checkpoints and log; None: out/CONFIG, or out/CONFIG-MODEL
     model: str = "model"  # the model file, without .py
     dataset: str = "fineweb"  # folder of data/, made by prepare_data.py
-    init_from: str = "scratch"  # scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a directory
+    init_from: str = "scratch"  # scratch, gpt2 to gpt2-xl, a directory, or nanoGPT's ckpt.pt
     overwrite: bool = False  # delete the run in out_dir and start over
     eval_only: bool = False  # evaluate, print the loss, write nothing
     seed: int = 1337  # of weights, data order and dropout

@@ -23,6 +23,7 @@ from common.download import download, file_sha256, hub_url
 from common.errors import UserError, prefix_errors
 from common.files import read_json, read_text, write_text
 from common.models import check_shapes, make_config, model_module
+from common.nanogpt import GELU, read_checkpoint
 from common.tokenizer import VOCAB_SIZES, check_meta, read_meta
 from common.transformers_format import FORMATS, check_fields
 
@@ -50,7 +51,7 @@ def load_model(source, name=None, options=None):
     """Return (model, meta): a model with the weights of `source`, and its tokenizer's meta.json.
 
     source    a GPT-2 name, a repository in the Hugging Face cache, a run, one of its checkpoints,
-              or a directory in transformers' format
+              a directory in transformers' format, or nanoGPT's ckpt.pt
     name      the model file to load into; None: the one that the weights were made for
     options   fields of its GPTConfig that the user asked for. dropout and what the source does not
               know are free; n_kv_head and block_size may shrink; a model without learned positions
@@ -89,15 +90,20 @@ def _read_source(source):
         if source in (name, repository):
             return _read_transformers(_fetch(name))
     directory = Path(source)
+    if directory.is_file():
+        return _read_nanogpt(directory)
     if not directory.is_dir():
         cached = _cached_snapshot(source)
         if cached is not None:
             return _read_transformers(cached)
         raise UserError(
-            f"{source} is neither one of {', '.join(HUB)} nor a directory with a run or a model"
+            f"{source} is neither one of {', '.join(HUB)}, nor a directory with a run or a model, "
+            "nor a ckpt.pt of nanoGPT"
         )
     if _is_transformers(directory):
         return _read_transformers(directory)
+    if (directory / "ckpt.pt").exists():
+        return _read_nanogpt(directory / "ckpt.pt")
     return _read_run(directory)
 
 
@@ -306,6 +312,13 @@ def _read_safetensors(folder):
             f"{path} is truncated or altered ({error}): remove it and get it again"
         ) from error
     return tensors
+
+
+def _read_nanogpt(path):
+    """Return the Source of a checkpoint of nanoGPT."""
+    source = Source("model", *read_checkpoint(path))
+    print(f"{path}: {GELU}", file=sys.stderr)
+    return source
 
 
 def _read_run(directory):
