@@ -38,17 +38,19 @@ def read_checkpoint(path):
     Raises UserError if the file is damaged, or not a checkpoint of nanoGPT's model.
     """
     checkpoint = _load(path)
-    try:
-        weights, shape = dict(checkpoint["model"]), OLD_SHAPE | checkpoint["model_args"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a checkpoint of nanoGPT: no model, model_args") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} is not a checkpoint of nanoGPT: it holds no dict")
+    model_args, stored = checkpoint.get("model_args"), checkpoint.get("model")
+    if not isinstance(model_args, dict) or not isinstance(stored, dict):
+        raise UserError(f"{path} is not a checkpoint of nanoGPT: it lacks model_args or model")
+    shape = OLD_SHAPE | model_args
     is_number = [isinstance(value, (int, float)) for value in shape.values()]
     if shape.keys() != set(SHAPE) or not all(is_number):
         raise UserError(
             f"{path} is not a checkpoint of nanoGPT's model: model_args has "
             f"{', '.join(map(str, shape))}, and must have the numbers {', '.join(SHAPE)}"
         )
-    return shape, _read_weights(path, weights), _read_tokenizer(path, shape["vocab_size"])
+    return shape, _read_weights(path, stored), _read_tokenizer(path, shape["vocab_size"])
 
 
 def _load(path):
@@ -69,8 +71,8 @@ def _load(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds other objects than tensors, strings and numbers; it is not loaded, "
-            "because they can be code"
+            f"{path} holds other objects than tensors, strings and numbers, which can be code, and "
+            "is not loaded: save it again without them"
         ) from error
     except OSError:
         raise

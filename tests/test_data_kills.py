@@ -10,6 +10,7 @@ import test_download
 from conftest import TEXT
 from faults import EFFORTS, Forked, failed_cases, files_of, kill, needs_fork, run_in
 from test_fineweb import shard_file, shard_name
+from test_nanogpt import write_their_data
 
 import prepare_data
 from common.dataloader import Loader
@@ -48,12 +49,24 @@ def prepare_shakespeare():
     prepare_data.main(["shakespeare_char"])
 
 
+def import_nanogpt():
+    prepare_data.main(["mine", "--import_nanogpt=theirs", "--overwrite=True"])
+
+
+def import_in_place():
+    prepare_data.main(["mine", "--import_nanogpt=data/mine"])
+
+
 def download_file():
     download(hub_url("file.bin"), "data/file.bin")
 
 
 def export_run():
     export.main(["--init_from=out/tiny", "--out_dir=data/exported"])
+
+
+def export_for_nanogpt():
+    export.main(["--init_from=out/tiny", "--out_dir=data/exported", "--format=nanogpt"])
 
 
 def make_text(folder):
@@ -66,6 +79,16 @@ def make_changed_text(folder):
     (folder / "a.txt").write_text(OTHER_TEXT)
     run_in(folder, prepare_text)
     make_text(folder)
+
+
+def make_nanogpt_data(folder):
+    """Make a data directory of nanoGPT, and the dataset `mine` of other text."""
+    make_changed_text(folder)
+    write_their_data(folder=folder / "theirs")
+
+
+def make_nanogpt_data_in_place(folder):
+    write_their_data(folder=folder / "data/mine")
 
 
 def make_one_shard(folder):
@@ -81,6 +104,8 @@ COMMANDS = {
     "shakespeare": (prepare_shakespeare, None),
     "fineweb": (prepare_fineweb, None),
     "more fineweb": (prepare_fineweb, make_one_shard),
+    "import": (import_nanogpt, make_nanogpt_data),
+    "import in place": (import_in_place, make_nanogpt_data_in_place),
     "download": (download_file, None),
 }
 
@@ -127,7 +152,7 @@ def test_a_killed_command_ends_as_the_uninterrupted_one(hub, tmp_path, name, cou
 
 
 @pytest.mark.parametrize("count", EFFORTS)
-@pytest.mark.parametrize("name", ["text", "changed", "tokenizer"])
+@pytest.mark.parametrize("name", ["text", "changed", "tokenizer", "import", "import in place"])
 def test_a_kill_leaves_the_old_dataset_the_new_one_or_none(tmp_path, name, count):
     killed = kill_command(name, count, tmp_path)
     datasets = [dataset_in(tmp_path / folder) for folder in ("start", "finished")]
@@ -175,14 +200,17 @@ def test_a_killed_download_of_a_changed_file_does_not_join_two_versions(hub, tmp
     assert failed_cases(killed, ends_as_uninterrupted(killed)) == []
 
 
+@pytest.mark.parametrize("export_call", [export_run, export_for_nanogpt])
 @pytest.mark.parametrize("count", EFFORTS)
-def test_a_killed_export_is_complete_or_can_be_repeated(tiny_run, workdir, tmp_path_factory, count):
-    killed = kill(export_run, "data", workdir, tmp_path_factory.mktemp("killed"), count)
+def test_a_killed_export_is_complete_or_can_be_repeated(
+    tiny_run, workdir, tmp_path_factory, count, export_call
+):
+    killed = kill(export_call, "data", workdir, tmp_path_factory.mktemp("killed"), count)
     expected = files_of(killed.finished)
 
     def has_right_result(folder):
         was_complete = (folder / "data/exported").exists()
-        outcome = Forked(export_run, folder).finish()
+        outcome = Forked(export_call, folder).finish()
         assert outcome.status == (2 if was_complete else 0), outcome.err
         return files_of(folder) == expected
 
