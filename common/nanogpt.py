@@ -22,10 +22,11 @@ SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "dro
 OLD_SHAPE = {"bias": True, "dropout": 0.0}  # what checkpoints without these fields have
 GPT2_META = {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
 PADDED_VOCAB_SIZE = 50304  # of nanoGPT's models with GPT-2's tokenizer
-# The largest differences of a trained char model of 0.8M parameters, over its validation split.
+# Measured with nanoGPT's example for CPUs, Shakespeare by characters, after 2000 iterations: the
+# largest difference of a logit, and that of the validation loss. With exact GELU there is none.
 GELU = (
-    "nanoGPT computes GELU exactly and model.py in its tanh approximation: logits differ by a few "
-    "thousandths, the loss by 1e-5"
+    "nanoGPT computes GELU exactly and model.py in its tanh approximation: logits differ by about "
+    "0.01, losses by 2e-5"
 )
 
 

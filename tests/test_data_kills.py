@@ -152,7 +152,7 @@ def test_a_killed_command_ends_as_the_uninterrupted_one(hub, tmp_path, name, cou
 
 
 @pytest.mark.parametrize("count", EFFORTS)
-@pytest.mark.parametrize("name", ["text", "changed", "tokenizer", "import", "import in place"])
+@pytest.mark.parametrize("name", ["text", "changed", "tokenizer", "import"])
 def test_a_kill_leaves_the_old_dataset_the_new_one_or_none(tmp_path, name, count):
     killed = kill_command(name, count, tmp_path)
     datasets = [dataset_in(tmp_path / folder) for folder in ("start", "finished")]
