@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import arguments, read_log
+from forked import GIGABYTE, run_forked
 from test_conversions import assert_refused, train_vivid
 from test_hostile import Bomb
 from test_pretrained import load_error, logits, max_difference
@@ -338,7 +339,7 @@ def test_a_weight_larger_than_the_file_is_refused_before_it_is_copied():
     assert "bytes" in message
 
 
-def test_a_compressed_archive_is_refused_before_it_is_unpacked():
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(monkeypatch):
     path = write_checkpoint(checkpoint_of(random_model()))
     shutil.move(path, "plain.pt")
     with (
@@ -348,7 +349,11 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked():
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
         packed.writestr("zeros", bytes(10**7))
+    unpacked = []
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", unpacked.append)
+    monkeypatch.setattr(torch, "load", lambda path, **options: unpacked.append(path))
     assert "theirs/ckpt.pt" in load_error(path)
+    assert unpacked == []
 
 
 def test_a_missing_file_is_refused_with_its_name():
@@ -388,10 +393,12 @@ def test_a_damaged_meta_pkl_is_refused(capsys, content):
     assert "theirs/meta.pkl" in refused(capsys, "mine", "--import_nanogpt=theirs")
 
 
-def test_a_meta_pkl_that_asks_for_much_memory_is_refused(capsys):
-    place = (2**32 - 1).to_bytes(4, "little")  # of the list of objects that were made
+def test_a_meta_pkl_that_asks_for_much_memory_does_not_get_it(workdir):
+    place = (2**28).to_bytes(4, "little")  # in the list of the objects made so far
     write_their_data().joinpath("meta.pkl").write_bytes(b"\x80\x02}r" + place + b".")
-    assert "theirs/meta.pkl" in refused(capsys, "mine", "--import_nanogpt=theirs")
+    outcome = run_forked(prepare_data.main, ["mine", "--import_nanogpt=theirs"], workdir)
+    assert outcome.problem("theirs/meta.pkl") is None
+    assert outcome.memory < GIGABYTE
 
 
 # Bins -----------------------------------------------------------------------------------------
