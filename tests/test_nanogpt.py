@@ -350,7 +350,7 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(monkeypatch):
             packed.writestr(name, plain.read(name))
         packed.writestr("zeros", bytes(10**7))
     unpacked = []
-    monkeypatch.setattr(zipfile.ZipFile, "testzip", unpacked.append)
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda archive: unpacked.append(archive))
     monkeypatch.setattr(torch, "load", lambda path, **options: unpacked.append(path))
     assert "theirs/ckpt.pt" in load_error(path)
     assert unpacked == []
