@@ -44,6 +44,25 @@ TINY = {
     "grad_clip": 0.5,
     "out_dir": "out/tiny",
 }
+BACKGROUND_RUNS = pytest.StashKey()
+
+
+def pytest_collection_modifyitems(items):
+    """Put the tests that look at the background runs last."""
+    items.sort(key=lambda item: "launches" in item.fixturenames)
+
+
+def pytest_collection_finish(session):
+    """Start the background runs, if tests that look at them are selected."""
+    modules = {item.module for item in session.items if "launches" in item.fixturenames}
+    if modules and not session.config.option.collectonly:
+        [test_distributed] = modules
+        session.config.stash[BACKGROUND_RUNS] = test_distributed.BackgroundRuns(session)
+
+
+def pytest_unconfigure(config):
+    if BACKGROUND_RUNS in config.stash:
+        config.stash[BACKGROUND_RUNS].stop()
 
 
 def arguments(**options):

@@ -2,7 +2,8 @@
 
 Starting Python and torch takes longer than a tiny run. So tests/launched.py forks the ranks of each
 world size from one process, they do many runs one after the other, and the tests look at the runs'
-directories and at what the ranks recorded. test_launches.py tests torchrun itself.
+directories and at what the ranks recorded. conftest.py starts these runs in the background before
+the first test, and puts the tests of this file last. test_launches.py tests torchrun itself.
 
     pytest -k model_mine                            trains that model alone
     PYTHONPATH=. python tests/test_distributed.py   writes the tables of docs/DISTRIBUTED.md
@@ -10,6 +11,7 @@ directories and at what the ranks recorded. test_launches.py tests torchrun itse
 
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,7 +22,7 @@ from pathlib import Path
 import pytest
 import test_resume
 import torch
-from conftest import TEXT, arguments, read_log, write_dataset, write_tiny
+from conftest import BACKGROUND_RUNS, TEXT, arguments, read_log, write_dataset, write_tiny
 from test_checkpoint import save_memory
 from test_variants import MODELS
 from transformers import AutoModelForCausalLM
@@ -64,6 +66,7 @@ SHORT = {"max_steps": 12, "eval_interval": 6, "dropout": 0.1}
 CHAIN = ["fsdp2", "ddp2", "fsdp3", "hsdp 2x2", "ddp4", "fsdp4"]
 LOGGED = ["train_loss", "grad_norm", "val_loss"]
 MUON = {"optimizer": "muon"}
+LONGEST_LAUNCH = 1200  # seconds until a launch counts as hung, on a machine that is busy otherwise
 MUON_MODEL = "model_rope_gqa_swa"  # c_attn has fewer rows for k and v than for q
 
 
@@ -82,10 +85,14 @@ def command(name, world_size=1, model="model", **options):
 # Launches -------------------------------------------------------------------------------------
 
 
-def start(line):
-    """Start a command in a process group of its own; return the process."""
+def start(line, start_new_session=True):
+    """Start a command, by default in a process group of its own; return the process."""
     return subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        line,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=start_new_session,
     )
 
 
@@ -134,7 +141,9 @@ def fork(runs):
     for world_size in runs:
         Path(f"runs{world_size}.json").write_text(json.dumps(runs[world_size]))
         files.append(f"{world_size}:runs{world_size}.json")
-    status, out, err = finish(start([sys.executable, ROOT / "tests/launched.py", *files]))
+    line = [sys.executable, ROOT / "tests/launched.py", *files]
+    process = start(line, start_new_session=False)  # BackgroundRuns.stop ends it, too
+    status, out, err = finish(process, timeout=LONGEST_LAUNCH)
     assert status == 0, out[-2000:] + err[-4000:]
     records = {}
     for world_size in runs:
@@ -279,7 +288,8 @@ def runs_of(world_size, pairs, with_others):
     for mode, model in pairs:
         ranks, options = MODES[mode]
         if ranks == world_size:
-            runs[mode, model] = {"argv": command(mode, world_size, model, **options)}
+            argv = command(mode, world_size, model, **options)
+            runs[f"{mode}-{model}"] = {"argv": argv}
     if not with_others:
         return runs
     runs.update(memory_runs(world_size))
@@ -349,13 +359,52 @@ def select_runs(session):
     return list(dict.fromkeys(pairs)), with_others
 
 
+class BackgroundRuns:
+    """The runs that the selected tests look at, done by a forked process in a folder of its own.
+
+    Most tests keep one core busy. These runs use the other one meanwhile.
+    """
+
+    def __init__(self, session):
+        pairs, with_others = select_runs(session)
+        self.folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("fork")
+        self.process = context.Process(target=self.do_runs, args=(pairs, with_others))
+        self.process.start()
+
+    def do_runs(self, pairs, with_others):
+        os.setsid()  # a process group of its own, for stop()
+        os.chdir(self.folder.name)
+        log = open("output.txt", "w")
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        sys.stdout = sys.stderr = log
+        write_tiny(Path())
+        results = run_all(pairs, with_others)
+        Path("results.json").write_text(json.dumps(results))
+
+    def wait(self):
+        """Return what run_all() returned."""
+        folder = Path(self.folder.name)
+        self.process.join(2 * LONGEST_LAUNCH)
+        assert self.process.exitcode == 0, (folder / "output.txt").read_text()[-4000:]
+        return json.loads((folder / "results.json").read_text())
+
+    def stop(self):
+        if self.process.is_alive():
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
+        self.folder.cleanup()
+
+
 @pytest.fixture(scope="module")
-def launches(tmp_path_factory, request):
-    """Do the runs that the selected tests look at; return what run_all() does, in its directory."""
+def launches(request):
+    """Return what run_all() returned for the selected tests, in its working directory."""
+    runs = request.config.stash[BACKGROUND_RUNS]
+    results = runs.wait()
     before = os.getcwd()
-    os.chdir(tmp_path_factory.mktemp("distributed"))
-    write_tiny(Path())
-    yield run_all(*select_runs(request.session))
+    os.chdir(runs.folder.name)
+    yield results
     os.chdir(before)
 
 
@@ -479,7 +528,7 @@ def test_in_bf16_the_losses_are_within_one_percent(launches, mode, one):
 
 @pytest.mark.parametrize(("mode", "model"), [(mode, "model") for mode in MODES])
 def test_the_ranks_divide_the_same_global_batch_at_every_step(records, mode, model):
-    of_ranks = [record["sequences"] for record in records[mode, model]]
+    of_ranks = [record["sequences"] for record in records[f"{mode}-{model}"]]
     for step, sequences in enumerate(zip(*of_ranks, strict=True)):
         assert sorted(itertools.chain(*sequences)) == list(range(24 * step, 24 * step + 24))
         assert {len(of_rank) for of_rank in sequences} == {24 // len(sequences)}
