@@ -498,7 +498,7 @@ def write_id_beyond(folder):
     [
         (write_odd_bin, ["theirs/val.bin", "5"]),
         (empty_val_bin, ["theirs/val.bin", "0"]),
-        (remove_train_bin, ["theirs/train.bin"]),
+        (remove_train_bin, ["theirs/train.bin", "--import_nanogpt"]),
         (write_id_beyond, ["theirs/train.bin", str(len(CHARS)), "char", "meta.pkl"]),
     ],
 )
