@@ -58,7 +58,6 @@ def train_and_export(meta, options):
     learning = {"max_steps": 100, "dropout": 0.0, "grad_clip": 1.0, "eval_interval": 100}
     run = {"dataset": "stdlib", "out_dir": "out/quickstart"}
     train.main(arguments(**options, **sizes, **learning, **run))
-    Path("exported").mkdir()
     export("out/quickstart", "exported/quickstart")
     model, _ = load_model("out/quickstart")
     return model, tokenizer
@@ -75,18 +74,21 @@ def greedy(model, tokenizer):
 
 
 @pytest.fixture
-def ctranslate2():
-    return pytest.importorskip("ctranslate2")
+def ctranslate2_code():
+    """The Python of the page, for out/quickstart and PROMPT."""
+    pytest.importorskip("ctranslate2")
+    code = block("python", "import ctranslate2")
+    return code.replace("exported/shakespeare", "exported/quickstart").replace("To be, ", PROMPT)
 
 
 @pytest.mark.parametrize("meta", METAS)
 @pytest.mark.parametrize("options", AS_GPT2, ids=model_name)
 def test_ctranslate2_has_the_same_logits_and_greedy_text(
-    ctranslate2, gpt2_tokenizer, workdir, meta, options
+    ctranslate2_code, gpt2_tokenizer, workdir, meta, options
 ):
     model, tokenizer = train_and_export(meta, options)
     names = {}
-    exec(block("python", "import ctranslate2"), names)
+    exec(ctranslate2_code, names)
     expected = greedy(model, tokenizer)
     assert len(set(expected)) > 5
     assert names["result"].sequences_ids[0][:50] == expected
@@ -98,10 +100,10 @@ def test_ctranslate2_has_the_same_logits_and_greedy_text(
 
 
 @pytest.mark.parametrize("options", AS_STARCODER2, ids=model_name)
-def test_ctranslate2_refuses_starcoder2(ctranslate2, workdir, options):
+def test_ctranslate2_refuses_starcoder2(ctranslate2_code, workdir, options):
     train_and_export(BYTE, options)
     with pytest.raises(ValueError, match="Starcoder2Config"):
-        exec(block("python", "import ctranslate2"), {})
+        exec(ctranslate2_code, {})
 
 
 # ONNX Runtime ---------------------------------------------------------------------------------
