@@ -89,10 +89,10 @@ def _read_source(source):
     for name, repository in HUB.items():
         if source in (name, repository):
             return _read_transformers(_fetch(name))
-    directory = Path(source)
-    if directory.is_file():
-        return _read_nanogpt(directory)
-    if not directory.is_dir():
+    path = Path(source)
+    if path.is_file():
+        return _read_nanogpt(path)
+    if not path.is_dir():
         cached = _cached_snapshot(source)
         if cached is not None:
             return _read_transformers(cached)
@@ -100,11 +100,11 @@ def _read_source(source):
             f"{source} is neither one of {', '.join(HUB)}, nor a directory with a run or a model, "
             "nor a ckpt.pt of nanoGPT"
         )
-    if _is_transformers(directory):
-        return _read_transformers(directory)
-    if (directory / "ckpt.pt").exists():
-        return _read_nanogpt(directory / "ckpt.pt")
-    return _read_run(directory)
+    if _is_transformers(path):
+        return _read_transformers(path)
+    if (path / "ckpt.pt").exists() and not checkpoint.list_checkpoints(path):
+        return _read_nanogpt(path / "ckpt.pt")
+    return _read_run(path)
 
 
 def _is_transformers(directory):

@@ -34,8 +34,9 @@ from torch.nn import functional as F
 
 import train
 from common.models import model_module
-from common.pretrained import CONV1D, load_model
+from common.pretrained import load_model
 from common.tokenizer import encode, get_tokenizer
+from common.transformers_format import CONV1D
 from sample import generate_text
 from tools.export import export
 

@@ -162,6 +162,13 @@ def test_a_directory_with_a_ckpt_pt_is_read():
     assert_same_weights(ours, random_model())
 
 
+def test_a_run_with_a_stray_ckpt_pt_is_still_the_run(tiny_run):
+    expected, _ = load_model(str(tiny_run))
+    torch.save(checkpoint_of(random_model()), tiny_run / "ckpt.pt")
+    ours, _ = load_model(str(tiny_run))
+    assert_same_weights(ours, expected)
+
+
 def test_the_model_does_not_change_with_its_file():
     path = write_checkpoint(checkpoint_of(random_model()))
     ours, _ = load_model(str(path))
