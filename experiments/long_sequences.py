@@ -125,9 +125,9 @@ def draw_costs(state, panel, key, text):
             values = [1000 * value["seconds"] for value in values]
         panel.plot(lengths, values, color=colour, marker="o", markersize=4)
         ends.append((name, lengths[-1], values[-1], colour))
-    label_points(panel, *ends)
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
+    label_points(panel, *ends)
     panel.set_xlim(right=5 * lengths[-1])  # room for the labels
     panel.set_xticks(lengths, [f"{T // 1024}k" for T in lengths])
     panel.set_xlabel("T (tokens)")

@@ -180,15 +180,17 @@ def save_plot(state, draw):
 def label_points(panel, *points, offset=(6, -3)):
     """Write a text beside each point (text, x, y, colour), offset by typographic points.
 
-    Several texts are spread vertically, in the order of y, so that they do not overlap.
+    A text that would overlap the one below it is moved up.
     """
-    lowest = offset[1] - LINE_HEIGHT * (len(points) - 1) / 2
-    ordered = sorted(points, key=lambda point: point[2])
-    for i, (text, x, y, colour) in enumerate(ordered):
+    panel.get_ylim()  # updates transData, which maps data to pixels
+    lowest = float("-inf")
+    for text, x, y, colour in sorted(points, key=lambda point: point[2]):
+        height = panel.transData.transform((x, y))[1] * 72 / panel.figure.dpi
+        lowest = max(height, lowest + LINE_HEIGHT)
         panel.annotate(
             text,
             xy=(x, y),
-            xytext=(offset[0], lowest + LINE_HEIGHT * i),
+            xytext=(offset[0], offset[1] + lowest - height),
             textcoords="offset points",
             color=colour,
             fontsize="small",

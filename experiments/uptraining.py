@@ -99,12 +99,12 @@ def draw(state, panel):
     for name, colour in zip(NAMES, COLOURS, strict=False):
         steps, uptrained = mean_curve(points_of_seeds(state, f"{name}, trained on"))
         panel.plot(steps, uptrained, color=colour, marker="o", markersize=4)
-        ends.append((f"{name}, from the base", steps[-1], uptrained[-1], colour))
+        ends.append((name, steps[-1], uptrained[-1], colour))
         from_scratch = mean(points_of_seeds(state, f"{name}, from scratch"))
-        panel.axhline(from_scratch, color=colour, linestyle=":", linewidth=1.2)
+        panel.hlines(from_scratch, 0, steps[-1], color=colour, linestyle=":", linewidth=1.2)
     label_points(panel, *ends)
     panel.set_xlim(right=1.3 * steps[-1])  # room for the labels
-    panel.set_xlabel("steps of uptraining (dotted: the end of training from scratch)")
+    panel.set_xlabel("steps of uptraining (dotted: the final loss from scratch)")
     panel.set_ylabel("validation loss (nats per token)")
 
 
