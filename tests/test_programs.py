@@ -135,7 +135,7 @@ def test_onnx_runtime_has_the_same_logits_and_greedy_text(workdir, options):
 # lm-evaluation-harness ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [AS_GPT2[0], AS_STARCODER2[1]], ids=model_name)
+@pytest.mark.parametrize("options", AS_GPT2 + AS_STARCODER2, ids=model_name)
 def test_lm_eval_has_the_bits_per_byte_of_the_recipe(workdir, capsys, options):
     pytest.importorskip("lm_eval")
     train_and_export(BYTE, options)
