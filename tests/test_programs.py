@@ -30,13 +30,7 @@ pytestmark = pytest.mark.slow
 
 BYTE = {"tokenizer": "byte"}
 CHAR = {"tokenizer": "char", "chars": [*sorted(set(TEXT)), EOT]}
-# CTranslate2 loads no model whose tokenizer has no unk_token.
-NO_UNK_TOKEN = pytest.mark.xfail(reason="the export has no unk_token", strict=True)
-METAS = [
-    pytest.param({"tokenizer": "gpt2"}, id="gpt2"),
-    pytest.param(BYTE, marks=NO_UNK_TOKEN, id="byte"),
-    pytest.param(CHAR, marks=NO_UNK_TOKEN, id="char"),
-]
+METAS = {"gpt2": {"tokenizer": "gpt2"}, "byte": BYTE, "char": CHAR}
 AS_GPT2 = [{"model": "model"}, {"model": "model_gqa", "n_kv_head": 2}]
 AS_STARCODER2 = [
     {"model": "model_rope"},
@@ -81,7 +75,7 @@ def ctranslate2_code():
     return code.replace("exported/shakespeare", "exported/quickstart").replace("To be, ", PROMPT)
 
 
-@pytest.mark.parametrize("meta", METAS)
+@pytest.mark.parametrize("meta", METAS.values(), ids=METAS)
 @pytest.mark.parametrize("options", AS_GPT2, ids=model_name)
 def test_ctranslate2_has_the_same_logits_and_greedy_text(
     ctranslate2_code, gpt2_tokenizer, workdir, meta, options

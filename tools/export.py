@@ -168,13 +168,14 @@ def write_tokenizer(folder, meta, eot, block_size):
         "clean_up_tokenization_spaces": False,  # decode must not change spaces before punctuation
     }
     if eot is not None:
-        tokenizer_config |= {"bos_token": EOT, "eos_token": EOT}
+        # CTranslate2 needs an unk_token, though none of the tokenizers makes one.
+        tokenizer_config |= {"bos_token": EOT, "eos_token": EOT, "unk_token": EOT}
     if meta["tokenizer"] == "byte":
         write_json(folder / "tokenizer.json", byte_tokenizer_json())
     elif meta["tokenizer"] == "char":
         write_json(folder / "tokenizer.json", char_tokenizer_json(meta["chars"]))
     else:
-        tokenizer_config |= {"tokenizer_class": "GPT2Tokenizer", "unk_token": EOT}
+        tokenizer_config["tokenizer_class"] = "GPT2Tokenizer"
         for name, (original, sha256) in GPT2_FILES.items():
             (folder / name).write_bytes(read_file_cached(GPT2_BPE + original, sha256))
     write_json(folder / "tokenizer_config.json", tokenizer_config)
