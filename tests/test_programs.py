@@ -36,6 +36,7 @@ AS_STARCODER2 = [
     {"model": "model_rope"},
     {"model": "model_rope_gqa_swa", "n_kv_head": 2, "window": 5},
 ]
+AS_GPT_NEO = [{"model": "model_swa", "window": 5, "bias": False}]
 PROMPT = "def "
 
 
@@ -93,17 +94,17 @@ def test_ctranslate2_has_the_same_logits_and_greedy_text(
     assert difference < 1e-4
 
 
-@pytest.mark.parametrize("options", AS_STARCODER2, ids=model_name)
-def test_ctranslate2_refuses_starcoder2(ctranslate2_code, workdir, options):
+@pytest.mark.parametrize("options", AS_STARCODER2 + AS_GPT_NEO, ids=model_name)
+def test_ctranslate2_refuses_starcoder2_and_gpt_neo(ctranslate2_code, workdir, options):
     train_and_export(BYTE, options)
-    with pytest.raises(ValueError, match="Starcoder2Config"):
+    with pytest.raises(ValueError, match="Starcoder2Config|GPTNeoConfig"):
         exec(ctranslate2_code, {})
 
 
 # ONNX Runtime ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", AS_GPT2 + AS_STARCODER2, ids=model_name)
+@pytest.mark.parametrize("options", AS_GPT2 + AS_STARCODER2 + AS_GPT_NEO, ids=model_name)
 def test_onnx_runtime_has_the_same_logits_and_greedy_text(workdir, options):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -129,7 +130,7 @@ def test_onnx_runtime_has_the_same_logits_and_greedy_text(workdir, options):
 # lm-evaluation-harness ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", AS_GPT2 + AS_STARCODER2, ids=model_name)
+@pytest.mark.parametrize("options", AS_GPT2 + AS_STARCODER2 + AS_GPT_NEO, ids=model_name)
 def test_lm_eval_has_the_bits_per_byte_of_the_recipe(workdir, capsys, options):
     pytest.importorskip("lm_eval")
     train_and_export(BYTE, options)
