@@ -205,6 +205,14 @@ def test_a_bfloat16_model_samples_with_a_float32_cache_on_cpus_without_amx(
     assert model.make_cache(1).k.dtype == expected
 
 
+def test_attention_of_another_kind_keeps_its_cache():
+    model = small_model("model", torch.bfloat16)
+    for block in model.transformer.h:
+        block.attn = torch.nn.Identity()
+    use_float32_cache(model)
+    assert model.make_cache(1).k.dtype == torch.bfloat16
+
+
 def test_a_model_prepared_for_sampling_generates_many_samples_in_bfloat16():
     model = small_model("model_rope_gqa_swa", torch.bfloat16)
     prepare_for_sampling(model, rows=3)

@@ -97,7 +97,7 @@ def test_ctranslate2_has_the_same_logits_and_greedy_text(
 @pytest.mark.parametrize("options", AS_STARCODER2 + AS_GPT_NEO, ids=model_name)
 def test_ctranslate2_refuses_starcoder2_and_gpt_neo(ctranslate2_code, workdir, options):
     train_and_export(BYTE, options)
-    with pytest.raises(ValueError, match="Starcoder2Config|GPTNeoConfig"):
+    with pytest.raises(ValueError, match=r"Starcoder2Config|GPTNeoConfig"):
         exec(ctranslate2_code, {})
 
 
