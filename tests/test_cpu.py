@@ -27,11 +27,11 @@ needs_bfloat16 = pytest.mark.skipif(
 )
 
 
-def small_model(name, dtype=torch.float32):
+def small_model(name, dtype=torch.float32, **options):
     module = model_module(name)
     sizes = {"block_size": 64, "vocab_size": 101, "n_layer": 2, "n_head": 4, "n_embd": 32}
     torch.manual_seed(0)
-    model = module.GPT(module.GPTConfig(**sizes))
+    model = module.GPT(module.GPTConfig(**sizes, **options))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)  # logits that differ, biases too
     return model.to(dtype).eval()
@@ -189,18 +189,19 @@ def test_a_float32_cache_is_float32_and_reports_its_bytes(name):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "has_amx", "expected"),
+    ("dtype", "has_amx", "n_kv_head", "expected"),
     [
-        (torch.bfloat16, False, torch.float32),
-        (torch.bfloat16, True, torch.bfloat16),
-        (torch.float32, False, torch.float32),
+        (torch.bfloat16, False, 4, torch.float32),
+        (torch.bfloat16, False, 2, torch.bfloat16),
+        (torch.bfloat16, True, 4, torch.bfloat16),
+        (torch.float32, False, 4, torch.float32),
     ],
 )
-def test_a_bfloat16_model_samples_with_a_float32_cache_on_cpus_without_amx(
-    monkeypatch, dtype, has_amx, expected
+def test_a_bfloat16_model_with_all_kv_heads_samples_with_a_float32_cache_without_amx(
+    monkeypatch, dtype, has_amx, n_kv_head, expected
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx})
-    model = small_model("model", dtype)
+    model = small_model("model_gqa", dtype, n_kv_head=n_kv_head)
     prepare_for_sampling(model)
     assert model.make_cache(1).k.dtype == expected
 
