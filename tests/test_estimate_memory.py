@@ -99,7 +99,7 @@ def live_bytes():
     for tensor in gc.get_objects():
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # a subclass has no storage
             continue
-        if tensor.device.type == "cpu":
+        if tensor.device.type == "cpu" and tensor.layout == torch.strided:
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
