@@ -92,6 +92,11 @@ def measure_loss(config, name, seed, device, dtype):
     return total / count
 
 
+def row_against_full(name, values, full):
+    """Return a row of the table: the mean loss, and the paired difference from all layers full."""
+    return [name, format_mean(values), format_difference(values, full), verdict(values, full)]
+
+
 def losses(state):
     """Return a table of the final losses, and of their differences from all full and all local."""
     config = Config(**state["config"])
@@ -100,11 +105,10 @@ def losses(state):
     for fraction in config.window_fractions:
         local = points_of_seeds(state, f"all local, T/{fraction}")
         mixed = points_of_seeds(state, f"every fourth full, T/{fraction}")
-        for name, values in (("all local", local), ("every fourth full", mixed)):
-            row = [f"{name}, T/{fraction}", format_mean(values)]
-            row += [format_difference(values, full), verdict(values, full)]
-            row.append("" if values is local else format_difference(mixed, local))
-            rows.append(row)
+        local_row = row_against_full(f"all local, T/{fraction}", local, full)
+        mixed_row = row_against_full(f"every fourth full, T/{fraction}", mixed, full)
+        rows.append([*local_row, ""])
+        rows.append([*mixed_row, format_difference(mixed, local)])
     header = ["", "validation loss", "minus all full", "so it is", "minus all local"]
     return markdown_table(header, rows)
 

@@ -36,6 +36,7 @@ from tools.bench.results import markdown_table
 from tools.plot_loss import read_log
 
 CACHE_TOKENS = 32 * 1024
+MARKERS = ("o", "s")  # of the first models, and of those whose colours repeat
 # What is compared with another variant than the base.
 COMPARISONS = (
     ("GQA 1/4", "GQA 1/2"),
@@ -113,7 +114,8 @@ def draw(state, differences, caches):
     shapes = variants(state["config"]["shape"])  # of GPT-2 124M, which has other numbers of heads
     base = final_losses(state, "base")
     for i, name in enumerate(shown):
-        colour, marker = COLOURS[i % len(COLOURS)], "os"[i // len(COLOURS)]
+        colour = COLOURS[i % len(COLOURS)]
+        marker = MARKERS[i // len(COLOURS)]
         values = final_losses(state, name)
         if name != "base":
             difference = paired_difference(values, base)
