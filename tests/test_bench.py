@@ -1,5 +1,6 @@
 """tools/bench: each benchmark at a tiny size, peers, budgets, result files, goals, the document."""
 
+import itertools
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import refused, write_dataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -377,6 +379,51 @@ def test_attention_flops_count_the_attended_keys(T, window):
     pairs = ((distance >= 0) & (distance < window)).sum().item()
     expected = 12 * attention.HEAD_DIM * attention.N_HEAD * 2 * pairs
     assert attention.attention_flops(2, T, window) == expected
+
+
+def varlen_by_brute_force(q, k, v, ends_q, ends_k, max_q, max_k, window_size):
+    """Compute what varlen_attn documents: sequences one after the other, (tokens, H, D)."""
+    assert ends_q.dtype == ends_k.dtype == torch.int32
+    left, right = window_size
+    positions = torch.arange(max_q)
+    distance = positions[:, None] - positions
+    mask = (distance <= left) & (-distance <= right)
+    parts = []
+    for start, end in itertools.pairwise(ends_q.tolist()):
+        assert end - start == max_q == max_k
+        q_part, k_part, v_part = [t[start:end].transpose(0, 1) for t in (q, k, v)]
+        y = F.scaled_dot_product_attention(q_part, k_part, v_part, attn_mask=mask)
+        parts.append(y.transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("window", [1, 3, 40])
+def test_the_flash_kernel_is_given_the_windows_of_the_model(monkeypatch, window):
+    monkeypatch.setattr(attention, "varlen_attn", varlen_by_brute_force)
+    q, k, v, gradient = attention.random_inputs(2, 20, CPU, torch.float32)
+    results = []
+    for attend in (attention.flash(window), attention.sliding(window)):
+        gradients = attention.forward_backward(attend, q, k, v, gradient)
+        results.append([attend(q, k, v), *gradients])
+    for ours, models in zip(*results, strict=True):
+        torch.testing.assert_close(ours, models, atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_with_the_flash_kernel_is_compared_with_the_models_own(tiny, monkeypatch):
+    calls = []
+
+    def counting(*arguments, **options):
+        calls.append(options["window_size"])
+        return varlen_by_brute_force(*arguments, **options)
+
+    monkeypatch.setattr(attention, "varlen_attn", counting)
+    monkeypatch.setattr(attention, "STEP_MODEL", SHAPE | {"block_size": 300})
+    monkeypatch.setattr(attention, "STEP_BATCH", 2)
+    row = attention.step_speed(CPU, seconds=0)
+    assert set(calls) == {(row["window"] - 1, 0)}
+    assert (row["batch"], row["T"]) == (2, 300)
+    ratio = row["sliding_step_ms"]["median"] / row["flash_step_ms"]["median"]
+    assert row["sliding_over_flash"] == pytest.approx(ratio)
 
 
 def test_a_decode_step_reads_all_weights_but_the_positions(tiny):

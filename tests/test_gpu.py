@@ -18,6 +18,7 @@ from test_variants import MODELS, PROMPTS, close, feed, last_logits, make_vivid,
 import sample
 import train
 from common.dataloader import Loader
+from tools.bench.attention import flash
 
 pytestmark = [
     pytest.mark.gpu,
@@ -291,13 +292,24 @@ def test_cached_logits_in_bf16_on_the_gpu_are_near_those_of_a_full_forward(model
 )
 def test_windows_on_the_gpu_equal_brute_force(window, T, dtype, tolerance):
     torch.set_float32_matmul_precision("highest")
+    assert_equals_brute_force(attention(window).attend, window, T, dtype, tolerance)
+
+
+@pytest.mark.parametrize("T", [13, 1000])
+@pytest.mark.parametrize("window", [1, 5, 256, 2000])
+def test_windows_of_the_flash_kernel_equal_brute_force(window, T):
+    assert_equals_brute_force(flash(window), window, T, torch.bfloat16, 0.02)
+
+
+def assert_equals_brute_force(attend, window, T, dtype, tolerance):
+    """Compare the output of an attention function and its gradients with float32 on the CPU."""
     generator = torch.Generator().manual_seed(T)
     q, k, v, upstream = [torch.randn(2, 2, T, 32, generator=generator).to(dtype) for _ in range(4)]
     inputs = [tensor.float().requires_grad_() for tensor in (q, k, v)]
     expected = by_brute_force(*inputs, window)
     expected_gradients = torch.autograd.grad(expected, inputs, upstream.float())
     on_gpu = [tensor.to(DEVICE).requires_grad_() for tensor in (q, k, v)]
-    y = attention(window).attend(*on_gpu)
+    y = attend(*on_gpu)
     actual = [y, *torch.autograd.grad(y, on_gpu, upstream.to(DEVICE))]
     for ours, exact in zip(actual, [expected, *expected_gradients], strict=True):
         # With a window of 1 the gradients of q and k are 0 but for rounding.

@@ -1,14 +1,24 @@
 """Attention alone: sliding windows, full causal attention and a dense mask.
 
+On CUDA also FlashAttention's kernel with a window, alone and in a training step. model_swa.py does
+not use that kernel: it runs on CUDA in half precision only, and would be a second path to trust. It
+is worth that if a step of 4096 tokens or more becomes 1.5 times as fast.
+
 Shapes: B batch, T tokens, H heads, D head_dim.
 """
 
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
-from common.device import peak_memory
+from common.device import peak_memory, pick_dtype
 from common.models import model_module
 from tools.bench.limits import dtype_name, matmul_rates
+from tools.bench.training import prepare_run, take_step
 from tools.bench.turns import compare, milliseconds, ratio, run_in_new_process, stopwatch
 
 N_HEAD, HEAD_DIM = 12, 64
@@ -27,6 +37,9 @@ CASES = [  # B, T, window
 ]
 LONGEST_DENSE = 1024  # a dense mask beyond this many tokens takes too long
 SHORT, LONG = 4096, 16384  # tokens between which the growth of memory is measured
+# A training step of GPT-2 124M with windows and long sequences, on CUDA.
+STEP_MODEL = {"block_size": 4096, "vocab_size": 50304}
+STEP_BATCH = 8
 
 
 def random_inputs(B, T, device, dtype):
@@ -58,6 +71,23 @@ def sliding(window=WINDOW):
     module = model_module("model_swa")
     config = module.GPTConfig(n_head=N_HEAD, n_embd=N_HEAD * HEAD_DIM, window=window)
     return module.CausalSelfAttention(config, 0).attend
+
+
+def flash(window):
+    """Return sliding-window attention by FlashAttention's kernel: CUDA, in half precision.
+
+    torch.nn.attention.varlen takes sequences of any lengths, one after the other. Its
+    window_size=(left, right) does not count the token itself.
+    """
+
+    def attend(q, k, v):
+        B, H, T, D = q.shape
+        q, k, v = [t.transpose(1, 2).reshape(B * T, H, D) for t in (q, k, v)]
+        ends = torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32)
+        y = varlen_attn(q, k, v, ends, ends, T, T, window_size=(window - 1, 0))
+        return y.view(B, T, H, D).transpose(1, 2)
+
+    return attend
 
 
 def forward_backward(attend, q, k, v, gradient):
@@ -100,6 +130,8 @@ def measure_attention(bench):
             rows.append(bench.show(attention_speed(inputs, window, seconds, rates[dtype])))
     for dtype in rates:
         rows.append(bench.show(attention_memory(bench.device, dtype)))
+    if bench.device.type == "cuda":
+        rows.append(bench.show(step_speed(bench.device, bench.seconds / 4)))
     return rows
 
 
@@ -114,6 +146,8 @@ def attention_speed(inputs, window, seconds, rate):
     functions = {"sliding": sliding(window), "full": full}
     if T <= LONGEST_DENSE:
         functions["dense"] = dense(window)
+    if q.device.type == "cuda" and q.dtype != torch.float32:
+        functions["flash"] = flash(window)
     contestants = {
         name: stopwatch(q.device, forward_backward, function, *inputs)
         for name, function in functions.items()
@@ -137,3 +171,25 @@ def attention_memory(device, dtype):
     row = {"dtype": dtype_name(dtype), "batch": 1, "window": WINDOW}
     row |= {f"gb_at_{SHORT}": short_gb, f"gb_at_{LONG}": long_gb}
     return row | {"ratio": long_gb / short_gb if short_gb else None}
+
+
+def step_speed(device, seconds):
+    """Return one row: a training step of model_swa, with its own windows and with the kernel's."""
+    dtype = pick_dtype("auto", device)
+    options = {"model": "model_swa", "device": str(device), "dtype": dtype_name(dtype)}
+    options["batch_size"] = STEP_BATCH
+    options["total_batch_size"] = STEP_BATCH * STEP_MODEL["block_size"]
+    contestants = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        for name in ("sliding", "flash"):
+            run = prepare_run(Path(folder) / name, stack, STEP_MODEL, **options)
+            if name == "flash":
+                for block in run.model.transformer.h:
+                    block.attn.attend = flash(block.attn.window)
+            contestants[name] = stopwatch(device, take_step, run)
+        times = compare(seconds, contestants)
+    row = {"dtype": dtype_name(dtype), "batch": STEP_BATCH, "T": STEP_MODEL["block_size"]}
+    row["window"] = run.model.config.window
+    row["sliding_step_ms"] = milliseconds(times["sliding"])
+    row["flash_step_ms"] = milliseconds(times["flash"])
+    return row | {"sliding_over_flash": ratio(times["sliding"], times["flash"])}

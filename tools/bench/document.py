@@ -116,7 +116,8 @@ QUESTIONS = [
         "attention",
         "What does a sliding window save in training?",
         "Attention alone, forward and backward: `full` is full causal attention, `dense` the same "
-        "with the window as a mask, `sliding` that of `model_swa.py`.",
+        "with the window as a mask, `sliding` that of `model_swa.py`, and on CUDA `flash` "
+        "FlashAttention's kernel with a window.",
         "full_over_sliding",
         "time of full causal attention / time of sliding windows",
         ("T", "dtype"),

@@ -4,6 +4,7 @@ A value of a row that was measured in several rounds is {"median": m, "min": a, 
 """
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -106,6 +107,7 @@ def package_version(name):
         return None
 
 
+@functools.cache  # a process goes on with the code that it has loaded, whatever is committed later
 def current_commit():
     """Return the last commit that changed the code, with " and changes" if files differ from it.
 
