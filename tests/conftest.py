@@ -1,11 +1,14 @@
 """Helpers and fixtures of several test files: a tiny dataset, a tiny run, a file server."""
 
+import gc
 import hashlib
 import http.server
 import json
 import os
 import shutil
+import tempfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +48,19 @@ TINY = {
     "out_dir": "out/tiny",
 }
 BACKGROUND_RUNS = pytest.StashKey()
+MEMORY_FILES = Path("/dev/shm")  # files in memory, on Linux
+MEMORY_BYTES = 4e9  # twice what the tests need at a time
+
+
+def pytest_configure():
+    """Put temporary files into memory where there is room for them, unless TMPDIR is set.
+
+    The tests write and delete 17,000 files. On a disk they wait a minute for that.
+    """
+    if "TMPDIR" in os.environ or not os.access(MEMORY_FILES, os.W_OK):
+        return
+    if shutil.disk_usage(MEMORY_FILES).free > MEMORY_BYTES:
+        tempfile.tempdir = str(MEMORY_FILES)
 
 
 def pytest_collection_modifyitems(items):
@@ -54,6 +70,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish(session):
     """Start the background runs, if tests that look at them are selected."""
+    gc.freeze()  # excludes all objects so far: collecting garbage takes 3 ms instead of 300
     modules = {item.module for item in session.items if "launches" in item.fixturenames}
     if modules and not session.config.option.collectonly:
         [test_distributed] = modules

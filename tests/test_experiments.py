@@ -52,6 +52,7 @@ EXPERIMENTS = [
     "associative",
     "full_layers",
 ]
+REAL_SAVE_PLOT = study.save_plot
 WITHOUT_PLOT = ("samples", "look", "costs")  # their results are texts or a table
 SHAPE = {"n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": 32}
 OTHER_SHAPE = SHAPE | {"n_head": 8}  # for size and speed, with another number of heads
@@ -112,6 +113,7 @@ def tiny(folder, monkeypatch):
     optimizers_config = optimizers.Config(run=RUN, sizes={"tiny": {"max_steps": 4}}, **rates)
     monkeypatch.setitem(optimizers.PRESETS, "cpu", optimizers_config)
     monkeypatch.setitem(samples.PROMPTS, "tiny", "def ")
+    monkeypatch.setattr(study, "save_plot", lambda *arguments: None)  # tested below
     for module in (costs, long_sequences):  # a new process takes seconds; one test below starts one
         monkeypatch.setattr(module, "run_in_new_process", call_in_this_process)
     return folder
@@ -149,7 +151,8 @@ def test_a_result_file_says_how_it_was_made(tiny, name):
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in WITHOUT_PLOT])
-def test_an_experiment_draws_a_plot(tiny, name):
+def test_an_experiment_draws_a_plot(tiny, name, monkeypatch):
+    monkeypatch.setattr(study, "save_plot", REAL_SAVE_PLOT)
     run_experiment(name)
     assert (tiny / "docs" / "experiments" / f"{name}_cpu.png").stat().st_size > 10_000
 
