@@ -47,7 +47,7 @@ TINY = {
     "grad_clip": 0.5,
     "out_dir": "out/tiny",
 }
-BACKGROUND_RUNS = pytest.StashKey()
+JOBS = pytest.StashKey()
 MEMORY_FILES = Path("/dev/shm")  # files in memory, on Linux
 MEMORY_BYTES = 4e9  # twice what the tests need at a time
 
@@ -64,22 +64,29 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(items):
-    """Put the tests that look at the background runs last."""
-    items.sort(key=lambda item: "launches" in item.fixturenames)
+    """Put the tests that wait for background jobs last."""
+    items.sort(key=lambda item: "background" in item.fixturenames)
 
 
 def pytest_collection_finish(session):
-    """Start the background runs, if tests that look at them are selected."""
+    """Start the background jobs of the selected tests."""
+    from background import Background, select_jobs  # which imports this file
+
     gc.freeze()  # excludes all objects so far: collecting garbage takes 3 ms instead of 300
-    modules = {item.module for item in session.items if "launches" in item.fixturenames}
-    if modules and not session.config.option.collectonly:
-        [test_distributed] = modules
-        session.config.stash[BACKGROUND_RUNS] = test_distributed.BackgroundRuns(session)
+    jobs = select_jobs(session.items)
+    if jobs and not session.config.option.collectonly:
+        session.config.stash[JOBS] = Background(jobs)
 
 
 def pytest_unconfigure(config):
-    if BACKGROUND_RUNS in config.stash:
-        config.stash[BACKGROUND_RUNS].stop()
+    if JOBS in config.stash:
+        config.stash[JOBS].stop()
+
+
+@pytest.fixture(scope="session")
+def background(request):
+    """Return the process of the background jobs; see tests/background.py."""
+    return request.config.stash[JOBS]
 
 
 def arguments(**options):

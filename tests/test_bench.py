@@ -116,6 +116,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setitem(limits.WORKLOADS, "cpu", limits.Workload(2, SHAPE))
     monkeypatch.setattr(limits, "BANDWIDTH_BYTES", 1 << 16)
     monkeypatch.setattr(limits, "SHORT_SECONDS", 0)
+    monkeypatch.setattr(turns, "MOST_ROUNDS", 2)
     monkeypatch.setattr(attention, "WINDOW", 32)
     monkeypatch.setattr(attention, "CASES", [(1, 128, 32)])
     monkeypatch.setattr(attention, "SHORT", 128)

@@ -2,8 +2,8 @@
 
 Starting Python and torch takes longer than a tiny run. So tests/launched.py forks the ranks of each
 world size from one process, they do many runs one after the other, and the tests look at the runs'
-directories and at what the ranks recorded. conftest.py starts these runs in the background before
-the first test, and puts the tests of this file last. test_launches.py tests torchrun itself.
+directories and at what the ranks recorded. These runs are a job of tests/background.py.
+test_launches.py tests torchrun itself.
 
     pytest -k model_mine                            trains that model alone
     PYTHONPATH=. python tests/test_distributed.py   writes the tables of docs/DISTRIBUTED.md
@@ -11,7 +11,6 @@ the first test, and puts the tests of this file last. test_launches.py tests tor
 
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,7 +21,8 @@ from pathlib import Path
 import pytest
 import test_resume
 import torch
-from conftest import BACKGROUND_RUNS, TEXT, arguments, read_log, write_dataset, write_tiny
+from background import kill_tree
+from conftest import TEXT, arguments, read_log, write_dataset, write_tiny
 from test_checkpoint import save_memory
 from test_variants import MODELS
 from transformers import AutoModelForCausalLM
@@ -85,15 +85,9 @@ def command(name, world_size=1, model="model", **options):
 # Launches -------------------------------------------------------------------------------------
 
 
-def start(line, start_new_session=True):
-    """Start a command, by default in a process group of its own; return the process."""
-    return subprocess.Popen(
-        line,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=start_new_session,
-    )
+def start(line):
+    """Start a command; return the process."""
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def torchrun(world_size, *argv, **options):
@@ -109,10 +103,7 @@ def finish(process, timeout=300):
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        children = ["pgrep", "-P", str(process.pid)]
-        for pid in subprocess.run(children, capture_output=True, text=True).stdout.split():
-            os.kill(int(pid), signal.SIGKILL)
-        process.kill()
+        kill_tree(process.pid)
         out, err = process.communicate()
         pytest.fail(f"hung: {out[-2000:]} {err[-2000:]}")
     return process.returncode, out, err
@@ -142,8 +133,7 @@ def fork(runs):
         Path(f"runs{world_size}.json").write_text(json.dumps(runs[world_size]))
         files.append(f"{world_size}:runs{world_size}.json")
     line = [sys.executable, ROOT / "tests/launched.py", *files]
-    process = start(line, start_new_session=False)  # BackgroundRuns.stop ends it, too
-    status, out, err = finish(process, timeout=LONGEST_LAUNCH)
+    status, out, err = finish(start(line), timeout=LONGEST_LAUNCH)
     assert status == 0, out[-2000:] + err[-4000:]
     records = {}
     for world_size in runs:
@@ -342,70 +332,29 @@ def run_all(pairs, with_others):
     return records, stderr
 
 
-def select_runs(session):
-    """Return the (mode, model) pairs of the selected tests, and whether one looks at other runs."""
+def do_selected_runs(tests):
+    """Do the runs that the selected tests look at: those of their modes and models, or all."""
     pairs = []
     with_others = False
-    for item in session.items:
-        if "launches" not in item.fixturenames:
-            continue
-        params = item.callspec.params if hasattr(item, "callspec") else {}
+    for test in tests:
+        params = test.callspec.params if hasattr(test, "callspec") else {}
         if "mode" in params and "model" in params:
             pairs.append((params["mode"], params["model"]))
         else:
             with_others = True
     if with_others:
         pairs = itertools.product(MODES, MODELS)
-    return list(dict.fromkeys(pairs)), with_others
+    return run_all(list(dict.fromkeys(pairs)), with_others)
 
 
-class BackgroundRuns:
-    """The runs that the selected tests look at, done by a forked process in a folder of its own.
-
-    Most tests keep one core busy. These runs use the other one meanwhile.
-    """
-
-    def __init__(self, session):
-        pairs, with_others = select_runs(session)
-        self.folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("fork")
-        self.process = context.Process(target=self.do_runs, args=(pairs, with_others))
-        self.process.start()
-
-    def do_runs(self, pairs, with_others):
-        os.setsid()  # a process group of its own, for stop()
-        os.chdir(self.folder.name)
-        log = open("output.txt", "w")
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        sys.stdout = sys.stderr = log
-        write_tiny(Path())
-        results = run_all(pairs, with_others)
-        Path("results.json").write_text(json.dumps(results))
-
-    def wait(self):
-        """Return what run_all() returned."""
-        folder = Path(self.folder.name)
-        self.process.join(2 * LONGEST_LAUNCH)
-        assert self.process.exitcode == 0, (folder / "output.txt").read_text()[-4000:]
-        return json.loads((folder / "results.json").read_text())
-
-    def stop(self):
-        if self.process.is_alive():
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.join()
-        self.folder.cleanup()
+BACKGROUND = {"launches": do_selected_runs}
 
 
 @pytest.fixture(scope="module")
-def launches(request):
+def launches(background):
     """Return what run_all() returned for the selected tests, in its working directory."""
-    runs = request.config.stash[BACKGROUND_RUNS]
-    results = runs.wait()
-    before = os.getcwd()
-    os.chdir(runs.folder.name)
-    yield results
-    os.chdir(before)
+    with background.result("launches") as result:
+        yield result
 
 
 @pytest.fixture

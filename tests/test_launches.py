@@ -1,4 +1,7 @@
-"""torchrun: workers that are killed and restarted, a signal, two agents as on two machines."""
+"""torchrun: workers that are killed and restarted, a signal, two agents as on two machines.
+
+The launches are jobs of tests/background.py.
+"""
 
 import json
 import os
@@ -9,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import read_log, write_tiny
+from conftest import read_log
 from test_distributed import (
     ROOT,
     SHORT,
@@ -26,18 +29,7 @@ import train
 from common import checkpoint
 
 
-@pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory):
-    """Change into a working directory with data/tiny."""
-    before = os.getcwd()
-    os.chdir(tmp_path_factory.mktemp("launches"))
-    write_tiny(Path())
-    yield
-    os.chdir(before)
-
-
-@pytest.fixture(scope="module")
-def killed(folder):
+def kill_workers(tests):
     """Do three runs in one launch; return the list of records of each rank.
 
     Rank 1 is killed in a step of the run "step", and while it saves the first checkpoint of the run
@@ -54,22 +46,9 @@ def killed(folder):
     return launch(2, runs, max_restarts=2)
 
 
-@pytest.mark.parametrize("name", ["step", "save"])
-def test_a_run_with_a_killed_worker_ends_with_the_same_bits(killed, name):
-    assert losses(name) == losses("uninterrupted")
-    assert same_weights(name, "uninterrupted")
-
-
-@pytest.mark.parametrize(("run", "steps"), [(0, 0), (1, 12)], ids=["step", "save"])
-def test_a_restarted_worker_does_the_steps_after_the_last_checkpoint(killed, run, steps):
-    """After the last restart the run "step" is finished; "save" has no checkpoint to resume."""
-    for records in killed:
-        assert len(records[run]["sequences"]) == steps
-
-
-def test_torchrun_passes_a_sigterm_to_the_ranks_and_the_run_can_be_resumed():
-    run = Path("out/terminated-model")
-    log = run / "log.jsonl"
+def send_sigterm(tests):
+    """Send a SIGTERM to torchrun while it trains; return its last line."""
+    log = Path("out/terminated-model/log.jsonl")
     argv = command("terminated", 2, max_steps=3000, fsdp=True, log_interval=1)
     process = torchrun(2, ROOT / "train.py", *argv)
     deadline = time.monotonic() + 60
@@ -79,16 +58,12 @@ def test_torchrun_passes_a_sigterm_to_the_ranks_and_the_run_can_be_resumed():
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, out, _ = finish(process)
-    last = checkpoint.list_checkpoints(run)[-1]
-    step = int(last.name.removeprefix("step_"))
-    assert f"step {step}" in out.splitlines()[-1]
-    assert read_log(run)[-1]["step"] == step
-    train.main(command("terminated", max_steps=step + 2))
-    assert read_log(run)[-1]["step"] == step + 2
+    return out.splitlines()[-1]
 
 
-def test_two_agents_train_together_also_after_a_worker_is_killed(monkeypatch):
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+def start_two_agents(tests):
+    """Train with two agents of one process each, and kill one of these; return their statuses."""
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -108,6 +83,56 @@ def test_two_agents_train_together_also_after_a_worker_is_killed(monkeypatch):
         "runs.json",
     ]
     agents = [start(line), start(line)]
-    assert [finish(agent)[0] for agent in agents] == [0, 0]
+    statuses = [finish(agent)[0] for agent in agents]
+    del os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"]
+    return statuses
+
+
+BACKGROUND = {"killed": kill_workers, "terminated": send_sigterm, "two_agents": start_two_agents}
+
+
+@pytest.fixture
+def killed(background):
+    with background.result("killed") as records:
+        yield records
+
+
+@pytest.fixture
+def terminated(background):
+    with background.result("terminated") as last_line:
+        yield last_line
+
+
+@pytest.fixture
+def two_agents(background):
+    with background.result("two_agents") as statuses:
+        yield statuses
+
+
+@pytest.mark.parametrize("name", ["step", "save"])
+def test_a_run_with_a_killed_worker_ends_with_the_same_bits(killed, name):
+    assert losses(name) == losses("uninterrupted")
+    assert same_weights(name, "uninterrupted")
+
+
+@pytest.mark.parametrize(("run", "steps"), [(0, 0), (1, 12)], ids=["step", "save"])
+def test_a_restarted_worker_does_the_steps_after_the_last_checkpoint(killed, run, steps):
+    """After the last restart the run "step" is finished; "save" has no checkpoint to resume."""
+    for records in killed:
+        assert len(records[run]["sequences"]) == steps
+
+
+def test_torchrun_passes_a_sigterm_to_the_ranks_and_the_run_can_be_resumed(terminated):
+    run = Path("out/terminated-model")
+    last = checkpoint.list_checkpoints(run)[-1]
+    step = int(last.name.removeprefix("step_"))
+    assert f"step {step}" in terminated
+    assert read_log(run)[-1]["step"] == step
+    train.main(command("terminated", max_steps=step + 2))
+    assert read_log(run)[-1]["step"] == step + 2
+
+
+def test_two_agents_train_together_also_after_a_worker_is_killed(two_agents):
+    assert two_agents == [0, 0]
     train.main(command("one-process", max_steps=12))
     assert losses("two-agents")[-1] == pytest.approx(losses("one-process")[-1], rel=1e-4)

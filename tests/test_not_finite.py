@@ -4,12 +4,11 @@ The run ends with one line, and what it had before that step is kept. test_train
 one process: which checkpoint the line names, and float16, whose scaler skips steps.
 """
 
-import os
 import re
 from pathlib import Path
 
 import pytest
-from conftest import arguments, read_log, refused, write_tiny
+from conftest import arguments, read_log, refused
 from spoiled import spoiled
 from test_distributed import fork
 from test_resume import losses
@@ -103,20 +102,25 @@ def runs_of(mode):
     return runs
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """Do all runs of two ranks in a new working directory.
+def do_runs(tests):
+    """Do all runs of two ranks.
 
     Returns {name: the record of each rank}, and the lines of stderr in the order of the runs.
     """
-    before = os.getcwd()
-    os.chdir(tmp_path_factory.mktemp("not_finite"))
-    write_tiny(Path())
     runs = runs_of("ddp2") | runs_of("fsdp2")
     by_world_size, stderr = fork({2: list(runs.values())})
     records = dict(zip(runs, zip(*by_world_size[2], strict=True), strict=True))
-    yield records, stderr.splitlines()
-    os.chdir(before)
+    return records, stderr.splitlines()
+
+
+BACKGROUND = {"ranks": do_runs}
+
+
+@pytest.fixture(scope="module")
+def ranks(background):
+    """Return what do_runs() returned, in its working directory."""
+    with background.result("ranks") as result:
+        yield result
 
 
 @each_mode_and_kind
