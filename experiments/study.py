@@ -39,7 +39,7 @@ class Study:
 
     name      the experiment is experiments/NAME.py
     options   a filled StudyConfig
-    presets   {preset: config}; each config is a dataclass
+    presets   {preset: config}; each config is a dataclass, perhaps with a dtype
     """
 
     def __init__(self, name, options, presets):
@@ -50,7 +50,7 @@ class Study:
             self.config = with_dataset(self.config, options.dataset)
         keep_freed_memory()
         self.device = pick_device("cuda" if options.preset == "gpu" else "cpu")
-        self.dtype = pick_dtype("auto", self.device)
+        self.dtype = pick_dtype(getattr(self.config, "dtype", "auto"), self.device)
         state = {
             "experiment": name,
             "preset": options.preset,

@@ -169,6 +169,14 @@ def test_an_unknown_option_or_preset_is_an_error_of_one_line(tiny, capsys, name,
 # Studies --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_study_has_the_dtype_of_its_preset_and_its_file_says_so(tiny, dtype):
+    presets = {"cpu": recall.Config(dtype=dtype)}
+    some_study = study.Study("some", study.StudyConfig(), presets)
+    assert some_study.dtype == getattr(torch, dtype)
+    assert some_study.state["machine"]["dtype"] == dtype
+
+
 def test_the_same_command_again_measures_no_point(tiny, monkeypatch):
     run_experiment("costs")
     for name in ("compute_size", "measure_speed", "measure_step_memory"):
