@@ -1,4 +1,4 @@
-"""Write the tables of README.md and of docs/REPORT.md, SAMPLES.md, MUON.md; redraw the plots.
+"""Write the tables of README.md and of docs/REPORT.md, RECIPES.md and others; redraw the plots.
 
     python -m experiments.report
 
@@ -23,8 +23,12 @@ from configurator import configure
 from experiments.study import DOCS, save_plot
 from tools.bench.results import describe_source, markdown_rows
 
-DOCUMENTS = tuple(
-    Path(name) for name in ("README.md", "docs/REPORT.md", "docs/SAMPLES.md", "docs/MUON.md")
+DOCUMENTS = (
+    Path("README.md"),
+    Path("docs/REPORT.md"),
+    Path("docs/RECIPES.md"),
+    Path("docs/SAMPLES.md"),
+    Path("docs/MUON.md"),
 )
 BLOCK = re.compile(r"<!-- begin ([^\n]*?) -->\n.*?<!-- end -->", re.DOTALL)
 
