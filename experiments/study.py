@@ -8,6 +8,7 @@ is drawn beside it.
 import inspect
 import json
 import platform
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -59,6 +60,7 @@ class Study:
             **describe_environment(self.device, self.dtype),
             "points": {},
             "commits": {},  # of each point
+            "seconds": {},  # that each point took; a run that an earlier point needed is not in them
         }
         self.state = json.loads(json.dumps(state))  # as a file has it: tuples become lists
         self.path = OUT / f"{result_name(state)}.json"
@@ -81,6 +83,7 @@ class Study:
         # Earlier files have one commit, of all points.
         one_commit = dict.fromkeys(stored["points"], stored["commit"])
         self.state["commits"] = stored.get("commits", one_commit)
+        self.state["seconds"] = stored.get("seconds", {})  # earlier files have none
         others = set(self.state["commits"].values()) - {self.state["commit"]}
         if others:
             names = ", ".join(sorted(commit[:10] for commit in others))
@@ -93,7 +96,9 @@ class Study:
         """
         points = self.state["points"]
         if key not in points:
+            start = time.perf_counter()
             points[key] = measure(*arguments)
+            self.state["seconds"][key] = time.perf_counter() - start
             self.state["commits"][key] = self.state["commit"]
             OUT.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.state)
