@@ -96,6 +96,20 @@ def losses(state):
     return markdown_table(header, [row + [""] * (len(header) - len(row)) for row in rows])
 
 
+def differences_over_steps(state):
+    """Return a table of the differences from the base at each evaluation after step 0."""
+    steps = [step for step, _ in state["points"]["base, seed 1"]["curve"]]
+    rows = []
+    for name in measured_variants(state)[1:]:  # the first one is the base
+        row = [name]
+        for i in range(1, len(steps)):
+            values = [point["curve"][i][1] for point in points_of_seeds(state, name)]
+            base = [point["curve"][i][1] for point in points_of_seeds(state, "base")]
+            row.append(format_difference(values, base))
+        rows.append(row)
+    return markdown_table(["minus the base, after step", *steps[1:]], rows)
+
+
 def comparisons(state):
     """Return a table of the paired differences between variants other than the base."""
     shown = measured_variants(state)

@@ -5,7 +5,7 @@
 A block between the lines "<!-- begin WHAT -->" and "<!-- end -->" is what a function returns:
 
     costs.sizes cpu     sizes() of experiments/costs.py, for docs/experiments/costs_cpu.json
-    bench decode cpu    bench("decode", "cpu") of this file; so are made, texts and changes
+    bench decode cpu    bench("decode", "cpu") of this file; so are made, texts, times and changes
 
 All other text is written by hand.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from common.errors import UserError, run_program
 from configurator import configure
 from experiments.study import DOCS, save_plot
-from tools.bench.results import describe_source, markdown_rows
+from tools.bench.results import describe_source, markdown_rows, markdown_table
 
 DOCUMENTS = (
     Path("README.md"),
@@ -85,6 +85,25 @@ def texts(name, preset):
     return "\n\n".join(blocks)
 
 
+def times(preset):
+    """Return a table of the minutes that the studies of a preset took."""
+    rows = []
+    total = 0.0
+    for path in sorted(DOCS.glob(f"*_{preset}.json")):
+        state = read_json(path)
+        seconds = state.get("seconds", {})
+        command = f"`python -m experiments.{state['experiment']} --preset={preset}`"
+        threads = state["machine"]["threads"]
+        if seconds.keys() == state["points"].keys():
+            minutes = sum(seconds.values()) / 60
+            total += minutes
+            rows.append([command, threads, f"{minutes:.1f}"])
+        else:  # a file of before the seconds were stored
+            rows.append([command, threads, "not recorded"])
+    rows.append(["all that were recorded", "", f"{total:.1f}"])
+    return markdown_table(["command", "threads", "minutes"], rows)
+
+
 def bench(name, device):
     """Return the rows of docs/bench/NAME-DEVICE.json, and how they were made."""
     results = read_json(Path(f"docs/bench/{name}-{device}.json"))
@@ -110,7 +129,7 @@ def changes(name):
     )
 
 
-BLOCKS = {"made": made, "texts": texts, "bench": bench, "changes": changes}
+BLOCKS = {"made": made, "texts": texts, "times": times, "bench": bench, "changes": changes}
 
 
 # Documents ------------------------------------------------------------------------------------

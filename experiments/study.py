@@ -60,7 +60,7 @@ class Study:
             **describe_environment(self.device, self.dtype),
             "points": {},
             "commits": {},  # of each point
-            "seconds": {},  # that each point took; a run that an earlier point needed is not in them
+            "seconds": {},  # of each point, without the runs that other points had needed before
         }
         self.state = json.loads(json.dumps(state))  # as a file has it: tuples become lists
         self.path = OUT / f"{result_name(state)}.json"

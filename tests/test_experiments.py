@@ -251,6 +251,16 @@ def test_the_comparisons_are_paired_differences_of_the_final_losses(tiny):
     assert f"{difference:+.4f}" in row
 
 
+def test_the_last_difference_over_the_steps_is_that_of_the_final_losses(tiny):
+    run_experiment("quality")
+    state = json.loads((tiny / "docs/experiments/quality_cpu.json").read_text())
+    rows = quality.differences_over_steps(state).splitlines()[2:]
+    final = quality.losses(state).splitlines()[3:]  # after the base
+    assert len(rows) == len(final) == 9
+    for row, final_row in zip(rows, final, strict=True):
+        assert row.split(" | ")[-1].removesuffix(" |") == final_row.split(" | ")[3]
+
+
 def test_an_experiment_without_a_corpus_refuses_a_dataset(tiny):
     with pytest.raises(UserError, match="dataset"):
         recall.main(["--dataset=tiny"])
@@ -451,6 +461,28 @@ def test_a_table_without_its_result_file_names_the_command_that_makes_it(tmp_pat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"experiments\.quality --preset=gpu"):
         report.fill("<!-- begin quality.losses gpu -->\n<!-- end -->")
+
+
+def test_the_table_of_times_sums_the_seconds_of_all_points(tiny):
+    run_experiment("quality")
+    path = tiny / "docs/experiments/quality_cpu.json"
+    state = json.loads(path.read_text())
+    assert state["seconds"].keys() == state["points"].keys()
+    state["seconds"] = dict.fromkeys(state["points"], 3.0)
+    path.write_text(json.dumps(state))
+    minutes = len(state["points"]) * 3 / 60
+    [row] = [line for line in report.times("cpu").splitlines() if "quality" in line]
+    assert row.split("|")[-2].strip() == f"{minutes:.1f}"
+
+
+def test_the_table_of_times_says_which_times_are_unknown(tiny):
+    run_experiment("quality")
+    path = tiny / "docs/experiments/quality_cpu.json"
+    state = json.loads(path.read_text())
+    del state["seconds"]["base, seed 1"]
+    path.write_text(json.dumps(state))
+    [row] = [line for line in report.times("cpu").splitlines() if "quality" in line]
+    assert "not recorded" in row
 
 
 def test_every_result_file_is_of_one_commit_without_changes():
