@@ -28,7 +28,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 import torch
 
 from common.cpu import prepare_for_sampling
-from common.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
+from common.device import (
+    is_out_of_memory,
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+    use_cudnn_attention,
+)
 from common.errors import UserError, run_program
 from common.pretrained import load_model
 from common.tokenizer import encode, get_tokenizer
@@ -199,6 +205,7 @@ def load(config):
     dtype = pick_dtype(config.dtype, device)
     model, meta = load_model(config.init_from)
     model.to(device, dtype)
+    use_cudnn_attention(device, False)
     prepare_for_sampling(model, rows=config.num_samples)  # on a CPU
     tokenizer = get_tokenizer(meta)
     vocab_size = min(meta["vocab_size"], tokenizer.n_vocab)  # without padding

@@ -56,6 +56,7 @@ from common.device import (
     pick_device,
     pick_dtype,
     set_float32_precision,
+    use_cudnn_attention,
 )
 from common.distributed import (
     ProcessGroup,
@@ -372,6 +373,7 @@ def setup(config, model_options, argv, group, stack):
     group.check_equal(record["options"] | model_options | {"data": data})
 
     set_float32_precision(device, config.deterministic)
+    use_cudnn_attention(device, not hasattr(model.config, "window"))  # windows need masks
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
@@ -451,7 +453,9 @@ def print_compiling(group):
 def compile_forward(run):
     """Collective. Compile the forward and backward pass; if that fails, leave it uncompiled."""
     print_compiling(run.group)
-    compiled = torch.compile(run.wrapped)  # checkpoints use run.model, whose names stay plain
+    # Checkpoints use run.model, whose names stay plain. The shapes of a run are fixed; not dynamic,
+    # even if the process has compiled another run before.
+    compiled = torch.compile(run.wrapped, dynamic=False)
     x, y = run.loader.train_batch(0, run.config.batch_size)
     failure = None
     try:

@@ -137,6 +137,16 @@ def set_float32_precision(device, deterministic):
         torch.set_float32_matmul_precision("highest" if deterministic else "high")
 
 
+def use_cudnn_attention(device, enabled):
+    """Let attention on CUDA use cuDNN's kernels, which torch prefers on H100 and later, or not.
+
+    They are fast in training. But for each new number of keys, as in decoding, they build a plan
+    (pytorch/pytorch#155958), and with a mask their gradients can be NaN (pytorch/pytorch#196678).
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
 def device_name(device):
     """Return the GPU's own name, or "cpu" or "mps"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

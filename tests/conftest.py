@@ -6,9 +6,15 @@ import http.server
 import json
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from pathlib import Path
+
+# Many tests fork, and a forked process cannot use CUDA. So only the tests of the GPU see one:
+# pytest -m gpu.
+if not any("gpu" in argument for argument in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import pytest

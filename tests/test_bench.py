@@ -382,6 +382,14 @@ def test_attention_flops_count_the_attended_keys(T, window):
     assert attention.attention_flops(2, T, window) == expected
 
 
+def test_a_turn_of_several_calls_returns_the_mean_of_their_seconds(monkeypatch):
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: next(clock))
+    numbers = []
+    assert turns.stopwatch(CPU, numbers.append, 1, calls=5)() == 2.0
+    assert numbers == [1] * 5
+
+
 def varlen_by_brute_force(q, k, v, ends_q, ends_k, max_q, max_k, window_size):
     """Compute what varlen_attn documents: sequences one after the other, (tokens, H, D)."""
     assert ends_q.dtype == ends_k.dtype == torch.int32

@@ -16,10 +16,23 @@ from common.device import (
     pick_device,
     pick_dtype,
     set_float32_precision,
+    use_cudnn_attention,
 )
 from common.errors import UserError
 
 BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("device", "enabled", "expected"),
+    [("cuda", False, False), ("cuda", True, True), ("cpu", False, True)],
+)
+def test_attention_of_cudnn_is_switched_for_cuda_only(device, enabled, expected):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(device == "cpu")
+    use_cudnn_attention(torch.device(device), enabled)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == expected
+    torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @pytest.mark.parametrize("name, index", [("auto", 0), ("cuda", 0), ("cuda:1", 1)])

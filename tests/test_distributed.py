@@ -118,7 +118,7 @@ def launch(world_size, runs, **options):
     """Do runs in one launch of torchrun; return the list of records of each rank."""
     Path("runs.json").write_text(json.dumps(runs))
     process = torchrun(world_size, ROOT / "tests/launched.py", "runs.json", **options)
-    status, out, err = finish(process)
+    status, out, err = finish(process, timeout=LONGEST_LAUNCH)
     assert status == 0, out[-2000:] + err[-4000:]
     return read_records(world_size, "runs.json")
 

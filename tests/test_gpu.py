@@ -31,6 +31,7 @@ DEVICE = torch.device("cuda")
 @pytest.fixture(autouse=True)
 def restore_settings():
     precision = torch.get_float32_matmul_precision()
+    torch.compiler.reset()  # torch limits how often one function is compiled in a process
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision(precision)
@@ -82,9 +83,10 @@ def test_half_precision_follows_float32(workdir, model, dtype):
 
 
 @each_model
-def test_the_compiled_model_follows_the_eager_one(workdir, model):
+def test_the_compiled_model_follows_the_eager_one(workdir, capsys, model):
     train.main(command(model, out_dir="out/eager", compile=False))
     train.main(command(model, out_dir="out/compiled", compile=True))
+    assert "uncompiled" not in capsys.readouterr().err
     eager = losses(workdir / "out/eager")
     assert losses(workdir / "out/compiled") == pytest.approx(eager, rel=1e-3)
 

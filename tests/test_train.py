@@ -394,7 +394,7 @@ def test_a_failed_compilation_warns_and_trains_uncompiled(tiny_run, workdir, mon
 
     torch_compile = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda model: torch_compile(model, backend=broken_backend)
+        torch, "compile", lambda model, **options: torch_compile(model, backend=broken_backend)
     )
     train.main(arguments(out_dir="out/uncompiled", compile=True))
     lines = capsys.readouterr().err.splitlines()

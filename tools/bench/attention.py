@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+import train
 from common.device import peak_memory, pick_dtype
 from common.models import model_module
 from tools.bench.limits import dtype_name, matmul_rates
@@ -40,6 +41,7 @@ SHORT, LONG = 4096, 16384  # tokens between which the growth of memory is measur
 # A training step of GPT-2 124M with windows and long sequences, on CUDA.
 STEP_MODEL = {"block_size": 4096, "vocab_size": 50304}
 STEP_BATCH = 8
+STEP_SECONDS = 60  # it is measured if there is so much time: two models are compiled
 
 
 def random_inputs(B, T, device, dtype):
@@ -130,8 +132,10 @@ def measure_attention(bench):
             rows.append(bench.show(attention_speed(inputs, window, seconds, rates[dtype])))
     for dtype in rates:
         rows.append(bench.show(attention_memory(bench.device, dtype)))
-    if bench.device.type == "cuda":
+    if bench.device.type == "cuda" and bench.seconds >= STEP_SECONDS:
         rows.append(bench.show(step_speed(bench.device, bench.seconds / 4)))
+    elif bench.device.type == "cuda":
+        bench.note(f"No training step: `python -m tools.bench attention` needs {STEP_SECONDS} s")
     return rows
 
 
@@ -182,10 +186,12 @@ def step_speed(device, seconds):
     contestants = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for name in ("sliding", "flash"):
-            run = prepare_run(Path(folder) / name, stack, STEP_MODEL, **options)
+            run = prepare_run(Path(folder) / name, stack, STEP_MODEL, **options, compile=False)
             if name == "flash":
                 for block in run.model.transformer.h:
                     block.attn.attend = flash(block.attn.window)
+            if device.type == "cuda":
+                train.compile_forward(run)
             contestants[name] = stopwatch(device, take_step, run)
         times = compare(seconds, contestants)
     row = {"dtype": dtype_name(dtype), "batch": STEP_BATCH, "T": STEP_MODEL["block_size"]}

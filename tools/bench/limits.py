@@ -42,6 +42,11 @@ def workload(device):
     return WORKLOADS.get(device.type, WORKLOADS["cpu"])
 
 
+def calls_per_turn(device):
+    """Return how often a limit is measured in one turn: on a GPU a call takes microseconds."""
+    return 1 if device.type == "cpu" else 20
+
+
 def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
@@ -164,8 +169,14 @@ def matmul_rows(bench, seconds):
         for layer, (n_in, n_out, _) in layers.items():
             operands = random_operands(size.tokens, n_in, n_out, device, dtype)
             for name, product in PRODUCTS.items():
-                turn = stopwatch(device, with_precision, precision, product, *operands)
-                contestants[kind, layer, name] = turn
+                contestants[kind, layer, name] = stopwatch(
+                    device,
+                    with_precision,
+                    precision,
+                    product,
+                    *operands,
+                    calls=calls_per_turn(device),
+                )
     times = compare(seconds, contestants)
     rows = []
     for kind in precisions(device):
@@ -197,7 +208,9 @@ def matmul_rates(device):
     contestants = {}
     for dtype in dtypes(device):
         operands = random_operands(size.tokens, n_in, n_out, device, dtype)
-        contestants[dtype] = stopwatch(device, forward_product, *operands)
+        contestants[dtype] = stopwatch(
+            device, forward_product, *operands, calls=calls_per_turn(device)
+        )
     times = compare(SHORT_SECONDS, contestants)
     flops = 2 * size.tokens * n_in * n_out
     return {dtype: flops / statistics.median(times[dtype]) for dtype in contestants}
@@ -216,7 +229,10 @@ def read_contestants(device):
         "maximum of int32": x.view(torch.int32).amax,
         "maximum of int64": x.view(torch.int64).amax,
     }
-    return {name: stopwatch(device, read) for name, read in readers.items()}
+    return {
+        name: stopwatch(device, read, calls=calls_per_turn(device))
+        for name, read in readers.items()
+    }
 
 
 def fastest_reader(device):
@@ -239,16 +255,17 @@ def memory_rows(bench, seconds):
     device = bench.device
     contestants = read_contestants(device)
     source = torch.ones(BANDWIDTH_BYTES // 4, device=device)
-    contestants["copy"] = stopwatch(device, torch.empty_like(source).copy_, source)
+    copy = torch.empty_like(source).copy_
+    contestants["copy"] = stopwatch(device, copy, source, calls=calls_per_turn(device))
     times = compare(seconds, contestants)
     copy_times = times.pop("copy")
     fastest = min(times, key=lambda name: statistics.median(times[name]))
     gigabytes = BANDWIDTH_BYTES / 1e9
     read = spread([gigabytes / t for t in times[fastest]])
-    copy = spread([2 * gigabytes / t for t in copy_times])
+    copied = spread([2 * gigabytes / t for t in copy_times])
     return [
         bench.show({"what": "read", "by": fastest, "gb_per_second": read}),
-        bench.show({"what": "copy, read + written bytes", "by": "copy_", "gb_per_second": copy}),
+        bench.show({"what": "copy, read + written bytes", "by": "copy_", "gb_per_second": copied}),
     ]
 
 

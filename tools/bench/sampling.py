@@ -15,7 +15,7 @@ import torch
 
 import sample
 from common.cpu import prepare_for_sampling
-from common.device import keep_freed_memory
+from common.device import keep_freed_memory, use_cudnn_attention
 from common.models import model_module
 from tools.bench.limits import bandwidth, dtype_name, dtypes, fastest_reader
 from tools.bench.nanogpt import copy_nanogpt, run_nanogpt
@@ -64,6 +64,7 @@ def default_model(name, device, dtype, rows):
     model = module.GPT(module.GPTConfig(**MODEL)).to(device, dtype).eval()
     weights = [p for name, p in model.named_parameters() if not name.endswith("wpe.weight")]
     bytes_read = sum(p.nbytes for p in weights)
+    use_cudnn_attention(device, False)  # as sample.py
     prepare_for_sampling(model, rows)
     return model, bytes_read
 
