@@ -271,7 +271,7 @@ def test_an_unfinished_save_is_removed_and_replaced(tiny_run):
 
 def test_compilation_does_not_change_the_names_of_tensors(tiny_run, workdir, monkeypatch):
     original = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: original(model, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda model, **options: original(model, backend="eager"))
     train.main(arguments(out_dir="out/compiled", compile=True, max_steps=1))
 
     def names(run):
