@@ -13,7 +13,7 @@ from pathlib import Path
 
 # Many tests fork, and a forked process cannot use CUDA. So only the tests of the GPU see one:
 # pytest -m gpu.
-if not any("gpu" in argument for argument in sys.argv):
+if not any("gpu" in argument for argument in sys.argv[1:]):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
@@ -55,7 +55,7 @@ TINY = {
 }
 JOBS = pytest.StashKey()
 MEMORY_FILES = Path("/dev/shm")  # files in memory, on Linux
-MEMORY_BYTES = 4e9  # twice what the tests need at a time
+MEMORY_BYTES = 2e9  # ten times what the tests need at a time
 
 
 def pytest_configure():
