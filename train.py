@@ -453,8 +453,8 @@ def print_compiling(group):
 def compile_forward(run):
     """Collective. Compile the forward and backward pass; if that fails, leave it uncompiled."""
     print_compiling(run.group)
-    # Checkpoints use run.model, whose names stay plain. The shapes of a run are fixed; not dynamic,
-    # even if the process has compiled another run before.
+    # Checkpoints use run.model, whose names stay plain. dynamic=False, because the shapes of a run
+    # are fixed: a process that had compiled a run of other shapes would take them for dynamic.
     compiled = torch.compile(run.wrapped, dynamic=False)
     x, y = run.loader.train_batch(0, run.config.batch_size)
     failure = None

@@ -98,14 +98,16 @@ def losses(state):
 
 def differences_over_steps(state):
     """Return a table of the differences from the base at each evaluation after step 0."""
-    steps = [step for step, _ in state["points"]["base, seed 1"]["curve"]]
+    base = points_of_seeds(state, "base")
+    steps = [step for step, _ in base[0]["curve"]]
     rows = []
     for name in measured_variants(state)[1:]:  # the first one is the base
+        points = points_of_seeds(state, name)
         row = [name]
         for i in range(1, len(steps)):
-            values = [point["curve"][i][1] for point in points_of_seeds(state, name)]
-            base = [point["curve"][i][1] for point in points_of_seeds(state, "base")]
-            row.append(format_difference(values, base))
+            values = [point["curve"][i][1] for point in points]
+            base_values = [point["curve"][i][1] for point in base]
+            row.append(format_difference(values, base_values))
         rows.append(row)
     return markdown_table(["minus the base, after step", *steps[1:]], rows)
 

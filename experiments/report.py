@@ -98,7 +98,7 @@ def times(preset):
             minutes = sum(seconds.values()) / 60
             total += minutes
             rows.append([command, threads, f"{minutes:.1f}"])
-        else:  # a file of before the seconds were stored
+        else:  # an earlier file, without seconds
             rows.append([command, threads, "not recorded"])
     rows.append(["all that were recorded", "", f"{total:.1f}"])
     return markdown_table(["command", "threads", "minutes"], rows)

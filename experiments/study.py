@@ -60,7 +60,7 @@ class Study:
             **describe_environment(self.device, self.dtype),
             "points": {},
             "commits": {},  # of each point
-            "seconds": {},  # of each point, without the runs that other points had needed before
+            "seconds": {},  # of each point; a run that several points use counts once
         }
         self.state = json.loads(json.dumps(state))  # as a file has it: tuples become lists
         self.path = OUT / f"{result_name(state)}.json"

@@ -31,10 +31,12 @@ DEVICE = torch.device("cuda")
 @pytest.fixture(autouse=True)
 def restore_settings():
     precision = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     torch.compiler.reset()  # torch limits how often one function is compiled in a process
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 def command(model, **options):

@@ -42,9 +42,10 @@ def workload(device):
     return WORKLOADS.get(device.type, WORKLOADS["cpu"])
 
 
-def calls_per_turn(device):
-    """Return how often a limit is measured in one turn: on a GPU a call takes microseconds."""
-    return 1 if device.type == "cpu" else 20
+def limit_stopwatch(device, run, *arguments):
+    """Return a contestant for a limit; on a GPU, where a call takes microseconds, of 20 calls."""
+    calls = 1 if device.type == "cpu" else 20
+    return stopwatch(device, run, *arguments, calls=calls)
 
 
 def dtype_name(dtype):
@@ -169,14 +170,8 @@ def matmul_rows(bench, seconds):
         for layer, (n_in, n_out, _) in layers.items():
             operands = random_operands(size.tokens, n_in, n_out, device, dtype)
             for name, product in PRODUCTS.items():
-                contestants[kind, layer, name] = stopwatch(
-                    device,
-                    with_precision,
-                    precision,
-                    product,
-                    *operands,
-                    calls=calls_per_turn(device),
-                )
+                turn = limit_stopwatch(device, with_precision, precision, product, *operands)
+                contestants[kind, layer, name] = turn
     times = compare(seconds, contestants)
     rows = []
     for kind in precisions(device):
@@ -208,9 +203,7 @@ def matmul_rates(device):
     contestants = {}
     for dtype in dtypes(device):
         operands = random_operands(size.tokens, n_in, n_out, device, dtype)
-        contestants[dtype] = stopwatch(
-            device, forward_product, *operands, calls=calls_per_turn(device)
-        )
+        contestants[dtype] = limit_stopwatch(device, forward_product, *operands)
     times = compare(SHORT_SECONDS, contestants)
     flops = 2 * size.tokens * n_in * n_out
     return {dtype: flops / statistics.median(times[dtype]) for dtype in contestants}
@@ -229,10 +222,7 @@ def read_contestants(device):
         "maximum of int32": x.view(torch.int32).amax,
         "maximum of int64": x.view(torch.int64).amax,
     }
-    return {
-        name: stopwatch(device, read, calls=calls_per_turn(device))
-        for name, read in readers.items()
-    }
+    return {name: limit_stopwatch(device, read) for name, read in readers.items()}
 
 
 def fastest_reader(device):
@@ -255,17 +245,16 @@ def memory_rows(bench, seconds):
     device = bench.device
     contestants = read_contestants(device)
     source = torch.ones(BANDWIDTH_BYTES // 4, device=device)
-    copy = torch.empty_like(source).copy_
-    contestants["copy"] = stopwatch(device, copy, source, calls=calls_per_turn(device))
+    contestants["copy"] = limit_stopwatch(device, torch.empty_like(source).copy_, source)
     times = compare(seconds, contestants)
     copy_times = times.pop("copy")
     fastest = min(times, key=lambda name: statistics.median(times[name]))
     gigabytes = BANDWIDTH_BYTES / 1e9
     read = spread([gigabytes / t for t in times[fastest]])
-    copied = spread([2 * gigabytes / t for t in copy_times])
+    copy = spread([2 * gigabytes / t for t in copy_times])
     return [
         bench.show({"what": "read", "by": fastest, "gb_per_second": read}),
-        bench.show({"what": "copy, read + written bytes", "by": "copy_", "gb_per_second": copied}),
+        bench.show({"what": "copy, read + written bytes", "by": "copy_", "gb_per_second": copy}),
     ]
 
 

@@ -107,7 +107,7 @@ def package_version(name):
         return None
 
 
-@functools.cache  # a process goes on with the code that it has loaded, whatever is committed later
+@functools.cache  # a process runs the code that it has loaded, whatever is committed later
 def current_commit():
     """Return the last commit that changed the code, with " and changes" if files differ from it.
 
