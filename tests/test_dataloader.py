@@ -3,6 +3,7 @@
 In most of these bins the token at position p is p itself, so that a batch shows where it was read.
 """
 
+import contextlib
 import gc
 import itertools
 import json
@@ -560,17 +561,28 @@ def test_each_bin_is_opened_once(dataset, monkeypatch):
     validation(loader)
 
 
+def open_files(folder):
+    """Return the open files of this process that are in a folder."""
+    paths = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile, by a thread or by listdir
+            paths.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [path for path in paths if path.startswith(os.path.realpath(folder))]
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="open files are listed in /proc")
 def test_a_loader_that_is_dropped_closes_its_files(dataset):
     folder = dataset()
+    loaders = [Loader(folder, 8, BIG_VOCAB, 1) for _ in range(3)]
+    for loader in loaders:
+        loader.prefetch(0, 2, CPU)
+    assert len(open_files(folder)) == 6  # train.bin and val.bin
+    del loader, loaders
     gc.collect()
-    before = os.listdir("/proc/self/fd")
-    for _ in range(3):
-        Loader(folder, 8, BIG_VOCAB, 1).prefetch(0, 2, CPU)
     deadline = time.monotonic() + 10
-    while len(os.listdir("/proc/self/fd")) > len(before) and time.monotonic() < deadline:
+    while open_files(folder) and time.monotonic() < deadline:
         time.sleep(0.01)  # the last batches are still being read
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert open_files(folder) == []
 
 
 # Memory ---------------------------------------------------------------------------------------
