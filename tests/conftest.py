@@ -91,7 +91,7 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="session")
 def background(request):
-    """Return the process of the background jobs; see tests/background.py."""
+    """Return the process of the background jobs; see tests/helpers/background.py."""
     return request.config.stash[JOBS]
 
 

@@ -1,0 +1,360 @@
+"""docs/RECIPES.md: its diff makes the model that its brute-force check accepts; its Python runs."""
+
+import csv
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import arguments, read_log
+from test_variants import close, feed, last_logits, make, make_vivid, tokens
+
+import model_rope
+from common.pretrained import load_model
+from common.tokenizer import get_tokenizer
+from experiments import length, runs, study
+from sample import generate_text
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs/RECIPES.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.M | re.S)  # (language, code)
+
+
+def block(language, part):
+    """Return the one block of code in this language that contains `part`."""
+    [code] = [code for name, code in BLOCKS if name == language and part in code]
+    return code
+
+
+def apply_diff(text, diff):
+    """Apply a unified diff to a text; each hunk must fit in exactly one place."""
+    for hunk in re.split(r"^@@.*\n", diff, flags=re.M)[1:]:
+        lines = [line or " " for line in hunk.splitlines()]  # an editor may strip a blank line
+        old = "".join(line[1:] + "\n" for line in lines if line[0] in " -")
+        new = "".join(line[1:] + "\n" for line in lines if line[0] in " +")
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+BASE = (ROOT / "model.py").read_text(encoding="utf-8")
+CHECK = block("python", "import CausalSelfAttention")
+
+
+@pytest.fixture
+def alibi_source():
+    """The text of the model file that the diff makes of model.py."""
+    return apply_diff(BASE, block("diff", "ALiBi"))
+
+
+@pytest.fixture
+def import_mine(tmp_path, monkeypatch):
+    """Return a function that makes a text importable as model_mine, and imports it."""
+
+    def import_text(text):
+        (tmp_path / "model_mine.py").write_text(text, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, "model_mine", raising=False)
+        module = importlib.import_module("model_mine")
+        monkeypatch.setitem(sys.modules, "model_mine", module)
+        return module
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return import_text
+
+
+@pytest.fixture
+def alibi(alibi_source, import_mine):
+    return import_mine(alibi_source)
+
+
+# The diff -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("patch") is None, reason="needs patch")
+def test_the_command_of_the_page_makes_the_model_file(alibi_source, tmp_path):
+    shutil.copy(ROOT / "model.py", tmp_path)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs/RECIPES.md", tmp_path / "docs")
+    command = block("", "| patch -o model_mine.py")
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert "Hunk" not in done.stdout + done.stderr  # printed if an offset or fuzz was needed
+    assert (tmp_path / "model_mine.py").read_text(encoding="utf-8") == alibi_source
+
+
+def test_the_model_has_no_wpe_and_no_buffers(alibi):
+    model = make(alibi)
+    assert "wpe" not in model.transformer
+    assert list(model.buffers()) == []
+
+
+def test_the_slopes_for_8_heads_are_those_of_the_paper(alibi):
+    bias = alibi.alibi_bias(8, 1, 2, device="cpu")  # one query, at distance 1 and 0
+    assert bias[0, :, 0, 0].tolist() == [-1 / 2**h for h in range(1, 9)]
+    assert bias[0, :, 0, 1].tolist() == [0] * 8
+
+
+def test_the_bias_is_float32_for_a_bfloat16_default_dtype(alibi):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        bias = alibi.alibi_bias(2, 1, 1000, device="cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert bias.dtype == torch.float32
+    assert bias[0, 0, 0].tolist() == [-distance / 16 for distance in range(999, -1, -1)]
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 15])
+def test_decoding_token_by_token_gives_the_logits_of_full_forward_passes(alibi, prompt):
+    model, x = make_vivid(alibi), tokens(2, 16)
+    cached = feed(model, model.make_cache(2), x[:, :prompt], *x[:, prompt:].split(1, dim=1))
+    close(cached, last_logits(model, x)[:, prompt - 1 :])
+
+
+def test_the_model_takes_sequences_longer_than_block_size(alibi):
+    model = make_vivid(alibi)
+    x = tokens(2, 3 * model.config.block_size)
+    cache = model.make_cache(2, max_len=x.size(1))
+    cached = feed(model, cache, x[:, :20], x[:, 20:40], *x[:, 40:].split(1, dim=1))
+    close(cached[:, 1:], last_logits(model, x)[:, 39:])
+    assert model(x, x).isfinite()
+
+
+# The brute-force check ------------------------------------------------------------------------
+
+
+def test_the_check_accepts_the_model(alibi):
+    exec(CHECK, {})
+
+
+MUTANTS = {
+    "sign flipped": ("bias = -slopes", "bias = slopes"),
+    "bias 0": ("bias = -slopes", "bias = 0 * slopes"),
+    "slopes without n_head": ("-8 * heads / n_head", "-heads"),
+    "slopes from h = 0": ("-8 * heads", "-8 * (heads - 1)"),
+    "bias missing in decode": ("(q.dtype)", "(q.dtype) * (T > 1)"),
+    "bias missing in chunks": ("(q.dtype)", "(q.dtype) * (T in (1, S))"),
+    "bias missing in training": ("(q.dtype)", "(q.dtype) * (T < S)"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_check_refuses_a_wrong_idea(name, alibi_source, import_mine):
+    old, new = MUTANTS[name]
+    assert alibi_source.count(old) == 1
+    import_mine(alibi_source.replace(old, new))
+    with pytest.raises(AssertionError):
+        exec(CHECK, {})
+
+
+@pytest.mark.parametrize("name", ["sign flipped", "bias 0", "slopes without n_head"])
+def test_a_wrong_idea_agrees_with_its_own_full_forward_passes(name, alibi_source, import_mine):
+    model, x = make_vivid(import_mine(alibi_source.replace(*MUTANTS[name]))), tokens(2, 16)
+    cached = feed(model, model.make_cache(2), x[:, :5], x[:, 5:9], *x[:, 9:].split(1, dim=1))
+    close(cached[:, 1:], last_logits(model, x)[:, 8:])  # so that pytest -k cannot notice it
+
+
+# Other blocks of Python -----------------------------------------------------------------------
+
+
+def test_the_lines_for_python_generate_text(tiny_run, capsys):
+    shutil.copytree(tiny_run, "out/quickstart")
+    exec(block("python", "generate_text"), {})
+    assert capsys.readouterr().out.startswith("def ")
+
+
+def test_the_lines_with_ids_print_the_loss_and_decode_what_is_generated(tiny_run, capsys):
+    shutil.copytree(tiny_run, "out/quickstart")
+    names = {}
+    exec(block("python", "import generate\n"), names)
+    loss, continuation = capsys.readouterr().out.split("\n", maxsplit=1)
+    assert 1 < float(loss) < 6
+    assert len(names["continuation"]) == 20
+    assert continuation == names["tokenizer"].decode(names["continuation"]) + "\n"
+
+
+QUICKSTART = '["config/quickstart.py", "--max_steps=100", "--out_dir=out/short"]'
+
+
+def test_the_lines_that_call_a_main_train_and_sample(workdir, capsys):
+    code = block("python", "train.main")
+    assert code.count(QUICKSTART) == 1  # which takes longer than a test should
+    tiny = repr(arguments(max_steps=2, out_dir="out/short"))
+    exec(code.replace(QUICKSTART, tiny), {})
+    assert "def " in capsys.readouterr().out
+
+
+def test_the_lines_that_call_a_main_print_its_error(workdir, capsys):
+    code = block("python", "train.main")
+    exec(code.replace(QUICKSTART, repr(arguments(n_embd=15))), {})
+    printed = capsys.readouterr()
+    assert "n_embd=15" in printed.out
+    assert printed.err == ""
+
+
+def test_generate_text_takes_the_options_of_sampling(tiny_run):
+    model, meta = load_model("out/tiny")
+    options = {"temperature": 0.5, "top_k": 3, "top_p": 0.9}
+    texts = [
+        generate_text(
+            model,
+            get_tokenizer(meta),
+            "def ",
+            max_new_tokens=20,
+            generator=torch.Generator().manual_seed(1),
+            **options,
+        )
+        for _ in range(2)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_converted_interleaved_rope_weights_give_the_same_scores():
+    namespace = {}
+    exec(block("python", "def to_half_split"), namespace)
+    T, C, H = 5, 12, 2
+    D = C // H
+    x = torch.randn(T, C)
+    frequencies = 10000.0 ** (-torch.arange(0, D, 2) / D)
+    angles = torch.arange(T)[:, None] * frequencies  # (T, D/2)
+
+    def rotate_interleaved(heads):
+        """Rotate the pairs (2i, 2i + 1) as complex numbers."""
+        pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
+        rotation = torch.polar(torch.ones_like(angles), angles)
+        return torch.view_as_real(pairs * rotation).flatten(-2)
+
+    def rotate_halves(heads):
+        return model_rope.rotate(heads, angles.cos(), angles.sin())
+
+    def scores(q, k, rotate):
+        heads = [x @ weight.T + bias for weight, bias in (q, k)]  # (T, C) each
+        q, k = (rotate(rows.unflatten(1, (H, D)).transpose(0, 1)) for rows in heads)
+        return q @ k.mT  # (H, T, T)
+
+    q, k = [(torch.randn(C, C), torch.randn(C)) for _ in range(2)]
+    converted = [[namespace["to_half_split"](rows, H) for rows in part] for part in (q, k)]
+    close(scores(*converted, rotate_halves), scores(q, k, rotate_interleaved))
+
+
+# Watching a run -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quickstart(tiny_run):
+    """The finished tiny run as out/quickstart."""
+    shutil.copytree(tiny_run, "out/quickstart")
+    return Path("out/quickstart")
+
+
+@pytest.fixture
+def between(monkeypatch):
+    """A list of functions; the programs run the next one instead of waiting, the last is Ctrl-C."""
+    functions = []
+
+    def sleep(seconds):
+        if not functions:
+            raise KeyboardInterrupt
+        functions.pop(0)()
+
+    monkeypatch.setattr("time.sleep", sleep)
+    return functions
+
+
+@pytest.fixture
+def follow(monkeypatch):
+    """Make follow.py of the page importable; return its function."""
+    module = types.ModuleType("follow")
+    exec(block("python", "def follow"), module.__dict__)
+    monkeypatch.setitem(sys.modules, "follow", module)
+    return module.follow
+
+
+def followed(follow, run):
+    """Return what follow() yields before Ctrl-C."""
+    received = []
+    with pytest.raises(KeyboardInterrupt):
+        for item in follow(run):
+            received.append(item)
+    return received
+
+
+def test_follow_yields_every_complete_line_once(tmp_path, follow, between):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 0, "val_loss": 5.5, "mfu": null}\n{"step": 1, "train')
+    complete = '{"step": 0, "val_loss": 5.5, "mfu": null}\n{"step": 1, "train_loss": 5}\n'
+    between.append(lambda: log.write_text(complete))
+    assert followed(follow, tmp_path) == [(0, {"val_loss": 5.5}), (1, {"train_loss": 5})]
+
+
+def test_follow_yields_no_step_of_a_resumed_run_twice(tmp_path, follow, between):
+    log = tmp_path / "log.jsonl"
+    lines = [json.dumps({"step": step}) + "\n" for step in range(5)]
+    log.write_text("".join(lines[:4]))
+    between += [lambda: log.write_text("".join(lines[:2])), lambda: log.write_text("".join(lines))]
+    assert [step for step, _ in followed(follow, tmp_path)] == [0, 1, 2, 3, 4]
+
+
+def test_wandb_gets_the_metrics_of_every_step(quickstart, follow, between, monkeypatch):
+    sent = []
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **options: None
+    wandb.log = lambda metrics, step: sent.append({"step": step} | metrics)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(KeyboardInterrupt):
+        exec(block("python", "import wandb"), {})
+    assert sent == without_none(read_log(quickstart))
+
+
+def without_none(records):
+    return [
+        {name: value for name, value in record.items() if value is not None} for record in records
+    ]
+
+
+def test_tensorboard_shows_every_step_once_after_two_starts(quickstart, follow, between):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            exec(block("python", "SummaryWriter"), {})
+    events = EventAccumulator("out/tensorboard/quickstart", size_guidance={"scalars": 0})
+    events.Reload()
+    steps = [scalar.step for scalar in events.Scalars("train_loss")]
+    assert steps == list(range(1, 13))
+
+
+def test_the_csv_has_the_values_of_the_log(quickstart):
+    exec(block("python", "csv.DictWriter"), {})
+    with open("out/quickstart.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [{name: float(value) for name, value in row.items() if value} for row in rows] == (
+        without_none(read_log(quickstart))
+    )
+
+
+def test_the_csv_of_pandas_has_the_values_of_the_log(quickstart):
+    pandas = pytest.importorskip("pandas")
+    exec(block("python", "import pandas"), {})
+    written = pandas.read_csv("out/quickstart.csv").to_dict("records")
+    for row, record in zip(written, read_log(quickstart), strict=True):
+        for name, value in record.items():
+            if value is not None:
+                assert row[name] == pytest.approx(value)
+
+
+# Experiments ----------------------------------------------------------------------------------
+
+
+def test_the_names_to_extend_for_the_experiments_exist():
+    assert "base" in runs.variants(runs.PRESETS["cpu"].run)
+    assert len(length.NAMES) < len(study.COLOURS)  # a model of the reader's needs one, too

@@ -1,0 +1,86 @@
+"""config/*.py: every file trains, and a variant's config adds only the variant's own options."""
+
+import runpy
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import arguments
+
+import prepare_data
+import sample
+import train
+from common.pretrained import load_model
+
+CONFIGS = Path(__file__).parents[2] / "config"
+# variant: the options that its configs set besides `model`
+VARIANTS = {
+    "rope": set(),
+    "gqa": {"n_kv_head"},
+    "swa": {"window"},
+    "rope_gqa_swa": {"n_kv_head", "window"},
+}
+
+
+def options_of(name):
+    """Return the options that a config file sets."""
+    names = runpy.run_path(str(CONFIGS / f"{name}.py"))
+    return {key: value for key, value in names.items() if not key.startswith("_")}
+
+
+OPTIONS = {path.stem: options_of(path.stem) for path in sorted(CONFIGS.glob("[!_]*.py"))}
+FINEWEB = [name for name, options in OPTIONS.items() if options.get("dataset") == "fineweb"]
+
+
+@pytest.mark.parametrize("name", FINEWEB)
+def test_a_fineweb_config_evaluates_the_tokens_of_the_leaderboards(name):
+    assert OPTIONS[name]["eval_tokens"] == prepare_data.FINEWEB_VAL_TOKENS == 10 * 2**20
+
+
+def test_50_shards_are_enough_text_for_one_epoch_of_gpt2_rope_5b():
+    options = OPTIONS["gpt2_rope_5b"]
+    sequences = options["max_steps"] * options["total_batch_size"] // 1024
+    assert sequences <= 50 * 100_000_000 // 1024 - 1  # the windows of an epoch, see Loader
+
+
+@pytest.mark.parametrize("base", ["gpt2", "shakespeare_char"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_config_equals_its_base_except_for_the_variant_options(base, variant):
+    base_options = options_of(base)
+    variant_options = options_of(f"{base}_{variant}")
+    added = {}
+    for key in variant_options.keys() - base_options.keys():
+        added[key] = variant_options.pop(key)
+    assert variant_options == base_options
+    assert added.pop("model") == f"model_{variant}"
+    assert added.keys() == VARIANTS[variant]
+
+
+@pytest.mark.parametrize("base", ["gpt2", "shakespeare_char"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_config_trains_resumes_bit_for_bit_and_can_be_sampled(
+    workdir, monkeypatch, capsys, base, variant
+):
+    config = str(CONFIGS / f"{base}_{variant}.py")
+    argv = [config, *arguments(n_head=4, n_embd=32, max_steps=4, vocab_size=257)]
+    original = train.train_step
+
+    def stop_in_step_3(run):
+        if run.step == 2 and not run.stop.received:
+            signal.raise_signal(signal.SIGTERM)
+        return original(run)
+
+    monkeypatch.setattr(train, "train_step", stop_in_step_3)
+    train.main(argv)
+    assert (workdir / "out/tiny/step_00000002").exists()
+    assert not (workdir / "out/tiny/step_00000004").exists()
+    monkeypatch.setattr(train, "train_step", original)
+    train.main(argv)
+    train.main([*argv, "--out_dir=out/uninterrupted"])
+    resumed = load_model("out/tiny")[0].state_dict()
+    uninterrupted = load_model("out/uninterrupted")[0].state_dict()
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
+    capsys.readouterr()
+    sample.main(["--init_from=out/tiny", "--prompt=def ", "--max_new_tokens=30", "--temperature=0"])
+    assert capsys.readouterr().out.startswith("def ")
