@@ -23,6 +23,7 @@ if __name__ == "__main__":  # Ctrl-C during the other imports ends the program w
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -70,12 +71,13 @@ from common.distributed import (
 from common.errors import UserError, run_program
 from common.files import name_in_errors
 from common.models import make_config, model_module, models_with_option
-from common.optimizer import OPTIMIZERS, learning_rate, make_optimizer, muon_learning_rate
 from common.pretrained import load_model
 from configurator import check_minimum, configure_with_model
 from prepare_data import open_dataset
+from training.optimizer import OPTIMIZERS, make_optimizer
 
 MAX_TIMEOUT = 10**7  # seconds, four months
+WSD_DECAY = 0.2  # fraction of the steps; 10 to 20 % suffice (Hägele et al. 2024, section 3)
 MAX_OVERFLOWS = 20  # float16 steps in a row with an infinite gradient before the run stops
 
 
@@ -543,14 +545,46 @@ def train_step(run):
     check_finite(run, loss_value, grad_norm_value)
     if config.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, grad_norm)
-    for param_group in run.optimizer.param_groups:
-        param_group["lr"] = learning_rate(config, run.step)
-    if config.optimizer == "muon":  # its first group is that of the hidden matrices
-        run.optimizer.param_groups[0]["lr"] = muon_learning_rate(config, run.step)
+    set_learning_rates(run.optimizer, config, run.step)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
     return loss_value, grad_norm_value
+
+
+def learning_rate(config, step):
+    """Return the learning rate of optimizer step `step` (from 0).
+
+    Linear warmup, then a cosine decay (lr_schedule=cosine), or a constant rate with a linear decay
+    over the last fifth of the steps (wsd). Both end at min_lr.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    decay_start = config.warmup_steps
+    if config.lr_schedule == "wsd":
+        decay_start = max(decay_start, config.max_steps * (1 - WSD_DECAY))
+    progress = (step - decay_start) / max(1, config.max_steps - decay_start)
+    progress = min(1.0, max(0.0, progress))
+    if config.lr_schedule == "wsd":
+        coeff = 1 - progress
+    else:
+        coeff = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + coeff * (config.learning_rate - config.min_lr)
+
+
+def muon_learning_rate(config, step):
+    """Return Muon's rate of a step: its peak, scaled by AdamW's rate over AdamW's peak."""
+    if config.learning_rate == 0:  # then min_lr is 0 too, and any other peak has the same fractions
+        config = dataclasses.replace(config, learning_rate=1.0)
+    return config.muon_learning_rate * (learning_rate(config, step) / config.learning_rate)
+
+
+def set_learning_rates(optimizer, config, step):
+    """Set the learning rates of an optimizer for step `step` (from 0)."""
+    for param_group in optimizer.param_groups:
+        param_group["lr"] = learning_rate(config, step)
+    if config.optimizer == "muon":  # param_groups[0] holds the hidden matrices
+        optimizer.param_groups[0]["lr"] = muon_learning_rate(config, step)
 
 
 def seed_dropout(seed, step, rank, device):

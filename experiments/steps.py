@@ -7,8 +7,9 @@ import torch
 from common.cpu import prepare_for_sampling
 from common.device import peak_memory
 from common.models import model_module
-from common.optimizer import learning_rate, make_optimizer, muon_learning_rate
 from tools.bench.sampling import fill_cache
+from train import set_learning_rates
+from training.optimizer import make_optimizer
 
 
 def build_model(shape):
@@ -75,10 +76,7 @@ def train_on(model, next_batch, schedule, device, dtype):
             loss = model(x.to(device), y.to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(schedule, step)
-        if schedule.optimizer == "muon":  # its first group is that of the hidden matrices
-            optimizer.param_groups[0]["lr"] = muon_learning_rate(schedule, step)
+        set_learning_rates(optimizer, schedule, step)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -31,9 +31,9 @@ import torch.nn as nn
 from common.device import pick_dtype
 from common.errors import UserError, run_program
 from common.models import make_config, model_module, models_with_option
-from common.optimizer import OPTIMIZERS, hidden_matrices
 from configurator import check_minimum, configure_with_model
 from train import TrainConfig
+from training.optimizer import OPTIMIZERS, hidden_matrices
 
 FLOAT32 = 4  # bytes of a master weight, of its gradient, of each of AdamW's moments and of Muon's
 INT64 = 8  # bytes of a token id

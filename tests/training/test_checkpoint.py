@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import train
 from common import checkpoint
 from common.errors import UserError
-from common.optimizer import make_optimizer
 from common.pretrained import load_model
+from training.optimizer import make_optimizer
 
 ROOT = Path(train.__file__).parent
 
@@ -201,7 +201,7 @@ from pathlib import Path
 import train
 from common import checkpoint
 from common.distributed import ProcessGroup
-from common.optimizer import make_optimizer
+from training.optimizer import make_optimizer
 
 n_layer = int(sys.argv[1])
 n_embd = int(sys.argv[2])

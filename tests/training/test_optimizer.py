@@ -1,4 +1,4 @@
-"""common/optimizer.py: Muon, beside AdamW in one optimizer. test_train.py has AdamW itself.
+"""training/optimizer.py: Muon, beside AdamW in one optimizer. test_train.py has AdamW itself.
 
 test_distributed.py compares Muon under DDP, FSDP and HSDP with one process.
 """
@@ -11,14 +11,13 @@ from test_resume import assert_same_weights, losses
 from test_variants import MODELS
 
 import train
-from common import checkpoint, optimizer
-from common.optimizer import (
+from common import checkpoint
+from training import optimizer
+from training.optimizer import (
     Muon,
     hidden_matrices,
-    learning_rate,
     make_adamw,
     make_optimizer,
-    muon_learning_rate,
     newton_schulz,
     orthogonalize_,
 )
@@ -208,7 +207,7 @@ def test_muons_rate_is_the_same_fraction_of_its_peak_as_adamws(lr_schedule):
         learning_rate=1e-3, min_lr=1e-4, muon_learning_rate=0.05, lr_schedule=lr_schedule
     )
     for step in (0, 350, 700, 10_000, 18_000, 19_073):
-        ratio = muon_learning_rate(config, step) / learning_rate(config, step)
+        ratio = train.muon_learning_rate(config, step) / train.learning_rate(config, step)
         assert ratio == pytest.approx(50)
 
 
@@ -216,7 +215,7 @@ def test_muons_rate_has_its_schedule_if_adamws_is_zero():
     config = train.TrainConfig(
         learning_rate=0.0, min_lr=0.0, muon_learning_rate=0.5, warmup_steps=10, max_steps=110
     )
-    rates = [muon_learning_rate(config, step) for step in (0, 10, 60, 110)]
+    rates = [train.muon_learning_rate(config, step) for step in (0, 10, 60, 110)]
     assert rates == pytest.approx([0.05, 0.5, 0.25, 0.0])
 
 

@@ -1,6 +1,6 @@
 """train.py: what a step computes, what the log contains, dtypes, compilation, initial weights.
 
-Also common/optimizer.py: weight decay and the learning rate schedules.
+Also training/optimizer.py: weight decay and the learning rate schedules.
 """
 
 import itertools
@@ -17,9 +17,9 @@ from conftest import TINY, arguments, read_log, refused
 import train
 from common import checkpoint
 from common.dataloader import Loader
-from common.optimizer import make_optimizer
 from common.pretrained import load_model
 from train import checkpoint_activations, default_out_dir
+from training.optimizer import make_optimizer
 
 
 def losses(run):

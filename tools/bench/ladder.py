@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from common.cpu import use_float32_attention
 from common.device import keep_freed_memory, pick_dtype
 from common.models import model_module
-from common.optimizer import make_optimizer
 from tools.bench.limits import matmul_rates, products_flops, workload
 from tools.bench.turns import Budget, milliseconds, run_in_new_process, synchronize, time_turns
 from train import TrainConfig
+from training.optimizer import make_optimizer
 
 
 @dataclass

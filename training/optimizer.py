@@ -1,11 +1,8 @@
-"""The optimizers, AdamW and Muon, and the learning rate: cosine or warmup-stable-decay schedule.
+"""The optimizers: AdamW and Muon.
 
 AdamW divides the gradient of each weight by its root mean square over the last steps. Muon looks at
 a weight matrix as a whole: see the class.
 """
-
-import dataclasses
-import math
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -13,37 +10,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from common.distributed import full_tensor
 
 OPTIMIZERS = ("adamw", "muon")
-WSD_DECAY = 0.2  # fraction of the steps; 10 to 20 % suffice (Hägele et al. 2024, section 3)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of x, x^3 and x^5 (Jordan et al. 2024)
 NEWTON_SCHULZ_STEPS = 5
 MAX_NUMEL = 2**24  # elements that Muon orthogonalizes at a time, which bounds its memory
-
-
-def learning_rate(config, step):
-    """Return the learning rate of optimizer step `step` (from 0).
-
-    Linear warmup, then a cosine decay (lr_schedule=cosine), or a constant rate with a linear decay
-    over the last fifth of the steps (wsd). Both end at min_lr.
-    """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    decay_start = config.warmup_steps
-    if config.lr_schedule == "wsd":
-        decay_start = max(decay_start, config.max_steps * (1 - WSD_DECAY))
-    progress = (step - decay_start) / max(1, config.max_steps - decay_start)
-    progress = min(1.0, max(0.0, progress))
-    if config.lr_schedule == "wsd":
-        coeff = 1 - progress
-    else:
-        coeff = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + coeff * (config.learning_rate - config.min_lr)
-
-
-def muon_learning_rate(config, step):
-    """Return Muon's rate of a step: its peak, scaled by AdamW's rate over AdamW's peak."""
-    if config.learning_rate == 0:  # then min_lr is 0 too, and any other peak has the same fractions
-        config = dataclasses.replace(config, learning_rate=1.0)
-    return config.muon_learning_rate * (learning_rate(config, step) / config.learning_rate)
 
 
 def make_optimizer(model, config, dtype=torch.float32):
