@@ -43,10 +43,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 import torch.distributed as dist
 from torch._dynamo.exc import TorchDynamoException
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from common import checkpoint
-from common.cpu import use_float32_attention, wants_float32_attention
 from common.dataloader import Loader
 from common.device import (
     device_name,
@@ -57,17 +55,10 @@ from common.device import (
     pick_device,
     pick_dtype,
     set_float32_precision,
+    to_device,
     use_cudnn_attention,
 )
-from common.distributed import (
-    ProcessGroup,
-    describe_lost_rank,
-    full_tensor,
-    gradient_sync,
-    load_initial_weights,
-    shard_model,
-    wrap_ddp,
-)
+from common.distributed import ProcessGroup, describe_lost_rank, full_tensor
 from common.errors import UserError, run_program
 from common.files import name_in_errors
 from common.models import make_config, model_module, models_with_option
@@ -75,6 +66,15 @@ from common.pretrained import load_model
 from configurator import check_minimum, configure_with_model
 from prepare_data import open_dataset
 from training.optimizer import OPTIMIZERS, make_optimizer
+from training.parallel import (
+    compile_forward,
+    gradient_sync,
+    load_initial_weights,
+    prepare_blocks,
+    settle_ddp_buckets,
+    uses_compile,
+    wrap_ddp,
+)
 
 MAX_TIMEOUT = 10**7  # seconds, four months
 WSD_DECAY = 0.2  # fraction of the steps; 10 to 20 % suffice (Hägele et al. 2024, section 3)
@@ -412,87 +412,6 @@ def setup(config, model_options, argv, group, stack):
     )
 
 
-def prepare_blocks(model, config, group, device, dtype):
-    """Apply activation checkpointing and, with FSDP, compilation and sharding; in place.
-
-    Without FSDP the model is compiled as a whole, later, by compile_forward. On some CPUs attention
-    is computed in float32.
-    """
-    if wants_float32_attention(device, dtype):
-        for block in model.transformer.h:
-            use_float32_attention(block)
-    if config.activation_checkpointing:
-        for block in model.transformer.h:
-            checkpoint_activations(block)
-    if config.fsdp and uses_compile(config, device):
-        # Block by block, because the all-gathers between the blocks cannot be part of a graph.
-        print_compiling(group)
-        for block in model.transformer.h:
-            block.compile()
-    if config.fsdp:
-        shard_model(model, group, device, dtype, config.shard_degree)
-
-
-def checkpoint_activations(block):
-    """Make a block forget its activations and recompute them in the backward pass.
-
-    "Training Deep Nets with Sublinear Memory Cost" (Chen et al. 2016, section 4).
-    """
-    forward = block.forward
-    # A lambda, because torch.compile does not trace a functools.partial as a module's forward.
-    block.forward = lambda *inputs: recompute_in_backward(forward, *inputs, use_reentrant=False)
-
-
-def uses_compile(config, device):
-    """Return whether to use torch.compile."""
-    return config.compile is True or (config.compile == "auto" and device.type == "cuda")
-
-
-def print_compiling(group):
-    group.print("compiling, which takes about a minute (--compile=False skips it)")
-
-
-def compile_forward(run):
-    """Collective. Compile the forward and backward pass; if that fails, leave it uncompiled."""
-    print_compiling(run.group)
-    # Checkpoints use run.model, whose names stay plain. dynamic=False, because the shapes of a run
-    # are fixed: a process that had compiled a run of other shapes would take them for dynamic.
-    compiled = torch.compile(run.wrapped, dynamic=False)
-    x, y = run.loader.train_batch(0, run.config.batch_size)
-    failure = None
-    try:
-        # Without gradient sync, so that a rank on which this fails leaves no other rank waiting.
-        with gradient_sync(run.wrapped, enabled=False):
-            with run.autocast():
-                loss = compiled(to_device(x, run.device), to_device(y, run.device))
-            loss.backward()
-    except Exception as error:  # backends and compilers raise types of their own
-        if is_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        failure = f"{type(error).__name__}: {reason}"
-    run.optimizer.zero_grad()
-    failures = run.group.all_gather(failure)
-    failures = [text for text in failures if text is not None]
-    if not failures:
-        run.forward = compiled
-    elif run.group.rank == 0:
-        print(f"warning: training uncompiled, torch.compile failed: {failures[0]}", file=sys.stderr)
-
-
-def settle_ddp_buckets(run):
-    """Collective. Let DDP arrange its gradient buckets before the first step.
-
-    DDP rearranges them after its first synchronized backward pass, and the order in which three or
-    more ranks sum depends on it. A resumed run must sum in the order of the uninterrupted run.
-    """
-    x, y = run.loader.train_batch(0, run.config.batch_size)
-    with run.autocast():
-        loss = run.forward(to_device(x, run.device), to_device(y, run.device))
-    loss.backward()
-    run.optimizer.zero_grad()
-
-
 # One step -------------------------------------------------------------------------------------
 
 
@@ -596,16 +515,6 @@ def seed_dropout(seed, step, rank, device):
         torch.default_generator.manual_seed(number)
     else:
         torch.manual_seed(number)
-
-
-def to_device(tensor, device):
-    """Copy a batch to the device; to CUDA from pinned memory, which overlaps with computation.
-
-    A prefetched batch is pinned already; pin_memory() then returns the tensor itself.
-    """
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)  # MPS could read the source of a non-blocking copy after it is freed
 
 
 def check_finite(run, loss, grad_norm):

@@ -1,11 +1,8 @@
-"""The process group of a run, and DDP, FSDP and HSDP around a model.
+"""The process group of a run and its collectives: small values that the ranks exchange.
 
-    torchrun --standalone --nproc_per_node=2 train.py config/quickstart.py              DDP
-    torchrun --standalone --nproc_per_node=2 train.py config/quickstart.py --fsdp=True  FSDP
-
-torchrun starts several processes, the ranks 0 .. world_size - 1. Rank 0 prints, logs and decides.
-Without torchrun there is one rank, and every collective below returns at once.
-docs/DISTRIBUTED.md explains the modes.
+torchrun starts world_size processes, the ranks 0 .. world_size - 1, and describes them in
+environment variables. Rank 0 prints, logs and makes the decisions that all ranks must share.
+Without torchrun there is one rank, and every collective returns at once.
 """
 
 import atexit
@@ -17,11 +14,7 @@ import re
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import OtherRankError, UserError
 
@@ -29,15 +22,20 @@ from common.errors import OtherRankError, UserError
 class ProcessGroup:
     """The ranks of a run, as torchrun's environment variables describe them.
 
-    Methods marked "Collective" must be called by every rank: a rank that does not call one blocks
-    the others, until `timeout` seconds have passed.
+    Every rank must call a method that is marked "Collective": if one rank does not, the others wait
+    for it until `timeout` seconds have passed. So an error that only one rank may meet, such as a
+    missing file, has to end all of them. Code that can fail stands in this block:
+
+        with group.exit_together():
+            if group.rank == 0:
+                read_a_file()  # if this raises UserError or OSError, every rank exits
     """
 
     def __init__(self, timeout):
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.launched = "RANK" in os.environ  # by torchrun, perhaps with one rank
-        # Not by torchrun: other launchers may leave LOCAL_RANK out.
+        # Other launchers than torchrun may not set LOCAL_RANK.
         self.local_rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
         if self.launched and not dist.is_initialized():
             try:
@@ -53,8 +51,8 @@ class ProcessGroup:
     def _init_process_group(self, timeout):
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # The agent's store outlives its workers. Without a prefix of their own, restarted
-            # workers would read the addresses of the workers that died.
+            # torchrun's agent keeps this store when it restarts the workers. Under the same keys
+            # the new workers would find the addresses of the old ones, which are dead.
             store = dist.PrefixStore(f"restart {_restart_count()}", store)
         # Gradients on GPUs go through nccl; the small values below are on the CPU and use gloo.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -111,7 +109,8 @@ class ProcessGroup:
     def exit_together(self):
         """Collective. If any rank raises UserError or OSError in the block, exit on every rank.
 
-        Rank 0 prints one error. Without this the other ranks would block in their next collective.
+        Rank 0 prints one error. Any other exception is a bug: it ends its rank with a traceback,
+        and torchrun then stops the others.
         """
         message = None
         try:
@@ -125,7 +124,7 @@ class ProcessGroup:
             if message is not None:
                 self.exit(message)
 
-    # Rank 0 speaks ----------------------------------------------------------------------------
+    # Output -----------------------------------------------------------------------------------
 
     def print(self, text):
         """Print on rank 0 only."""
@@ -147,86 +146,19 @@ def _restart_count():
 
 
 def _destroy_process_group():
-    # Without this call gloo sometimes aborts at exit, and also while a wrapped model still exists.
+    # Without destroy_process_group gloo sometimes aborts at exit; so it does while a DDP or FSDP
+    # model still exists, which may be part of a reference cycle.
     gc.collect()
     dist.destroy_process_group()
 
 
 def describe_lost_rank(error):
-    """Return why an error says that another rank does not answer; None for other errors."""
+    """Return the reason if an error means that another rank does not answer, else None."""
     is_lost = isinstance(error, (dist.DistNetworkError, dist.DistStoreError))
     if not is_lost and "gloo" not in str(error):  # gloo raises a plain RuntimeError
         return None
-    reason = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0])  # without gloo's source line
+    reason = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0])  # drop gloo's "[file:line] "
     return reason.split(". ")[0]
-
-
-# DDP, FSDP, HSDP ------------------------------------------------------------------------------
-
-
-def shard_model(model, group, device, dtype, shard_degree):
-    """Shard a model's parameters with FSDP2, in place (Zhao et al. 2023; ZeRO stage 3).
-
-    shard_degree   ranks that hold one copy of the model together; 0: all ranks. With fewer than
-                   world_size ranks per copy there are several replicas (HSDP).
-    """
-    shard_degree = shard_degree or group.world_size
-    replicas = group.world_size // shard_degree
-    # Row r of the mesh is a replica. Parameters are gathered within a row; gradients are reduced
-    # within a row and then averaged over the rows.
-    names = ("replicate", "shard")
-    mesh = init_device_mesh(device.type, (replicas, shard_degree), mesh_dim_names=names)
-    if replicas == 1:
-        mesh = mesh["shard"]
-    # Forward and backward use parameters in `dtype`, gradients are reduced in float32. Inputs of a
-    # block are not cast, because RoPE's cos and sin are among them and must stay float32.
-    policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    # The root group holds the embeddings and the final norm. wte is used first (embedding) and
-    # last (head), so it must stay gathered for the whole forward pass.
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-def load_initial_weights(model, weights, group, device):
-    """Collective. Give a model on the meta device its memory and rank 0's weights.
-
-    weights   rank 0: the full state dict, on the CPU; the other ranks: None
-    """
-    if isinstance(model, FSDPModule):
-        model.to_empty(device=device)
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(model, weights or {}, options=options)
-    elif group.rank == 0:
-        model.load_state_dict(weights, assign=True)
-        model.to(device)
-    else:
-        model.to_empty(device=device)  # DistributedDataParallel broadcasts rank 0's weights
-
-
-def wrap_ddp(model, device):
-    """Collective. Return DDP around a model (Li et al. 2020): it averages the ranks' gradients."""
-    device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-
-
-@contextlib.contextmanager
-def gradient_sync(wrapped, enabled):
-    """Reduce the gradients over the ranks in this micro-step's backward pass only if enabled.
-
-    With several micro-steps per optimizer step, only the last one needs to communicate. Until then
-    FSDP keeps the full, unsharded gradients on every rank.
-    """
-    if isinstance(wrapped, FSDPModule):
-        wrapped.set_requires_gradient_sync(enabled)
-        yield
-    elif isinstance(wrapped, DistributedDataParallel) and not enabled:
-        with wrapped.no_sync():
-            yield
-    else:
-        yield
 
 
 def full_tensor(tensor):

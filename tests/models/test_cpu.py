@@ -17,7 +17,7 @@ from common.cpu import (
     wants_float32_attention,
 )
 from common.models import model_module
-from train import checkpoint_activations
+from training.parallel import checkpoint_activations
 
 CPU = torch.device("cpu")
 MODELS = ("model", "model_rope", "model_gqa", "model_swa", "model_rope_gqa_swa")

@@ -18,11 +18,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # many ranks 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as gpt2
-from common.distributed import gradient_sync, shard_model
 from common.models import model_module
 from tools import estimate_memory
 from train import TrainConfig
 from training.optimizer import make_adamw, make_optimizer
+from training.parallel import gradient_sync, shard_model
 
 MODELS = ("model", "model_rope", "model_gqa", "model_swa", "model_rope_gqa_swa")
 CONFIGS = sorted((Path(__file__).parents[2] / "config").glob("[!_]*.py"))

@@ -18,8 +18,9 @@ import train
 from common import checkpoint
 from common.dataloader import Loader
 from common.pretrained import load_model
-from train import checkpoint_activations, default_out_dir
+from train import default_out_dir
 from training.optimizer import make_optimizer
+from training.parallel import checkpoint_activations
 
 
 def losses(run):

@@ -1,0 +1,210 @@
+"""How a model is prepared for training: DDP, FSDP, HSDP, activation checkpointing, torch.compile.
+
+    python train.py config/quickstart.py                                                one process
+    torchrun --standalone --nproc_per_node=2 train.py config/quickstart.py              DDP
+    torchrun --standalone --nproc_per_node=2 train.py config/quickstart.py --fsdp=True  FSDP
+
+Every rank has its own sequences of the global batch. DDP keeps the full model on every rank and
+averages the gradients. FSDP shards parameters, gradients and optimizer state over the ranks, and
+gathers the parameters of one block at a time. docs/DISTRIBUTED.md compares them.
+
+train.py calls the functions in this order:
+
+    prepare_blocks          float32 attention, activation checkpointing; with FSDP: compile, shard
+    load_initial_weights    or a checkpoint is loaded
+    wrap_ddp                without FSDP
+    compile_forward         without FSDP
+    settle_ddp_buckets      with DDP
+    gradient_sync           around each micro-step
+"""
+
+import contextlib
+import sys
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+from common.cpu import use_float32_attention, wants_float32_attention
+from common.device import is_out_of_memory, to_device
+
+# Before the weights ---------------------------------------------------------------------------
+
+
+def prepare_blocks(model, config, group, device, dtype):
+    """Apply activation checkpointing and, with FSDP, compilation and sharding, in place.
+
+    config   train.py's options; group   the ProcessGroup; dtype   of the computation
+
+    The model may be on the meta device. Without FSDP it is compiled later, by compile_forward.
+    """
+    if wants_float32_attention(device, dtype):
+        for block in model.transformer.h:
+            use_float32_attention(block)
+    if config.activation_checkpointing:
+        for block in model.transformer.h:
+            checkpoint_activations(block)
+    if not config.fsdp:
+        return
+    if uses_compile(config, device):
+        # Block by block: the all-gathers between the blocks cannot be part of a graph.
+        print_compiling(group)
+        for block in model.transformer.h:
+            block.compile()
+    shard_model(model, group, device, dtype, config.shard_degree)
+
+
+def checkpoint_activations(block):
+    """Make a block drop its activations and recompute them in the backward pass.
+
+    "Training Deep Nets with Sublinear Memory Cost" (Chen et al. 2016, section 4).
+    """
+    forward = block.forward
+    # A lambda, because torch.compile does not trace a functools.partial as a module's forward.
+    block.forward = lambda *inputs: recompute_in_backward(forward, *inputs, use_reentrant=False)
+
+
+def shard_model(model, group, device, dtype, shard_degree):
+    """Shard a model's parameters with FSDP2, in place (Zhao et al. 2023; ZeRO stage 3).
+
+    shard_degree   ranks that hold one copy of the model together; 0: all ranks. With fewer than
+                   world_size ranks per copy there are several replicas (HSDP).
+    """
+    shard_degree = shard_degree or group.world_size
+    replicas = group.world_size // shard_degree
+    # Row r of the mesh is a replica. Parameters are gathered within a row; gradients are reduced
+    # within a row and then averaged over the rows.
+    names = ("replicate", "shard")
+    mesh = init_device_mesh(device.type, (replicas, shard_degree), mesh_dim_names=names)
+    if replicas == 1:
+        mesh = mesh["shard"]
+    # Forward and backward use parameters in `dtype`, gradients are reduced in float32. Inputs of a
+    # block are not cast, because RoPE's cos and sin are among them and must stay float32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # The root group holds the embeddings and the final norm. wte is used first (embedding) and
+    # last (head), so it must stay gathered for the whole forward pass.
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+# Weights --------------------------------------------------------------------------------------
+
+
+def load_initial_weights(model, weights, group, device):
+    """Collective. Allocate a model that is on the meta device, and fill it with rank 0's weights.
+
+    weights   rank 0: the full state dict, on the CPU; the other ranks: None
+
+    Under DDP the ranks other than 0 are only allocated: wrap_ddp sends them the weights.
+    """
+    if isinstance(model, FSDPModule):
+        model.to_empty(device=device)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, weights or {}, options=options)
+    elif group.rank == 0:
+        model.load_state_dict(weights, assign=True)  # a tensor on meta cannot be copied into
+        model.to(device)
+    else:
+        model.to_empty(device=device)
+
+
+def wrap_ddp(model, device):
+    """Collective. Broadcast rank 0's weights; return DDP around the model (Li et al. 2020).
+
+    DDP averages the ranks' gradients. They are views of its communication buckets, which saves a
+    second copy of the gradients.
+    """
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+# Before the first step ------------------------------------------------------------------------
+
+
+def uses_compile(config, device):
+    """Return whether to use torch.compile."""
+    return config.compile is True or (config.compile == "auto" and device.type == "cuda")
+
+
+def print_compiling(group):
+    group.print("compiling, which takes about a minute (--compile=False skips it)")
+
+
+def compile_forward(run):
+    """Collective. Compile run.forward; leave it uncompiled on all ranks if that fails on one.
+
+    run   a Run of train.py
+    """
+    print_compiling(run.group)
+    # The shapes of a run are fixed. Without dynamic=False torch would switch to dynamic shapes in a
+    # process that has compiled a run of other shapes before.
+    compiled = torch.compile(run.wrapped, dynamic=False)
+    x, y = first_batch(run)
+    failure = None
+    try:
+        # Without gradient sync: a rank on which compiling fails must not leave the others waiting.
+        with gradient_sync(run.wrapped, enabled=False):
+            forward_and_backward(run, compiled, x, y)
+    except Exception as error:  # each backend raises its own exception types
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        failure = f"{type(error).__name__}: {reason}"
+    run.optimizer.zero_grad()
+    failures = [text for text in run.group.all_gather(failure) if text is not None]
+    if not failures:
+        run.forward = compiled  # checkpoints keep using run.model, whose names have no prefix
+    elif run.group.rank == 0:
+        print(f"warning: training uncompiled, torch.compile failed: {failures[0]}", file=sys.stderr)
+
+
+def settle_ddp_buckets(run):
+    """Collective. Let DDP arrange its gradient buckets before the first step.
+
+    DDP rearranges its buckets once, after the first synchronized backward pass. The arrangement
+    decides the order in which three or more ranks sum their gradients, and so the last bits. After
+    this extra pass every step of a run, new or resumed, uses the final arrangement.
+    """
+    forward_and_backward(run, run.forward, *first_batch(run))
+    run.optimizer.zero_grad()
+
+
+def first_batch(run):
+    """Return inputs and targets (B, T) of the rank's first batch, on its device."""
+    x, y = run.loader.train_batch(0, run.config.batch_size)
+    return to_device(x, run.device), to_device(y, run.device)
+
+
+def forward_and_backward(run, forward, x, y):
+    with run.autocast():
+        loss = forward(x, y)
+    loss.backward()
+
+
+# In a step ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def gradient_sync(wrapped, enabled):
+    """Reduce the gradients over the ranks in this micro-step's backward pass only if enabled.
+
+    wrapped   the model, under DDP wrapped by it
+
+    With several micro-steps per optimizer step only the last one communicates. Under FSDP the
+    gradients of the others stay unsharded, in full size on every rank: docs/DISTRIBUTED.md has
+    their memory.
+    """
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(enabled)
+        yield
+    elif isinstance(wrapped, DistributedDataParallel) and not enabled:
+        with wrapped.no_sync():
+            yield
+    else:
+        yield
