@@ -44,7 +44,7 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.exc import TorchDynamoException
 
-from common import checkpoint
+from common import checkpoint, run_dir
 from common.dataloader import Loader
 from common.device import (
     device_name,
@@ -79,6 +79,31 @@ from training.parallel import (
 MAX_TIMEOUT = 10**7  # seconds, four months
 WSD_DECAY = 0.2  # fraction of the steps; 10 to 20 % suffice (Hägele et al. 2024, section 3)
 MAX_OVERFLOWS = 20  # float16 steps in a row with an infinite gradient before the run stops
+
+
+# Options that may differ when a run is resumed: they say at which steps something is saved or
+# printed, or how the same global batch is computed. The results stay equal up to rounding, with two
+# exceptions: max_steps stretches the learning rate schedule, and with dropout > 0 the masks depend
+# on the rank and on batch_size. dtype may not differ: if "auto" would now choose another one, pass
+# the first one by --dtype.
+RESUMABLE_CHANGES = {
+    "out_dir",
+    "overwrite",
+    "eval_only",
+    "batch_size",
+    "max_steps",
+    "eval_interval",
+    "log_interval",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "device",
+    "compile",
+    "activation_checkpointing",
+    "deterministic",
+    "fsdp",
+    "shard_degree",
+    "dist_timeout",
+}
 
 
 @dataclass
@@ -290,7 +315,7 @@ def find_checkpoint_to_resume(config, out_dir):
     """Return the path and the record of the checkpoint to resume from, or (None, None)."""
     if config.overwrite:
         return None, None
-    path, stored = checkpoint.checkpoint_to_resume(out_dir, rename_damaged=not config.eval_only)
+    path, stored = run_dir.checkpoint_to_resume(out_dir, rename_damaged=not config.eval_only)
     if config.eval_only and stored is not None:
         # The run is evaluated if init_from is the default or what the run began with. Any other
         # init_from asks for those weights, for example GPT-2's.
@@ -320,8 +345,41 @@ def choose_start(config, module, model_options, record, out_dir):
         model = initial_model(config, module, model_options, record["meta"])
         return None, None, asdict(model.config), model.state_dict()
     model_config = resumed_model_config(config, module, model_options, record["meta"], stored)
-    checkpoint.check_same_options(record | {"model_config": model_config}, stored, out_dir)
+    check_same_options(record | {"model_config": model_config}, stored, out_dir)
     return path, stored, model_config, None
+
+
+def check_same_options(now, stored, out_dir):
+    """Raise UserError if the run in out_dir was started with other options or another model.
+
+    now, stored   dicts with "options" and "model_config": of this command, of the checkpoint
+    """
+    options_before = stored["options"] | stored["model_config"]
+    options_now = now["options"] | now["model_config"]
+    changes = [
+        f"{name} was {options_before.get(name)}, is {value}"
+        for name, value in options_now.items()
+        if name not in RESUMABLE_CHANGES and options_before.get(name) != value
+    ]
+    if changes:
+        _refuse_other_run(out_dir, "; ".join(changes))
+
+
+def check_same_data(data, stored, out_dir, folder):
+    """Raise UserError if the dataset of the run in out_dir, in `folder`, has changed."""
+    if data != stored["data"]:
+        before = stored["data"]["tokens"]
+        now = data["tokens"]
+        if now == before:
+            _refuse_other_run(out_dir, f"the SHA-256 in {folder}/meta.json has changed")
+        _refuse_other_run(out_dir, f"{folder} had {before} tokens [train.bin, val.bin], has {now}")
+
+
+def _refuse_other_run(out_dir, difference):
+    raise UserError(
+        f"{out_dir} holds another run ({difference}): choose another --out_dir, or start over "
+        "with --overwrite=True"
+    )
 
 
 def setup(config, model_options, argv, group, stack):
@@ -352,8 +410,8 @@ def setup(config, model_options, argv, group, stack):
         resolved = {"out_dir": str(out_dir), "dtype": str(dtype).removeprefix("torch.")}
         record = {"options": asdict(config) | resolved, "meta": meta}
         if group.rank == 0 and not config.eval_only:
-            stack.enter_context(checkpoint.lock_run(out_dir))
-            checkpoint.remove_unfinished(out_dir)
+            stack.enter_context(run_dir.lock_run(out_dir))
+            run_dir.remove_unfinished(out_dir)
         if group.rank == 0:
             *start, weights = choose_start(config, module, model_options, record, out_dir)
         else:
@@ -370,7 +428,7 @@ def setup(config, model_options, argv, group, stack):
         if not config.eval_only:
             check_batch(config, loader.block_size, group.world_size)
         if stored is not None:
-            checkpoint.check_same_data(data, stored, out_dir, folder)
+            check_same_data(data, stored, out_dir, folder)
     # End the run if the ranks were started with different options or data.
     group.check_equal(record["options"] | model_options | {"data": data})
 
@@ -392,7 +450,7 @@ def setup(config, model_options, argv, group, stack):
         checkpoint.load_checkpoint(path, model, optimizer)
         scaler.load_state_dict(stored["scaler"])
         step, metrics = stored["step"], stored["metrics"]
-        _, best_loss = group.broadcast(checkpoint.best_checkpoint(out_dir))
+        _, best_loss = group.broadcast(run_dir.best_checkpoint(out_dir))
     return Run(
         config=config,
         out_dir=out_dir,
@@ -542,7 +600,7 @@ def advice(run):
     if run.config.optimizer == "muon":
         rates = "--learning_rate and --muon_learning_rate"
     remedy = f"with a lower {rates} or --dtype=float32"
-    checkpoints = checkpoint.list_checkpoints(run.out_dir)
+    checkpoints = run_dir.list_checkpoints(run.out_dir)
     if not checkpoints:
         return f"; start a new run {remedy}"
     weights = f"--init_from={shlex.quote(str(checkpoints[-1]))} --out_dir=NEW"
@@ -589,7 +647,7 @@ def train_loop(run):
     memory = None  # peak memory in GB, when it was last read
     with group.exit_together():
         if group.rank == 0:
-            checkpoint.truncate_log(run.out_dir, run.step)
+            run_dir.truncate_log(run.out_dir, run.step)
 
     while True:
         is_last = run.step == config.max_steps
@@ -682,7 +740,7 @@ def append_log(run):
 
 def rewrite_last_line(run):
     """Write the log's last line again: it is missing if the disk was full when the run finished."""
-    checkpoint.truncate_log(run.out_dir, run.step)
+    run_dir.truncate_log(run.out_dir, run.step)
     log_error = append_log(run)
     if log_error is not None:
         raise UserError(log_error)
@@ -696,7 +754,7 @@ def save(run):
     if run.step == 0:
         return
     state = {"step": run.step, "metrics": run.metrics, "scaler": run.scaler.state_dict()}
-    checkpoint.save_checkpoint(
+    run_dir.save_step(
         run.out_dir,
         run.model,
         run.optimizer,
@@ -735,9 +793,9 @@ def train(run):
         return
     with run.group.exit_together():
         if run.group.rank == 0 and run.config.overwrite:
-            checkpoint.remove_run(run.out_dir)
+            run_dir.remove_run(run.out_dir)
         elif run.group.rank == 0:
-            checkpoint.prune_checkpoints(run.out_dir, run.config.keep_checkpoints)
+            run_dir.prune_checkpoints(run.out_dir, run.config.keep_checkpoints)
     if run.step > run.config.max_steps:
         run.group.print(
             f"{run.out_dir} is at step {run.step}, past max_steps={run.config.max_steps}: "

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from common import checkpoint
+from common import checkpoint, run_dir
 from common.download import download, file_sha256, hub_url
 from common.errors import UserError, prefix_errors
 from common.files import read_json, read_text, write_text
@@ -102,7 +102,7 @@ def _read_source(source):
         )
     if _is_transformers(path):
         return _read_transformers(path)
-    if (path / "ckpt.pt").exists() and not checkpoint.list_checkpoints(path):
+    if (path / "ckpt.pt").exists() and not run_dir.list_checkpoints(path):
         return _read_nanogpt(path / "ckpt.pt")
     return _read_run(path)
 
@@ -323,7 +323,7 @@ def _read_nanogpt(path):
 
 def _read_run(directory):
     """Return the Source of a run's best checkpoint, its last one if none has a validation loss."""
-    return checkpoint.load_best(directory, _read_checkpoint)
+    return run_dir.load_best(directory, _read_checkpoint)
 
 
 def _read_checkpoint(path, record):

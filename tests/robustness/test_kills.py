@@ -32,7 +32,7 @@ from faults import (
 from safetensors.torch import load_file
 
 import train
-from common import checkpoint
+from common import run_dir
 from common.errors import UserError
 from common.pretrained import load_model
 from tools import export
@@ -72,7 +72,7 @@ def result_of(run):
         "log": [without_times(json.loads(line)) for line in log],
         "records": records,
         "tensors": tensors,
-        "best": checkpoint.best_checkpoint(run)[0].name,
+        "best": run_dir.best_checkpoint(run)[0].name,
     }
 
 

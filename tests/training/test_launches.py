@@ -26,7 +26,7 @@ from test_distributed import (
 )
 
 import train
-from common import checkpoint
+from common import run_dir
 
 
 def kill_workers(tests):
@@ -124,7 +124,7 @@ def test_a_restarted_worker_does_the_steps_after_the_last_checkpoint(killed, run
 
 def test_torchrun_passes_a_sigterm_to_the_ranks_and_the_run_can_be_resumed(terminated):
     run = Path("out/terminated-model")
-    last = checkpoint.list_checkpoints(run)[-1]
+    last = run_dir.list_checkpoints(run)[-1]
     step = int(last.name.removeprefix("step_"))
     assert f"step {step}" in terminated
     assert read_log(run)[-1]["step"] == step

@@ -14,7 +14,7 @@ from test_distributed import fork
 from test_resume import losses
 
 import train
-from common import checkpoint
+from common import checkpoint, run_dir
 from common.pretrained import load_model
 
 STEP = 3  # counted from 0; the evaluation before it is that of step 3
@@ -45,7 +45,7 @@ def assert_one_line_names_the_step(lines, what):
 
 def assert_checkpoints_are_good(out_dir, what):
     """Assert that the last checkpoint is the last one before the step, and finite."""
-    path = checkpoint.list_checkpoints(out_dir)[-1]
+    path = run_dir.list_checkpoints(out_dir)[-1]
     assert checkpoint.verify_checkpoint(path)["step"] == (2 if what == "validation" else STEP)
     model, _ = load_model(path)
     assert all(p.isfinite().all() for p in model.parameters())

@@ -11,7 +11,7 @@ from test_resume import assert_same_weights, losses
 from test_variants import MODELS
 
 import train
-from common import checkpoint
+from common import checkpoint, run_dir
 from training import optimizer
 from training.optimizer import (
     Muon,
@@ -263,7 +263,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(muon_run, workdir, m
 
 
 def test_a_loaded_muon_has_the_saved_momentum(muon_run):
-    path = checkpoint.list_checkpoints(muon_run)[-1]
+    path = run_dir.list_checkpoints(muon_run)[-1]
     model, _ = train.load_model(str(path))
     muon = make_optimizer(model, train.TrainConfig(optimizer="muon"))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import arguments, refused, write_dataset
 
-from common import checkpoint
+from common import run_dir
 
 # case: (options that train.py must refuse, what the error must contain)
 BAD = {
@@ -94,7 +94,7 @@ def test_an_id_beyond_vocab_size_is_refused_before_a_run_is_overwritten(tiny_run
 
 
 def test_a_second_process_in_the_same_out_dir_is_refused(tiny_run, capsys):
-    with checkpoint.lock_run(tiny_run):
+    with run_dir.lock_run(tiny_run):
         assert "out/tiny" in refused(capsys, arguments(max_steps=20))
 
 

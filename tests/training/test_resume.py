@@ -13,7 +13,7 @@ import torch
 from conftest import arguments, read_log
 
 import train
-from common import checkpoint
+from common import checkpoint, run_dir
 from common.dataloader import Loader
 from common.distributed import ProcessGroup
 from common.errors import UserError
@@ -56,14 +56,14 @@ def test_another_seed_gives_other_losses(tiny_run, workdir):
 
 
 def test_a_run_that_is_older_than_an_option_resumes_with_its_default(tiny_run, monkeypatch):
-    original = checkpoint.checkpoint_to_resume
+    original = run_dir.checkpoint_to_resume
 
     def without_optimizer(*args, **kwargs):
         path, stored = original(*args, **kwargs)
         assert stored["options"].pop("optimizer") == "adamw"
         return path, stored
 
-    monkeypatch.setattr(checkpoint, "checkpoint_to_resume", without_optimizer)
+    monkeypatch.setattr(run_dir, "checkpoint_to_resume", without_optimizer)
     train.main(arguments())
     with pytest.raises(UserError):
         train.main(arguments(optimizer="muon"))
@@ -81,7 +81,7 @@ def test_resuming_after_any_step_gives_the_same_bits(tiny_run, workdir, monkeypa
     monkeypatch.setattr(train, "train_step", stop_in_the_next_step)
     train.main(arguments(out_dir="out/stopped"))
     stopped = workdir / "out/stopped"
-    assert checkpoint.list_checkpoints(stopped)[-1].name == f"step_{step:08d}"
+    assert run_dir.list_checkpoints(stopped)[-1].name == f"step_{step:08d}"
     assert steps(stopped) == list(range(step + 1))
     monkeypatch.setattr(train, "train_step", original)
     train.main(arguments(out_dir="out/stopped"))
@@ -138,7 +138,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_and_truncates_the_log(
         train.main(arguments(out_dir="out/killed"))
     killed = workdir / "out/killed"
     # Step 5 was evaluated and saved; the log is longer.
-    assert checkpoint.list_checkpoints(killed)[-1].name == "step_00000005"
+    assert run_dir.list_checkpoints(killed)[-1].name == "step_00000005"
     assert steps(killed)[-1] == 7
     with open(killed / "log.jsonl", "a") as log:
         log.write('{"step": 8, "train_l')  # a line that the crash truncated
@@ -171,7 +171,7 @@ def test_sigterm_ends_the_program_with_status_0_after_a_finished_step(tiny_run, 
     assert process.returncode == 0, output
     last_step = steps(run)[-1]
     assert f"step {last_step}" in output.splitlines()[-1]
-    assert checkpoint.list_checkpoints(run)[-1].name == f"step_{last_step:08d}"
+    assert run_dir.list_checkpoints(run)[-1].name == f"step_{last_step:08d}"
 
 
 def test_a_second_signal_ends_the_program_at_once():
@@ -227,7 +227,7 @@ def test_a_run_with_a_damaged_last_checkpoint_ends_with_the_same_bits(tiny_run, 
 
 
 def test_a_run_with_damaged_checkpoints_only_is_not_started_over(tiny_run):
-    for path in checkpoint.list_checkpoints(tiny_run):
+    for path in run_dir.list_checkpoints(tiny_run):
         damage(path)
     log = (tiny_run / "log.jsonl").read_text()
     for _ in range(2):  # the first call renames them
@@ -268,10 +268,10 @@ def test_leftovers_of_an_interrupted_deletion_are_removed_at_the_next_start(tiny
 
 
 def test_a_finished_run_is_pruned_if_a_kill_kept_it_from_that(tiny_run):
-    kept = [path.name for path in checkpoint.list_checkpoints(tiny_run)]
+    kept = [path.name for path in run_dir.list_checkpoints(tiny_run)]
     shutil.copytree(tiny_run / kept[0], tiny_run / "step_00000001")
     train.main(arguments())
-    assert [path.name for path in checkpoint.list_checkpoints(tiny_run)] == kept
+    assert [path.name for path in run_dir.list_checkpoints(tiny_run)] == kept
 
 
 def test_a_run_resumes_if_an_option_is_given_the_value_that_it_has(tiny_run):
@@ -301,7 +301,7 @@ def test_the_last_evaluation_is_repeated_after_a_signal_in_it(tiny_run, stopped_
 
 
 def test_the_checkpoint_of_an_interrupted_evaluation_gets_its_loss(tiny_run, stopped_in_evaluation):
-    best, loss = checkpoint.best_checkpoint(stopped_in_evaluation)
+    best, loss = run_dir.best_checkpoint(stopped_in_evaluation)
     assert best.name == "step_00000012"
     assert loss == losses(tiny_run)[-1][3]
     assert checkpoint.verify_checkpoint(best)["metrics"]["val_loss"] == loss
@@ -319,7 +319,7 @@ def test_a_closed_stdout_loses_no_step(workdir, monkeypatch):
     monkeypatch.setattr(ProcessGroup, "print", print_to_closed_pipe)
     with pytest.raises(BrokenPipeError):
         train.main(arguments(log_interval=7))
-    assert checkpoint.list_checkpoints(workdir / "out/tiny")[-1].name == "step_00000007"
+    assert run_dir.list_checkpoints(workdir / "out/tiny")[-1].name == "step_00000007"
 
 
 def test_a_larger_max_steps_continues_a_finished_run(tiny_run):

@@ -15,7 +15,7 @@ import torch
 from conftest import TINY, arguments, read_log, refused
 
 import train
-from common import checkpoint
+from common import checkpoint, run_dir
 from common.dataloader import Loader
 from common.pretrained import load_model
 from train import default_out_dir
@@ -334,7 +334,7 @@ def test_bfloat16_follows_float32(tiny_run, workdir):
 
 def test_a_float16_run_scales_its_loss_and_resumes_with_the_scale(workdir):
     train.main(arguments(dtype="float16", max_steps=6))
-    stored = checkpoint.verify_checkpoint(checkpoint.list_checkpoints(workdir / "out/tiny")[-1])
+    stored = checkpoint.verify_checkpoint(run_dir.list_checkpoints(workdir / "out/tiny")[-1])
     assert stored["scaler"]["scale"] > 1
     train.main(arguments(dtype="float16", max_steps=8))
     assert read_log(workdir / "out/tiny")[-1]["step"] == 8
@@ -375,7 +375,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_keeps_the_last_good_weig
     line = refused(capsys, arguments())
     assert re.search(r"\bstep 7\b", line)
     assert "--init_from=out/tiny/step_00000005" in line
-    assert checkpoint.list_checkpoints(workdir / "out/tiny")[-1].name == "step_00000005"
+    assert run_dir.list_checkpoints(workdir / "out/tiny")[-1].name == "step_00000005"
     kept, _ = load_model("out/tiny")
     assert all(p.isfinite().all() for p in kept.parameters())
 
@@ -445,7 +445,7 @@ def test_a_block_with_activation_checkpointing_compiles_to_one_graph():
 
 def test_a_run_can_start_from_the_best_weights_of_another(tiny_run, workdir):
     train.main(arguments(out_dir="out/next", init_from="out/tiny", max_steps=1))
-    _, best_loss = checkpoint.best_checkpoint(tiny_run)
+    _, best_loss = run_dir.best_checkpoint(tiny_run)
     assert read_log(workdir / "out/next")[0]["val_loss"] == best_loss
 
 
