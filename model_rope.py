@@ -254,16 +254,3 @@ class GPT(nn.Module):
         max_len = max_len or self.config.block_size
         weight = self.transformer.wte.weight
         return KVCache(self.config, batch_size, max_len, weight.device, weight.dtype)
-
-    def flops_per_token(self, T):
-        """Return the FLOPs per token of a forward and backward pass over sequences of T tokens.
-
-        6 per weight of a matrix product, and 12 * n_embd per layer and attended key. A token
-        attends to (T + 1) / 2 keys on average. (The `mfu` of train.py's log counts T keys, as in
-        the PaLM paper: see mfu_flops_per_token there.)
-        """
-        config = self.config
-        # wte counts, as the output head; wpe is only looked up
-        matrices = [p for name, p in self.named_parameters() if p.dim() == 2 and "wpe" not in name]
-        weights = sum(p.numel() for p in matrices)
-        return 6 * weights + 6 * config.n_layer * config.n_embd * (T + 1)

@@ -317,17 +317,3 @@ class GPT(nn.Module):
         max_len = max_len or float("inf")  # RoPE and SWA: neither positions nor slots run out
         weight = self.transformer.wte.weight
         return KVCache(self.config, batch_size, max_len, weight.device, weight.dtype)
-
-    def flops_per_token(self, T):
-        """Return the FLOPs per token of a forward and backward pass over sequences of T tokens.
-
-        6 per weight of a matrix product, and 12 * n_embd per layer and attended key.
-        SWA: token i attends to min(i + 1, W) keys; their sum over T tokens is W T - W (W - 1) / 2.
-        """
-        config = self.config
-        # wte counts, as the output head; wpe is only looked up
-        matrices = [p for name, p in self.named_parameters() if p.dim() == 2 and "wpe" not in name]
-        weights = sum(p.numel() for p in matrices)
-        W = min(config.window, T)
-        keys = W * T - W * (W - 1) // 2  # SWA: of all T tokens
-        return 6 * weights + 12 * config.n_layer * config.n_embd * keys // T

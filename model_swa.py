@@ -27,7 +27,7 @@ With T = 1024 and window = 256, 229,504 scores are needed, a mask computes 1,048
 256, of which is_causal may skip half), then come three blocks of 256 x 512.
 
 Differences from model.py, marked SWA: the cache is a ring buffer of `window` slots, however long
-the sequence; queries attend to their windows, in blocks if they are many; the count of FLOPs.
+the sequence; queries attend to their windows, in blocks if they are many.
 
 Shapes: B batch, T new tokens, S keys (at most W - 1 from the cache, then T new; when decoding,
 T = 1, the slots of the ring buffer as they lie), C channels, H heads, D = C / H channels of a head,
@@ -302,17 +302,3 @@ class GPT(nn.Module):
         max_len = max_len or self.config.block_size
         weight = self.transformer.wte.weight
         return KVCache(self.config, batch_size, max_len, weight.device, weight.dtype)
-
-    def flops_per_token(self, T):
-        """Return the FLOPs per token of a forward and backward pass over sequences of T tokens.
-
-        6 per weight of a matrix product, and 12 * n_embd per layer and attended key.
-        SWA: token i attends to min(i + 1, W) keys; their sum over T tokens is W T - W (W - 1) / 2.
-        """
-        config = self.config
-        # wte counts, as the output head; wpe is only looked up
-        matrices = [p for name, p in self.named_parameters() if p.dim() == 2 and "wpe" not in name]
-        weights = sum(p.numel() for p in matrices)
-        W = min(config.window, T)
-        keys = W * T - W * (W - 1) // 2  # SWA: of all T tokens
-        return 6 * weights + 12 * config.n_layer * config.n_embd * keys // T

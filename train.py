@@ -61,6 +61,7 @@ from common.device import (
 from common.distributed import ProcessGroup, describe_lost_rank, full_tensor
 from common.errors import UserError, run_program
 from common.files import name_in_errors
+from common.flops import mfu_flops_per_token
 from common.models import make_config, model_module, models_with_option
 from common.pretrained import load_model
 from configurator import check_minimum, configure_with_model
@@ -710,21 +711,6 @@ def train_loop(run):
                 f"lr {run.metrics['lr']:.1e} | {1000 * (now - begin):.1f} ms | "
                 f"{tokens_per_second / 1000:.1f}k tok/s{mfu} | {time_left} left"
             )
-
-
-def mfu_flops_per_token(model, T):
-    """Return the FLOPs per token (forward + backward) that MFU counts by convention.
-
-    6 per parameter (without position embeddings) and 12 * n_layer * n_embd per attended key, all
-    T keys included: "PaLM" (Chowdhery et al. 2022, appendix B), as nanoGPT and llm.c report it.
-    Causal attention needs only half of those keys: model.flops_per_token, for comparing models,
-    counts exactly. With a sliding window the keys are at most `window`.
-    """
-    config = model.config
-    parameters = [p for name, p in model.named_parameters() if not name.endswith("wpe.weight")]
-    n_parameters = sum(p.numel() for p in parameters)
-    keys = min(T, getattr(config, "window", T))
-    return 6 * n_parameters + 12 * config.n_layer * config.n_embd * keys
 
 
 def append_log(run):

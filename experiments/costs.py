@@ -10,6 +10,7 @@ import sys
 import torch
 
 from common.errors import run_program
+from common.flops import flops_per_token
 from configurator import configure
 from experiments.runs import PRESETS, variants
 from experiments.steps import (
@@ -36,7 +37,7 @@ def compute_size(shape, T):
         model = build_model(shape)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "flops_per_token": model.flops_per_token(T),
+        "flops_per_token": flops_per_token(model, T),
         "cache_bytes_per_token": cache_bytes(shape, 1),
         "cache_bytes_32k": cache_bytes(shape, 32 * 1024),
     }

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from common.errors import UserError, run_program
+from common.flops import flops_per_token
 from common.models import model_module, models_with_option
 from configurator import check_minimum, configure_with_model
 from experiments.study import Study, StudyConfig
@@ -76,7 +77,7 @@ def describe_model(name, options, tokens, device="cpu"):
     model = module.GPT(config).to(device).eval()
     T = config.block_size
     parameters = sum(p.numel() for p in model.parameters())
-    flops = model.flops_per_token(T)
+    flops = flops_per_token(model, T)
     bytes_per_token = model.make_cache(1, 1).nbytes
     cache_bytes = model.make_cache(1, T).nbytes
     settings = [f"{key}={value}" for key, value in options.items()]

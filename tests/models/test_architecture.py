@@ -1,4 +1,4 @@
-"""What every model file must have besides attention: loss, dropout, parameters, FLOPs, a config.
+"""What every model file must have besides attention: loss, dropout, parameters, a config.
 
     pytest -k model_mine   tests a model file of your own
 
@@ -11,8 +11,7 @@ import math
 
 import pytest
 import torch
-from test_variants import MODELS, SMALL, WINDOW, close, fields, make, make_vivid, tokens
-from torch.utils.flop_counter import FlopCounterMode
+from test_variants import MODELS, SMALL, close, fields, make, make_vivid, tokens
 
 
 @pytest.fixture(params=MODELS)
@@ -201,7 +200,7 @@ def test_the_seed_decides_the_initial_weights(module):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-# Compilation and FLOPs ------------------------------------------------------------------------
+# Compilation ----------------------------------------------------------------------------------
 
 
 def test_training_compiles_without_graph_breaks(module):
@@ -226,34 +225,6 @@ def test_evaluation_compiles_without_graph_breaks(module):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     close(compiled(x), model(x))
-
-
-def attention_flops(module, T):
-    """Count the FLOPs of attention in a forward and backward pass over one sequence.
-
-    They are 12 * head_dim per (query head, query, attended key), with the keys counted one by one.
-    """
-    window = WINDOW if "window" in fields(module) else T
-    pairs = 0
-    for i, j in itertools.product(range(T), range(T)):
-        if 0 <= i - j < window:
-            pairs += 1
-    return 12 * SMALL["n_layer"] * SMALL["n_embd"] * pairs
-
-
-@pytest.mark.parametrize("T", [1, 7, 16])
-def test_flops_per_token_are_those_of_matmuls_and_of_attended_keys(module, T):
-    model, x = make(module), tokens(2, T)
-    with FlopCounterMode(display=False) as counter:
-        model(x, x).backward()
-    counts = counter.get_flop_counts()["Global"]
-    matmuls = counts.get(torch.ops.aten.mm, 0) + counts.get(torch.ops.aten.addmm, 0)
-    expected = matmuls / x.numel() + attention_flops(module, T) / T
-    assert model.flops_per_token(T) == pytest.approx(expected, abs=1)
-
-
-def test_flops_per_token_are_an_integer(module):
-    assert isinstance(make(module).flops_per_token(16), int)
 
 
 # Configs --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ CONFIG = {"GPTConfig", "GPTConfig.__post_init__"}
 CACHE = {"KVCache", "KVCache.__init__", "KVCache.extend"}
 ROPE = {"CausalSelfAttention.forward", "Block.forward", "GPT", "GPT.__init__", "GPT.forward"}
 GQA = {"CausalSelfAttention", "CausalSelfAttention.__init__", "CausalSelfAttention.forward"}
-SWA = {"CausalSelfAttention.__init__", "GPT.flops_per_token"}
+SWA = {"CausalSelfAttention.__init__"}
 ATTEND = {"CausalSelfAttention.attend"}
 CHANGED = {
     "model_rope": CONFIG | ROPE,

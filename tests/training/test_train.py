@@ -270,26 +270,6 @@ def test_bits_per_byte_counts_the_bytes_of_meta_json(workdir, capsys):
     assert bits == pytest.approx(loss / math.log(2) / 2, abs=1e-3)
 
 
-WEIGHTS = 124_439_808 - 1024 * 768  # of GPT-2, without position embeddings
-
-
-def gpt2_on_meta(name, **options):
-    """Return a model of GPT-2's shape that takes no memory."""
-    module = train.model_module(name)
-    with torch.device("meta"):
-        return module.GPT(module.GPTConfig(**options))
-
-
-def test_mfu_counts_flops_by_the_convention_of_palm_nanogpt_and_llm_c():
-    flops = train.mfu_flops_per_token(gpt2_on_meta("model"), 1024)
-    assert flops == 6 * WEIGHTS + 12 * 12 * 768 * 1024 == 855_166_464
-
-
-def test_mfu_counts_at_most_the_keys_of_a_window():
-    flops = train.mfu_flops_per_token(gpt2_on_meta("model_swa", window=256), 1024)
-    assert flops == 6 * WEIGHTS + 12 * 12 * 768 * 256
-
-
 def test_the_log_has_the_mfu_if_the_peak_is_known(workdir, monkeypatch):
     monkeypatch.setattr(train, "peak_flops", lambda device, dtype: 1e9)
     monkeypatch.setattr(train, "mfu_flops_per_token", lambda model, T: 1e6)

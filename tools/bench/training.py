@@ -18,6 +18,7 @@ from common.device import peak_flops
 from common.distributed import ProcessGroup
 from common.errors import UserError
 from common.files import write_json
+from common.flops import mfu_flops_per_token
 from common.models import ROOT
 from common.tokenizer import get_tokenizer
 from prepare_data import open_dataset
@@ -170,7 +171,7 @@ def step_row(size, run, dtype, times):
         row["nanogpt_over_this"] = ratio(times["nanoGPT"], step)
     peak = peak_flops(run.device, dtype)
     if peak is not None:
-        flops = size.tokens * train.mfu_flops_per_token(run.model, run.loader.block_size)
+        flops = size.tokens * mfu_flops_per_token(run.model, run.loader.block_size)
         row["mfu"] = flops / statistics.median(step) / peak
     return row
 
