@@ -131,10 +131,17 @@ def pick_dtype(name, device):
     return torch.bfloat16 if fast else torch.float32
 
 
-def set_float32_precision(device, deterministic):
-    """Let float32 matrix products use TF32 on CUDA (10 mantissa bits), unless deterministic."""
+def set_precision(device, deterministic):
+    """Choose between speed and reproducible bits, on CUDA.
+
+    Without `deterministic`, float32 matrix products use TF32 (10 mantissa bits). With it they do
+    not, and torch uses deterministic algorithms only.
+    """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if deterministic else "high")
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
 
 
 def use_cudnn_attention(device, enabled):

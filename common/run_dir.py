@@ -13,6 +13,7 @@ a kill in between leaves no half of a checkpoint under its name.
 Only rank 0 calls these functions, except save_step.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -37,16 +38,20 @@ DAMAGED_GLOB = CHECKPOINT_GLOB + ".damaged*"
 # Start and save -------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
 def lock_run(out_dir):
-    """Return a context manager that locks a run's directory, and makes it if need be.
+    """Lock a run's directory inside a `with` block, after making it if need be.
 
-    It raises UserError if another process is training in it.
+    Files that an interrupted process has left there are deleted. Raises UserError if another
+    process is training in the directory.
     """
 
     def refuse():
         raise UserError(f"another process is training in {out_dir}: choose another --out_dir")
 
-    return lock(Path(out_dir) / ".lock", on_busy=refuse)
+    with lock(Path(out_dir) / ".lock", on_busy=refuse):
+        remove_unfinished(out_dir)
+        yield
 
 
 def remove_unfinished(out_dir):

@@ -13,8 +13,7 @@ train.py calls the functions in this order:
     prepare_blocks          float32 attention, activation checkpointing; with FSDP: compile, shard
     load_initial_weights    or a checkpoint is loaded
     wrap_ddp                without FSDP
-    compile_forward         without FSDP
-    settle_ddp_buckets      with DDP
+    prepare_forward         without FSDP: compile; with DDP: settle its gradient buckets
     gradient_sync           around each micro-step
 """
 
@@ -136,11 +135,19 @@ def print_compiling(group):
     group.print("compiling, which takes about a minute (--compile=False skips it)")
 
 
-def compile_forward(run):
-    """Collective. Compile run.forward; leave it uncompiled on all ranks if that fails on one.
+def prepare_forward(run):
+    """Collective. Compile run.forward and settle DDP's buckets, where the run has them.
 
     run   a Run of train.py
     """
+    if uses_compile(run.config, run.device) and not run.config.fsdp:
+        compile_forward(run)
+    if isinstance(run.wrapped, DistributedDataParallel):
+        settle_ddp_buckets(run)
+
+
+def compile_forward(run):
+    """Collective. Compile run.forward; leave it uncompiled on all ranks if that fails on one."""
     print_compiling(run.group)
     # The shapes of a run are fixed. Without dynamic=False torch would switch to dynamic shapes in a
     # process that has compiled a run of other shapes before.

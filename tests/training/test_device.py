@@ -1,6 +1,6 @@
 """common/device.py: which device and dtype a run uses, its peak FLOP/s, and out of memory.
 
-Also train.out_of_memory_advice, which says how to need less memory.
+Also training.report.out_of_memory_advice, which says how to need less memory.
 """
 
 import re
@@ -9,16 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train
 from common.device import (
     is_out_of_memory,
     peak_flops,
     pick_device,
     pick_dtype,
-    set_float32_precision,
+    set_precision,
     use_cudnn_attention,
 )
 from common.errors import UserError
+from training import report
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -104,7 +104,7 @@ def advice(batch_size, world_size=1):
     config = SimpleNamespace(
         total_batch_size=24 * 16, batch_size=batch_size, activation_checkpointing=False
     )
-    return train.out_of_memory_advice(config, 16, world_size)
+    return report.out_of_memory_advice(config, 16, world_size)
 
 
 @pytest.mark.parametrize(("batch_size", "smaller"), [(12, 8), (3, 2)])
@@ -161,7 +161,7 @@ def test_float32_products_use_tf32_on_cuda_unless_deterministic(
 ):
     chosen = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
-    set_float32_precision(torch.device("cuda", 0), deterministic)
+    set_precision(torch.device("cuda", 0), deterministic)
     assert chosen == [precision]
 
 
@@ -169,5 +169,5 @@ def test_float32_products_use_tf32_on_cuda_unless_deterministic(
 def test_float32_products_stay_as_they_are_on_a_cpu(monkeypatch, deterministic):
     chosen = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
-    set_float32_precision(torch.device("cpu"), deterministic)
+    set_precision(torch.device("cpu"), deterministic)
     assert chosen == []

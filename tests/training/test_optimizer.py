@@ -12,6 +12,7 @@ from test_variants import MODELS
 
 import train
 from common import checkpoint, run_dir
+from common.pretrained import load_model
 from training import optimizer
 from training.optimizer import (
     Muon,
@@ -264,7 +265,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(muon_run, workdir, m
 
 def test_a_loaded_muon_has_the_saved_momentum(muon_run):
     path = run_dir.list_checkpoints(muon_run)[-1]
-    model, _ = train.load_model(str(path))
+    model, _ = load_model(str(path))
     muon = make_optimizer(model, train.TrainConfig(optimizer="muon"))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     checkpoint.load_checkpoint(path, model, muon)
@@ -294,7 +295,7 @@ def test_a_float16_step_unscales_the_gradients_of_muon_and_of_adamw(workdir, muo
 
 
 def weights_of_step(run, step):
-    model, _ = train.load_model(str(run / f"step_{step:08d}"))
+    model, _ = load_model(str(run / f"step_{step:08d}"))
     return list(model.parameters())
 
 

@@ -18,9 +18,10 @@ import train
 from common import checkpoint, run_dir
 from common.dataloader import Loader
 from common.pretrained import load_model
-from train import default_out_dir
+from training import report
 from training.optimizer import make_optimizer
 from training.parallel import checkpoint_activations
+from training.start import default_out_dir
 
 
 def losses(run):
@@ -271,8 +272,8 @@ def test_bits_per_byte_counts_the_bytes_of_meta_json(workdir, capsys):
 
 
 def test_the_log_has_the_mfu_if_the_peak_is_known(workdir, monkeypatch):
-    monkeypatch.setattr(train, "peak_flops", lambda device, dtype: 1e9)
-    monkeypatch.setattr(train, "mfu_flops_per_token", lambda model, T: 1e6)
+    monkeypatch.setattr(report, "peak_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(report, "mfu_flops_per_token", lambda model, T: 1e6)
     train.main(arguments(max_steps=1))
     record = read_log(Path("out/tiny"))[-1]
     assert record["mfu"] == pytest.approx(record["tokens_per_second"] / 1000)
@@ -281,8 +282,8 @@ def test_the_log_has_the_mfu_if_the_peak_is_known(workdir, monkeypatch):
 def test_the_console_shows_the_mfu_if_the_peak_is_known_and_the_time_left(
     workdir, monkeypatch, capsys
 ):
-    monkeypatch.setattr(train, "peak_flops", lambda device, dtype: 1e12)
-    monkeypatch.setattr(train, "describe_duration", lambda seconds: f"{seconds * 1e6:.0f} us")
+    monkeypatch.setattr(report, "peak_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr(report, "describe_duration", lambda seconds: f"{seconds * 1e6:.0f} us")
     train.main(arguments(max_steps=10, log_interval=1))
     lines = [line for line in capsys.readouterr().out.splitlines() if "tok/s" in line]
     microseconds = []
@@ -298,7 +299,7 @@ def test_the_console_shows_the_mfu_if_the_peak_is_known_and_the_time_left(
     [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (172_800, "2 days")],
 )
 def test_a_duration_is_in_the_largest_unit_of_which_it_has_two(seconds, text):
-    assert train.describe_duration(seconds) == text
+    assert report.describe_duration(seconds) == text
 
 
 # Dtypes, failures, compilation ----------------------------------------------------------------

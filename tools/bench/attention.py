@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-import train
 from common.device import peak_memory, pick_dtype
 from common.models import model_module
 from tools.bench.limits import dtype_name, matmul_rates
 from tools.bench.training import prepare_run, take_step
 from tools.bench.turns import compare, milliseconds, ratio, run_in_new_process, stopwatch
+from training import parallel
 
 N_HEAD, HEAD_DIM = 12, 64
 WINDOW = 256  # of most cases; a shorter one needs blocks from fewer tokens on
@@ -191,7 +191,7 @@ def step_speed(device, seconds):
                 for block in run.model.transformer.h:
                     block.attn.attend = flash(block.attn.window)
             if device.type == "cuda":
-                train.compile_forward(run)
+                parallel.compile_forward(run)
             contestants[name] = stopwatch(device, take_step, run)
         times = compare(seconds, contestants)
     row = {"dtype": dtype_name(dtype), "batch": STEP_BATCH, "T": STEP_MODEL["block_size"]}

@@ -45,6 +45,7 @@ from tools.bench.turns import (
     stopwatch,
     time_turns,
 )
+from training import parallel
 
 RANDOM_TOKENS = 1 << 18  # of a data set that is only there to be read
 NANOGPT_ITERATIONS = {"cpu": 2, "cuda": 40}  # of one turn, after the first one
@@ -73,8 +74,7 @@ def prepare_run(folder, stack, model_options, **options):
     options = {"dataset": str(folder / "data"), "out_dir": str(folder / "out")} | options
     config = train.TrainConfig(**options)
     run = train.setup(config, model_options, [], ProcessGroup(timeout=60), stack)
-    if train.uses_compile(config, run.device):
-        train.compile_forward(run)
+    parallel.prepare_forward(run)
     return run
 
 

@@ -1,0 +1,177 @@
+"""What a run tells its user: the summary, the metrics of each step, and advice after an error."""
+
+import math
+import shlex
+import time
+
+import torch.distributed as dist
+
+from common import run_dir
+from common.device import device_name, is_out_of_memory, peak_flops, peak_memory
+from common.distributed import describe_lost_rank
+from common.errors import UserError
+from common.flops import mfu_flops_per_token
+
+# Before the first step ------------------------------------------------------------------------
+
+
+def print_summary(run):
+    """Print all options, and what the run is: model, data, steps, device, directory.
+
+    run   a Run of train.py, here and below
+    """
+    config, loader, world_size = run.config, run.loader, run.group.world_size
+    options = run.record["options"] | run.record["model_config"]
+    run.group.print(" ".join(f"{name}={value}" for name, value in options.items()))
+    n_parameters = sum(p.numel() for p in run.model.parameters())
+    parts = [f"{n_parameters:,} parameters", f"{loader.n_train:,} training tokens"]
+    if not config.eval_only:  # which accepts a total_batch_size that micro-steps do not divide
+        micro_steps = config.total_batch_size // (
+            config.batch_size * loader.block_size * world_size
+        )
+        plural = "s" if micro_steps > 1 else ""
+        processes = f" on {world_size} processes" if world_size > 1 else ""
+        parts.append(
+            f"{config.total_batch_size:,} tokens per step: {config.batch_size} sequences of "
+            f"{loader.block_size} tokens x {micro_steps} micro-step{plural}{processes}"
+        )
+    parts += [f"{device_name(run.device)}, {options['dtype']}", str(run.out_dir)]
+    run.group.print(" | ".join(parts))
+
+
+# Steps ----------------------------------------------------------------------------------------
+
+
+class StepReport:
+    """Computes the metrics of each step, which go to log.jsonl, and prints some of them.
+
+    run   for the options, the device and the model; its metrics are those of the step before
+    """
+
+    def __init__(self, run):
+        self.config = run.config
+        self.group = run.group
+        self.device = run.device
+        self.flops_per_token = mfu_flops_per_token(run.model, run.loader.block_size)
+        self.peak_flops = peak_flops(run.device, run.dtype)  # of one device; None: not known
+        self.memory = None  # peak memory in GB, when it was last read
+        self.start = time.perf_counter() - run.metrics["seconds"]  # as if never interrupted
+
+    def metrics(self, step, loss, grad_norm, lr, step_seconds):
+        """Collective. Return the metrics of a step; print them at every log_interval-th step.
+
+        step   number of steps taken, this one included; lr   its learning rate
+        """
+        to_print = step % self.config.log_interval == 0 or step == self.config.max_steps
+        if to_print or self.memory is None:  # reading it at every step would slow down small models
+            self.memory = self._largest_memory()
+        tokens_per_second = self.config.total_batch_size / step_seconds
+        mfu = None
+        if self.peak_flops is not None:
+            flops = self.flops_per_token * tokens_per_second
+            mfu = flops / (self.peak_flops * self.group.world_size)
+        metrics = {
+            "train_loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "lr": lr,
+            "tokens": step * self.config.total_batch_size,
+            "seconds": time.perf_counter() - self.start,
+            "tokens_per_second": tokens_per_second,
+            "mfu": mfu,
+            "memory_gb": self.memory,
+        }
+        if to_print:
+            seconds_left = (self.config.max_steps - step) * metrics["seconds"] / step
+            mfu_text = f" | MFU {mfu:.1%}" if mfu is not None else ""
+            self.group.print(
+                f"step {step}/{self.config.max_steps} | loss {loss:.4f} | norm {grad_norm:.2f} | "
+                f"lr {lr:.1e} | {1000 * step_seconds:.1f} ms | "
+                f"{tokens_per_second / 1000:.1f}k tok/s{mfu_text} | "
+                f"{describe_duration(seconds_left)} left"
+            )
+        return metrics
+
+    def _largest_memory(self):
+        """Collective. Return the largest peak memory of a rank in GB; None if it is not known."""
+        memory = peak_memory(self.device)
+        if memory is None:  # on all ranks or on none
+            return None
+        return self.group.all_reduce([memory], dist.ReduceOp.MAX)[0]
+
+
+def describe_duration(seconds):
+    """Return a time as text, in the largest unit of which it has at least two."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def describe_loss(loss, meta):
+    """Return a validation loss as text, with perplexity and, if known, bits per byte.
+
+    meta   the dataset's meta.json
+    """
+    perplexity = math.exp(min(loss, 700))  # exp overflows above 709
+    text = f"val loss {loss:.4f} | perplexity {perplexity:.2f}"
+    val = meta.get("val", {})
+    if val.get("bytes") and "tokens" in val:
+        bits_per_byte = loss / math.log(2) * val["tokens"] / val["bytes"]
+        text += f" | {bits_per_byte:.3f} bits per byte"
+    return text
+
+
+# After an error -------------------------------------------------------------------------------
+
+
+def not_finite_advice(run):
+    """Return what to try after a loss that is not finite, to be appended to the error."""
+    rates = "--learning_rate"
+    if run.config.optimizer == "muon":
+        rates = "--learning_rate and --muon_learning_rate"
+    remedy = f"with a lower {rates} or --dtype=float32"
+    checkpoints = run_dir.list_checkpoints(run.out_dir)
+    if not checkpoints:
+        return f"; start a new run {remedy}"
+    weights = f"--init_from={shlex.quote(str(checkpoints[-1]))} --out_dir=NEW"
+    return f"; start a new run from earlier weights, such as {weights}, {remedy}"
+
+
+def explain_error(error, config, run, world_size):
+    """Return a UserError for an error of torch that the user can fix, else None.
+
+    run   None if the error happened before there was one
+    """
+    # Not imported at the top: Dynamo takes a second to import, which --help would pay too.
+    from torch._dynamo.exc import TorchDynamoException
+
+    # Without FSDP, compile_forward catches it, and the run continues uncompiled.
+    if config.fsdp and isinstance(error, TorchDynamoException):
+        name = type(error).__name__
+        return UserError(f"torch.compile failed ({name}): --compile=False trains without it")
+    lost_rank = describe_lost_rank(error)
+    if lost_rank is not None:
+        return UserError(
+            f"another rank does not answer ({lost_rank}): the same command, without --overwrite, "
+            "resumes the run"
+        )
+    if not is_out_of_memory(error):
+        return None
+    if run is None:
+        return UserError("out of memory: the model alone does not fit on the device")
+    return UserError(out_of_memory_advice(config, run.loader.block_size, world_size))
+
+
+def out_of_memory_advice(config, block_size, world_size=1):
+    """Return what to do when memory ran out: a batch_size that keeps total_batch_size."""
+    sequences = config.total_batch_size // block_size // world_size  # per rank and step
+    largest = min(config.batch_size - 1, sequences)
+    smaller = next((n for n in range(largest, 0, -1) if sequences % n == 0), None)
+    remedies = []
+    if smaller:
+        remedies.append(f"--batch_size={smaller} keeps total_batch_size={config.total_batch_size}")
+    if not config.activation_checkpointing:
+        remedies.append("--activation_checkpointing=True")
+    if not remedies:
+        remedies.append("use a smaller block_size")
+    return f"out of memory with batch_size={config.batch_size}: {', or '.join(remedies)}"

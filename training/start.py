@@ -1,0 +1,289 @@
+"""How a run starts: read and check its options; resume it, load weights, or start from scratch."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from common import run_dir
+from common.distributed import ProcessGroup
+from common.errors import UserError
+from common.models import make_config, model_module, models_with_option
+from common.pretrained import load_model
+from configurator import check_minimum, configure_with_model
+from training.optimizer import OPTIMIZERS
+
+MAX_TIMEOUT = 10**7  # seconds, four months
+
+# Options that may change when a run is resumed: they say when something is saved or printed, or how
+# the same global batch is computed. The results stay equal up to rounding, with two exceptions:
+# max_steps stretches the learning rate schedule, and with dropout > 0 the masks depend on the rank
+# and on batch_size. No other option may change. dtype is stored as it was chosen: a machine where
+# "auto" would choose another one needs the stored one by --dtype.
+RESUMABLE_CHANGES = {
+    "out_dir",
+    "overwrite",
+    "eval_only",
+    "batch_size",
+    "max_steps",
+    "eval_interval",
+    "log_interval",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "device",
+    "compile",
+    "activation_checkpointing",
+    "deterministic",
+    "fsdp",
+    "shard_degree",
+    "dist_timeout",
+}
+
+# Options --------------------------------------------------------------------------------------
+
+
+def read_options(options, argv, doc):
+    """Collective. Return train.py's options, the model's that were given, and the process group.
+
+    options   the dataclass of train.py's options
+    doc       text that --help prints before them
+
+    Every rank reads the options; one error is printed if they are wrong.
+    """
+    config = error = None
+    try:
+        config, model_options = configure_with_model(
+            options,
+            argv,
+            doc,
+            model_config=lambda config: model_module(config.model).GPTConfig,
+            hint=models_with_option,  # for the error about an unknown option
+        )
+        check_minimum(config, 1, "dist_timeout")
+        if config.dist_timeout > MAX_TIMEOUT:
+            raise UserError(f"dist_timeout={config.dist_timeout} must be at most {MAX_TIMEOUT}")
+        timeout = config.dist_timeout
+    except UserError as wrong:
+        error, timeout = wrong, 60
+    group = ProcessGroup(timeout)
+    with group.exit_together():
+        if error is not None:
+            raise error
+    if group.restarted:
+        config.overwrite = False  # torchrun restarted this worker: out_dir holds this very run
+    return config, model_options, group
+
+
+def default_out_dir(argv):
+    """Return out/ and the stems of the config files, and the model if the command line names one.
+
+    Without a config file it is out/default.
+    """
+    names = [Path(arg).stem for arg in argv if arg.endswith(".py") and not arg.startswith("-")]
+    names = names or ["default"]
+    names += [arg.partition("=")[2] for arg in argv if arg.startswith("--model=")]
+    return "out/" + "-".join(names)
+
+
+def check_options(config, group):
+    """Raise UserError for options that are invalid, or inconsistent with the world size."""
+    check_minimum(config, 1, "batch_size", "total_batch_size", "max_steps")
+    check_minimum(config, 1, "eval_interval", "eval_tokens", "log_interval")
+    check_minimum(config, 1, "checkpoint_interval", "keep_checkpoints")
+    check_minimum(config, 0, "seed", "learning_rate", "muon_learning_rate", "min_lr")
+    check_minimum(config, 0, "warmup_steps", "weight_decay", "grad_clip", "shard_degree")
+    if config.optimizer not in OPTIMIZERS:
+        raise UserError(f"optimizer={config.optimizer} must be {' or '.join(OPTIMIZERS)}")
+    if config.min_lr > config.learning_rate:
+        raise UserError(
+            f"min_lr={config.min_lr} must not exceed learning_rate={config.learning_rate}"
+        )
+    for name in ("beta1", "beta2"):
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise UserError(f"{name}={value} must be at least 0 and below 1")
+    if config.lr_schedule not in ("cosine", "wsd"):
+        raise UserError(f"lr_schedule={config.lr_schedule} must be cosine or wsd")
+    if config.compile not in (True, False, "auto"):
+        raise UserError(f"compile={config.compile} must be auto, True or False")
+    if config.fsdp and not group.launched:
+        raise UserError(
+            "fsdp=True needs torchrun: torchrun --standalone --nproc_per_node=2 train.py ..."
+        )
+    if config.fsdp and config.dtype == "float16":
+        raise UserError("dtype=float16 does not work with fsdp=True: use bfloat16 or float32")
+    if config.shard_degree and not config.fsdp:
+        raise UserError(f"shard_degree={config.shard_degree} needs --fsdp=True; DDP does not shard")
+    if config.shard_degree and group.world_size % config.shard_degree:
+        raise UserError(
+            f"shard_degree={config.shard_degree} must divide the number of processes, "
+            f"{group.world_size}"
+        )
+
+
+def check_batch(config, block_size, world_size):
+    """Raise UserError if an optimizer step is not a whole number of micro-steps."""
+    tokens = config.batch_size * block_size * world_size  # of one micro-step on all ranks
+    if config.total_batch_size % tokens == 0:
+        return
+    lower = config.total_batch_size // tokens * tokens
+    nearest = [str(n) for n in (lower, lower + tokens) if n > 0]
+    names = "batch_size x block_size"
+    numbers = f"{config.batch_size} x {block_size}"
+    if world_size > 1:
+        names += " x processes"
+        numbers += f" x {world_size}"
+    raise UserError(
+        f"total_batch_size={config.total_batch_size} is not a multiple of {names} = "
+        f"{numbers} = {tokens}: the nearest are {' and '.join(nearest)}"
+    )
+
+
+# Resume or begin ------------------------------------------------------------------------------
+
+
+@dataclass
+class Start:
+    """What a run starts from: its last checkpoint or, for a new run, weights."""
+
+    model_config: dict  # fields of the model's GPTConfig
+    checkpoint: Path | None = None  # to resume from; None for a new run
+    stored: dict | None = None  # the record of the checkpoint
+    best_loss: float = float("inf")  # lowest validation loss of the run's checkpoints
+    weights: dict | None = None  # the state dict of a new model, on rank 0 only
+
+
+def choose_start(config, model_options, meta, group):
+    """Collective. Return the Start that rank 0 chooses.
+
+    config          train.py's options, with out_dir and dtype resolved
+    model_options   those of the model that were given
+    meta            the dataset's meta.json: tokenizer, vocab_size, and more
+    """
+    start = weights = None
+    with group.exit_together():
+        if group.rank == 0:
+            start = find_checkpoint(config, model_options, meta)
+        if group.rank == 0 and start is None:
+            model = new_model(config, model_options, meta)
+            start, weights = Start(asdict(model.config)), model.state_dict()
+    start = group.broadcast(start)
+    start.weights = weights  # not broadcast here: load_initial_weights or DDP sends them
+    return start
+
+
+def find_checkpoint(config, model_options, meta):
+    """Return the Start from the last checkpoint in out_dir, or None if a new run begins.
+
+    Unless eval_only, damaged checkpoints are renamed. Raises UserError if out_dir holds another
+    run: one with other options or another model.
+    """
+    if config.overwrite:
+        return None
+    path, stored = run_dir.checkpoint_to_resume(config.out_dir, rename_damaged=not config.eval_only)
+    if path is None:
+        return None
+    asks_for_other_weights = config.init_from not in ("scratch", stored["options"]["init_from"])
+    if config.eval_only and asks_for_other_weights:  # evaluate them, GPT-2's for example
+        return None
+    if config.init_from == "scratch":
+        module = model_module(config.model)
+        model_config = asdict(make_config(module, with_vocab_size(model_options, meta)))
+    else:
+        # Options that are not given were taken from the weights when the run began.
+        model_config = stored["model_config"] | model_options
+    # Options added since the run began take their defaults.
+    stored["options"] = asdict(type(config)()) | stored["options"]
+    check_same_options(asdict(config) | model_config, stored, config.out_dir)
+    _, best_loss = run_dir.best_checkpoint(config.out_dir)
+    return Start(model_config, path, stored, best_loss)
+
+
+def new_model(config, model_options, meta):
+    """Return the model of a new run, on the CPU: initialized, or with the weights of init_from."""
+    vocab_size = model_options.get("vocab_size", meta["vocab_size"])
+    if vocab_size < meta["vocab_size"]:
+        raise UserError(
+            f"vocab_size={vocab_size} is below the {meta['vocab_size']} of data/{config.dataset}"
+        )
+    if config.init_from == "scratch":
+        module = model_module(config.model)
+        torch.manual_seed(config.seed)
+        return module.GPT(make_config(module, with_vocab_size(model_options, meta)))
+    model, source_meta = load_model(config.init_from, config.model, model_options)
+    if source_meta["tokenizer"] != meta["tokenizer"]:
+        raise UserError(
+            f"{config.init_from} was trained with the tokenizer {source_meta['tokenizer']}, "
+            f"data/{config.dataset} has {meta['tokenizer']}"
+        )
+    if source_meta.get("chars") != meta.get("chars"):
+        raise UserError(
+            f"{config.init_from} was trained with a char tokenizer of other characters than "
+            f"data/{config.dataset}"
+        )
+    return model
+
+
+def with_vocab_size(model_options, meta):
+    """Return the model options with the vocabulary size of the data, unless they have one."""
+    return {"vocab_size": meta["vocab_size"]} | model_options
+
+
+def check_same_options(options, stored, out_dir):
+    """Raise UserError if the run in out_dir was started with other options or another model.
+
+    options   of this command, the model's included; stored   the record of the run's checkpoint
+    """
+    before = stored["options"] | stored["model_config"]
+    changes = [
+        f"{name} was {before.get(name)}, is {value}"
+        for name, value in options.items()
+        if name not in RESUMABLE_CHANGES and before.get(name) != value
+    ]
+    if changes:
+        refuse_other_run(out_dir, "; ".join(changes))
+
+
+def check_data(loader, config, start, world_size):
+    """Return the token counts and the hash of the data, which identify it in checkpoints.
+
+    Raises UserError if steps do not divide into micro-steps, or if a run that is resumed had other
+    data.
+    """
+    if not config.eval_only:
+        check_batch(config, loader.block_size, world_size)
+    sha256 = loader.meta.get("train", {}).get("sha256")
+    data = {"tokens": [loader.n_train, loader.n_val], "sha256": sha256}
+    if start.checkpoint is None or data == start.stored["data"]:
+        return data
+    tokens_before = start.stored["data"]["tokens"]
+    if data["tokens"] == tokens_before:
+        refuse_other_run(config.out_dir, f"the SHA-256 in {loader.folder}/meta.json has changed")
+    refuse_other_run(
+        config.out_dir,
+        f"{loader.folder} had {tokens_before} tokens [train.bin, val.bin], has {data['tokens']}",
+    )
+
+
+def prepare_out_dir(config, step, group):
+    """Collective. Make out_dir ready for a run that begins or resumes after `step` steps.
+
+    With overwrite, the run that is there is deleted now, when all options, data and weights are
+    known to be right. The log loses the lines from `step` on, which the run writes again.
+    """
+    with group.exit_together():
+        if not Path(config.out_dir).is_dir():  # rank 0 has made it, to lock it
+            raise UserError(f"{config.out_dir} must be a directory that all machines share")
+    with group.exit_together():
+        if group.rank == 0 and config.overwrite:
+            run_dir.remove_run(config.out_dir)
+        elif group.rank == 0:
+            run_dir.prune_checkpoints(config.out_dir, config.keep_checkpoints)
+            run_dir.truncate_log(config.out_dir, step)
+
+
+def refuse_other_run(out_dir, difference):
+    raise UserError(
+        f"{out_dir} holds another run ({difference}): choose another --out_dir, or start over "
+        "with --overwrite=True"
+    )
