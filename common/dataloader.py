@@ -8,7 +8,6 @@ by window, so memory does not grow with it.
 """
 
 import concurrent.futures
-import os
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +35,14 @@ class Loader:
         self.meta = read_meta(folder)
         self.n_train = self._check_bin("train", min_tokens=block_size + 1)
         self.n_val = self._check_bin("val", min_tokens=2)
-        # One window less than fits leaves room for the shift, if there are at least two.
+        # Keep one window's worth of tokens for the shift, if there are at least two windows.
         self.n_windows = max(1, self.n_train // block_size - 1)
         self.epoch = None  # the epoch of self.order and self.shift
-        self._open()
+        self._files = {}
+        for split in ("train", "val"):
+            self._files[split] = open(self.folder / f"{split}.bin", "rb", buffering=0)
+        self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)  # for prefetch()
+        self._prefetched = None  # (first, count, Future of the batch)
 
     def _check_bin(self, split, min_tokens):
         """Return the number of tokens of a bin, after checking it against meta.json."""
@@ -73,23 +76,6 @@ class Loader:
             f"{token_id + 1}"
         )
 
-    def _open(self):
-        """Open the bins and prepare for prefetch()."""
-        self._files = {}
-        for split in ("train", "val"):
-            self._files[split] = open(self.folder / f"{split}.bin", "rb", buffering=0)
-        self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
-        self._prefetched = None  # (first, count, Future of the batch)
-        self._process = os.getpid()
-
-    def _open_if_forked(self):
-        """Open the bins again in a forked process.
-
-        It would share the positions of the files with its parent, and has none of its threads.
-        """
-        if self._process != os.getpid():
-            self._open()
-
     def _read(self, split, starts, length):
         """Return the windows that begin at the positions `starts`, (len(starts), length) uint16."""
         path = self.folder / f"{split}.bin"
@@ -109,7 +95,6 @@ class Loader:
 
     def train_batch(self, first, count):
         """Return sequences first .. first + count - 1 as inputs and targets, (count, T) each."""
-        self._open_if_forked()
         if self._prefetched is None:
             return self._read_batch(first, count)
         *prefetched, future = self._prefetched
@@ -124,7 +109,6 @@ class Loader:
 
         train_batch() raises the thread's error, if the batch is asked for.
         """
-        self._open_if_forked()
         future = self._thread.submit(self._read_pinned, first, count, device)
         self._prefetched = (first, count, future)
 
@@ -158,7 +142,6 @@ class Loader:
         ranks get the same number of batches. Padding, in the last window and in the last batches,
         has the target -1.
         """
-        self._open_if_forked()
         T = self.block_size
         available = -(-(self.n_val - 1) // T)  # windows in val.bin, the last one perhaps not full
         count = min(available, -(-eval_tokens // T))

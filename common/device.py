@@ -145,7 +145,7 @@ def set_precision(device, deterministic):
 
 
 def use_cudnn_attention(device, enabled):
-    """Let attention on CUDA use cuDNN's kernels, which torch prefers on H100 and later, or not.
+    """Enable or disable cuDNN's attention kernels on CUDA, which torch prefers on H100 and later.
 
     They are fast in training. But for each new number of keys, as in decoding, they build a plan
     (pytorch/pytorch#155958), and with a mask their gradients can be NaN (pytorch/pytorch#196678).

@@ -531,24 +531,6 @@ Loader({str(dataset())!r}, 8, 100, 1).prefetch(0, 20, torch.device("cpu"))
     assert process.returncode == status
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("prefetches", [False, True])
-def test_a_forked_process_and_its_parent_read_their_own_batches(dataset, prefetches):
-    folder = dataset(range(5000))
-    expected = starts(Loader(folder, 8, BIG_VOCAB, 1), 0, 500)
-    loader = Loader(folder, 8, BIG_VOCAB, 1)
-    loader.train_batch(0, 1)
-    if prefetches:
-        loader.prefetch(0, 500, CPU)
-    pid = os.fork()
-    equal = all(starts(loader, 0, 500) == expected for _ in range(50))
-    if pid == 0:
-        os._exit(0 if equal else 1)
-    _, status = os.waitpid(pid, 0)
-    assert equal
-    assert status == 0
-
-
 # Files ----------------------------------------------------------------------------------------
 
 

@@ -83,6 +83,11 @@ def test_imports_point_one_way(path):
     assert [name for name in ours if not is_allowed(name, allowed)] == []
 
 
+def test_a_checkpoint_does_not_know_its_run():
+    modules = {name.rpartition(".")[0] for name in imports(ROOT / "common/checkpoint.py")}
+    assert "common.run_dir" not in modules and "common" not in modules
+
+
 def test_a_model_imports_torch_only():
     for name in MODELS:
         packages = {module.partition(".")[0] for module in imports(ROOT / f"{name}.py")}
