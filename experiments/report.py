@@ -28,7 +28,6 @@ DOCUMENTS = (
     Path("docs/REPORT.md"),
     Path("docs/RECIPES.md"),
     Path("docs/SAMPLES.md"),
-    Path("docs/MUON.md"),
 )
 BLOCK = re.compile(r"<!-- begin ([^\n]*?) -->\n.*?<!-- end -->", re.DOTALL)
 
