@@ -238,21 +238,21 @@ def is_one_line_with(text, word):
 @pytest.mark.parametrize("name", ["train.py", "sample.py", "prepare_data.py"])
 def test_a_program_refuses_an_option_in_one_line_with_status_2(tmp_path, name):
     completed = subprocess.run(
-        [sys.executable, str(ROOT / name), "--colour=red"],
+        [sys.executable, str(ROOT / name), "--color=red"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert completed.returncode == 2
-    assert is_one_line_with(completed.stderr, "colour")
+    assert is_one_line_with(completed.stderr, "color")
     assert completed.stdout == ""
 
 
 @needs_fork
 @pytest.mark.parametrize("name", EXPERIMENTS + TOOLS)
 def test_a_module_refuses_an_option_in_one_line_with_status_2(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(sys, "argv", ["experiment", "--colour=red"])
+    monkeypatch.setattr(sys, "argv", ["experiment", "--color=red"])
 
     def start():
         try:
@@ -262,7 +262,7 @@ def test_a_module_refuses_an_option_in_one_line_with_status_2(tmp_path, monkeypa
 
     outcome = Forked(start, tmp_path).finish()
     assert outcome.status == 2
-    assert is_one_line_with(outcome.err, "colour")
+    assert is_one_line_with(outcome.err, "color")
 
 
 def test_sample_as_a_program_writes_utf_8_whatever_the_locale(tiny_run, workdir):
