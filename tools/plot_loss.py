@@ -60,7 +60,8 @@ def read_log(directory):
 
 def is_finished(directory):
     """Return whether a run has saved the checkpoint of its last step, after that step's line."""
-    from common.checkpoint import list_checkpoints, read_record  # imports torch, which is slow
+    from common.checkpoint import read_record  # imports torch, which is slow
+    from common.run_dir import list_checkpoints
 
     for newest in list_checkpoints(directory)[-1:]:
         with contextlib.suppress(FileNotFoundError):  # deleted just now, for a newer one
