@@ -13,9 +13,9 @@ out_dir/log.jsonl gets one line per optimizer step.
 
 The file reads top to bottom: options, setup, one training step, the loop, main. torchrun starts
 several processes that all run this file; each is a rank. Every rank must call a function that is
-marked "Collective", because the ranks exchange values in it. `group` (common/distributed.py) has
-the collectives for small values. Among them, `with group.exit_together()` ends all ranks with one
-message if one of them fails in the block.
+marked "Collective", because the ranks exchange values in it. `group` (common/distributed.py) sends
+small values between the ranks. If one rank fails in a block `with group.exit_together():`, all
+ranks end with one message.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ MAX_OVERFLOWS = 20  # float16 steps in a row with an infinite gradient before th
 
 @dataclass
 class TrainConfig:
-    # Run
+    # Run (the fields of the model's GPTConfig, such as n_layer and block_size, are options, too)
     out_dir: str | None = None  # for checkpoints and log; None: out/CONFIG, or out/CONFIG-MODEL
     model: str = "model"  # the model file, without .py
     dataset: str = "fineweb"  # folder of data/, made by prepare_data.py
@@ -85,7 +85,7 @@ class TrainConfig:
     optimizer: str = "adamw"  # adamw; muon: the matrices in blocks by Muon, the rest by AdamW
     learning_rate: float = 6e-4  # AdamW's peak, after the warmup
     muon_learning_rate: float = 0.02  # Muon's peak, on the same schedule
-    min_lr: float = 6e-5  # AdamW's at the end; Muon's ends at the same fraction of its peak
+    min_lr: float = 6e-5  # AdamW's final rate; Muon's falls by the same factor
     warmup_steps: int = 700  # steps of linear increase from 0
     lr_schedule: str = "cosine"  # cosine; wsd: constant, then linear decay over the last fifth
     weight_decay: float = 0.1  # each step scales matrices by 1 - lr * weight_decay
@@ -106,7 +106,7 @@ class TrainConfig:
     deterministic: bool = False  # bitwise reproducible on CUDA; slower
     # Several processes, started by torchrun
     fsdp: bool = False  # shard parameters, gradients and optimizer state (FSDP) instead of DDP
-    shard_degree: int = 0  # with fsdp: ranks that hold one copy of the model; 0: all ranks
+    shard_degree: int = 0  # with fsdp: number of ranks that share one copy of the model; 0: all
     dist_timeout: int = 600  # seconds that a rank waits for the others
 
 
@@ -126,7 +126,7 @@ class Run:
     loader: Loader
     model: torch.nn.Module  # the plain model, under FSDP with sharded parameters
     wrapped: torch.nn.Module  # DDP around the model; without DDP the model itself
-    forward: Callable  # what a step calls: `wrapped`, compiled or not
+    forward: Callable  # forward(x, y) -> loss: `wrapped`, compiled or not
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # scales the loss in float16; does nothing in other dtypes
     step: int  # optimizer steps taken; the next one uses global batch number `step`
@@ -136,7 +136,10 @@ class Run:
     overflows: int = 0  # float16 steps in a row with an infinite gradient
 
     def autocast(self):
-        """Return a context that computes in the run's dtype; FSDP gathers parameters in it."""
+        """Return a context that computes in the run's dtype.
+
+        Under FSDP it does nothing: FSDP gathers the parameters in that dtype already.
+        """
         enabled = self.dtype != torch.float32 and not self.config.fsdp
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
@@ -144,11 +147,12 @@ class Run:
 def setup(config, model_options, argv, group, stack):
     """Collective. Return the Run: data, model and optimizer, new or resumed.
 
-    model_options   those of the command line and the config files
+    model_options   the fields of the model's GPTConfig that were given, such as n_layer
     stack           ExitStack that holds the lock on out_dir until the program ends
 
-    Rank 0 initializes or reads the weights, on its CPU, and sends them to the other ranks, so that
-    one process, DDP and FSDP start with the same bits. Nothing of an earlier run is deleted here.
+    In a new run rank 0 initializes the weights, or reads those of init_from, on its CPU, and sends
+    them to the other ranks, so that one process, DDP and FSDP start with the same bits. Of a
+    checkpoint every rank reads its own part. Nothing of an earlier run is deleted here.
     """
     module = model_module(config.model)
     out_dir = Path(config.out_dir or default_out_dir(argv))
@@ -158,11 +162,14 @@ def setup(config, model_options, argv, group, stack):
             make_config(module, model_options)  # fail before the slow part
         device = pick_device(config.device, group.local_rank)
         dtype = pick_dtype(config.dtype, device)
+        # A small dataset that is missing is prepared, but not by several ranks at once.
         folder, meta = open_dataset(config.dataset, prepare_missing=not group.launched)
         if group.rank == 0 and not config.eval_only:
             stack.enter_context(run_dir.lock_run(out_dir))
     dtype_name = str(dtype).removeprefix("torch.")
     config = dataclasses.replace(config, out_dir=str(out_dir), dtype=dtype_name)
+    # Rank 0 finds and verifies the run's last checkpoint, start.checkpoint, with start.record from
+    # its config.json. In a new run both are None, and rank 0 has start.weights.
     start = choose_start(config, model_options, meta, group)
 
     with group.exit_together():
@@ -175,10 +182,13 @@ def setup(config, model_options, argv, group, stack):
     group.check_equal(options | model_options | {"data": data})  # the same on all ranks
 
     set_precision(device, config.deterministic)
-    use_cudnn_attention(device, not hasattr(model.config, "window"))  # windows need masks
+    # With a mask, which a window needs, cuDNN's gradients can be NaN.
+    use_cudnn_attention(device, enabled=not hasattr(model.config, "window"))
     parallel.prepare_blocks(model, config, group, device, dtype)  # with fsdp, shards the model
     if start.checkpoint:
-        model.to_empty(device=device)  # load_checkpoint fills it, below
+        # load_checkpoint, below, fills this memory on every rank, once there is an optimizer. Until
+        # then its values are arbitrary, also those that DDP broadcasts.
+        model.to_empty(device=device)
     else:
         parallel.load_initial_weights(model, start.weights, group, device)
     uses_ddp = group.launched and not config.fsdp
@@ -188,8 +198,8 @@ def setup(config, model_options, argv, group, stack):
     step, metrics = 0, {"tokens": 0, "seconds": 0.0}
     if start.checkpoint:
         load_checkpoint(start.checkpoint, model, optimizer)
-        scaler.load_state_dict(start.stored["scaler"])
-        step, metrics = start.stored["step"], start.stored["metrics"]
+        scaler.load_state_dict(start.record["scaler"])
+        step, metrics = start.record["step"], start.record["metrics"]
     return Run(
         config=config,
         out_dir=out_dir,
@@ -226,16 +236,17 @@ def train_step(run):
     seed_dropout(config.seed, run.step, group.rank, run.device)
     loss = torch.zeros((), device=run.device)
     for micro_step in range(micro_steps):
-        if micro_step > 0:  # finish_step has checked before the first one
+        if micro_step > 0:  # before micro-step 0, finish_step has asked
             stopping = group.any_rank(run.stop.received)
             if stopping:
-                optimizer.zero_grad()
+                optimizer.zero_grad()  # drops the unfinished step
                 return None
         # Each rank takes its own part. Together they are the same batch for any world size.
         first = run.step * step_sequences + micro_step * micro_sequences
         first += group.rank * config.batch_size
         x, y = run.loader.train_batch(first, config.batch_size)
-        if run.device.type == "cuda":  # a thread reads the next batch while the GPU computes
+        if run.device.type == "cuda":
+            # While the GPU computes, a thread reads the batch of the next micro-step or step.
             run.loader.prefetch(first + micro_sequences, config.batch_size, run.device)
         x, y = to_device(x, run.device), to_device(y, run.device)
         # Gradients add up over the micro-steps; the ranks average them in the last one.
@@ -250,7 +261,7 @@ def train_step(run):
     gradients = [p.grad for p in parameters if p.grad is not None]
     # Under FSDP the norm is a DTensor; its full tensor is the norm over all shards.
     grad_norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
-    # The step's one CPU-GPU sync (in float16 with Muon, scaler.step is another).
+    # The step's one CPU-GPU sync (in float16, scaler.step is another, unless AdamW is fused).
     loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()
     loss_value = group.all_reduce([loss_value])[0] / group.world_size
     check_finite(run, loss_value, norm_value)
@@ -284,10 +295,11 @@ def learning_rate(config, step):
 
 
 def muon_learning_rate(config, step):
-    """Return Muon's rate of a step: its peak, scaled by AdamW's rate over AdamW's peak."""
-    if config.learning_rate == 0:  # then min_lr is 0 too, and any other peak has the same fractions
+    """Return Muon's learning rate of a step: the fraction of its peak that AdamW has of its own."""
+    if config.learning_rate == 0:  # AdamW is off (min_lr is 0, too): compute with a peak of 1
         config = dataclasses.replace(config, learning_rate=1.0)
-    return config.muon_learning_rate * (learning_rate(config, step) / config.learning_rate)
+    fraction = learning_rate(config, step) / config.learning_rate
+    return config.muon_learning_rate * fraction
 
 
 def set_learning_rates(optimizer, config, step):
@@ -331,7 +343,8 @@ def check_finite(run, loss, grad_norm):
 #
 #   train_step   forward and backward on its own sequences
 #                average the gradients (DDP, FSDP)
-#                clip, update its parameters                    print the step
+#                clip, update its parameters
+#   step_report  measure the step                               print it, at log_interval
 #   finish_step  evaluate its own part of the validation set    print the validation loss
 #                                                               append to log.jsonl
 #                write its part of the checkpoint               write config.json, rename, prune
@@ -340,17 +353,21 @@ def check_finite(run, loss, grad_norm):
 def train_loop(run):
     """Collective. Train from run.step to max_steps, or to a stop signal."""
     step_report = report.StepReport(run)
-    stopping = finish_step(run)  # step 0 of a new run, or the step that the checkpoint holds
+    # Step 0 of a new run is evaluated and logged. After resuming, this repeats for the checkpoint's
+    # step what may be missing: its evaluation and its line in the log.
+    stopping = finish_step(run)
     while run.step < run.config.max_steps and not stopping:
         begin = time.perf_counter()
         result = train_step(run)
         if result is None:  # a stop signal arrived: the unfinished step is dropped
             save(run)
             return
+        loss, grad_norm = result
         seconds = time.perf_counter() - begin
         lr = learning_rate(run.config, run.step)
+        run.metrics = step_report.measure(run.step + 1, loss, grad_norm, lr, seconds)
         run.step += 1
-        run.metrics = step_report.metrics(run.step, *result, lr, seconds)
+        step_report.print(run.step, loss, grad_norm, run.metrics)
         stopping = finish_step(run)
 
 
@@ -365,7 +382,7 @@ def finish_step(run):
             run.metrics["val_loss"] = val_loss
             text = report.describe_loss(val_loss, run.loader.meta)
             group.print(f"step {run.step}/{config.max_steps} | {text}")
-    log_error = None
+    log_error = None  # returned, not raised, so that the run is saved before it ends
     if group.rank == 0:
         log_error = run_dir.append_log(run.out_dir, run.step, run.metrics)
     stopping = group.any_rank(run.stop.received or log_error is not None)
@@ -384,9 +401,9 @@ def evaluate(run):
     """Collective. Return the mean validation loss in nats per token; None after a stop signal."""
     config, group = run.config, run.group
     losses, counts = [], []  # of this rank's batches; counts of targets
-    run.model.eval()
+    run.model.eval()  # the module inside run.forward
     # All ranks get the same number of batches, because under FSDP a forward pass is a collective.
-    # The last ones are filled up with targets of -1, which do not count.
+    # The last ones are filled up with targets of -1. A batch of only these has loss 0 and count 0.
     batches = run.loader.val_batches(
         config.eval_tokens, config.batch_size, group.rank, group.world_size
     )
@@ -411,7 +428,8 @@ def evaluate(run):
 def save(run):
     """Collective. Save the state after run.step steps; at step 0 there is nothing to save.
 
-    If the step has a checkpoint, only a new validation loss is added to it.
+    save_step calls checkpoint.save_checkpoint, which only adds the validation loss if the step has
+    a checkpoint, and then deletes older checkpoints.
     """
     if run.step == 0:
         return
@@ -445,10 +463,9 @@ def train(run):
             "nothing to do; a larger --max_steps continues the run"
         )
         return
-    prepare_out_dir(config, run.step, group)
-    is_finished = run.step == config.max_steps and "val_loss" in run.metrics
-    if is_finished:
-        finish_step(run)  # rewrites the last line of the log, which prepare_out_dir has removed
+    prepare_out_dir(config, run.step, group)  # cuts the log before run.step, as for every resume
+    if is_finished(run):
+        finish_step(run)  # writes the last line of the log again
         group.print(
             f"{run.out_dir} is finished, at step {run.step}: a larger --max_steps continues it"
         )
@@ -460,12 +477,17 @@ def train(run):
         if group.world_size == 1:  # save is a collective; other ranks may be elsewhere
             save(run)
         raise
-    if run.step < config.max_steps:
+    if is_finished(run):
+        group.print(f"python sample.py --init_from={shlex.quote(str(run.out_dir))}")
+    else:
         group.print(
             f"stopped after step {run.step}: the same command, without --overwrite, resumes the run"
         )
-    else:
-        group.print(f"python sample.py --init_from={shlex.quote(str(run.out_dir))}")
+
+
+def is_finished(run):
+    """Return whether the last step has been taken and evaluated."""
+    return run.step == run.config.max_steps and "val_loss" in run.metrics
 
 
 def main(argv):
@@ -473,7 +495,7 @@ def main(argv):
 
     Can be called from Python, as in a notebook; the same call resumes an interrupted run.
     """
-    config, model_options, group = read_options(TrainConfig, argv, __doc__)
+    config, model_options, group = read_options(TrainConfig, argv, __doc__)  # the ranks connect
     keep_freed_memory()  # malloc keeps freed pages, which saves a quarter of a step on a CPU
     run = None
     try:

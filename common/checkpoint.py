@@ -2,9 +2,11 @@
 
     out/run/step_00000120/
         shard-*.safetensors    weights and optimizer state; each rank writes files of its own
-        config.json            the record: step, metrics, scaler, options, model_config, data, meta
-                               (which names the tokenizer); files: size and CRC-32 of each shard;
-                               crc32: of the rest of config.json
+        config.json            the record, a dict:
+            step, metrics, scaler, options, model_config
+            data, meta         what identifies the dataset; its meta.json, with the tokenizer
+            files              size and CRC-32 of each shard
+            crc32              of the rest of config.json
 
 torch.distributed.checkpoint (DCP) writes and reads the shards. On saving, each rank writes the
 parts of the tensors that it holds, and what several ranks hold is written once. On loading, each
@@ -60,9 +62,11 @@ def save_checkpoint(path, model, optimizer, record, group):
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
+    is_new = None  # rank 0 decides
     with group.exit_together():
-        is_new = not path.exists()
-        if group.rank == 0 and is_new:
+        if group.rank == 0:
+            is_new = not path.exists()
+        if is_new:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
     is_new = group.broadcast(is_new)
@@ -100,10 +104,10 @@ def _last_line(error):
 
 
 def _file_indices(tensors):
-    """Return {tensor name: number of its file, from 1}.
+    """Return {tensor name: number of its file, from 1}, for the files of this rank.
 
-    On each rank a file has at most FILE_BYTES, or one tensor that is larger: the writer holds two
-    copies of a file in memory while it writes it.
+    A file has at most FILE_BYTES, or one tensor that is larger: the writer holds two copies of a
+    file in memory while it writes it. Ranks may number differently: each writes its own files.
     """
     indices, index, size = {}, 1, 0
     for name, tensor in tensors.items():
@@ -151,7 +155,8 @@ def _add_val_loss(part, path, metrics):
     stored = read_record(path)
     if "val_loss" not in metrics or "val_loss" in stored["metrics"]:
         return
-    part.mkdir()  # the new file is not written in the checkpoint, where it would be a stray file
+    # Not written in the checkpoint: verify_checkpoint refuses a file that a kill would leave there.
+    part.mkdir()
     _write_record(part, stored | {"metrics": metrics})
     (part / "config.json").replace(path / "config.json")
     fsync(path)
@@ -235,9 +240,9 @@ def _file_crc32(path):
 def load_checkpoint(path, model, optimizer=None):
     """Load a checkpoint into a model, and its optimizer, in place.
 
-    Collective with an optimizer; without one, a rank may load a model by itself. Call
-    verify_checkpoint first. Raises DamagedError if the files do not hold the tensors that the model
-    needs.
+    Collective with an optimizer; without one, a rank may load a model by itself. The caller has
+    called verify_checkpoint. Raises DamagedError if the files do not hold the tensors that the
+    model needs.
     """
     reader = HuggingFaceStorageReader(str(path))
     _check_headers(reader, path)
@@ -248,8 +253,8 @@ def load_checkpoint(path, model, optimizer=None):
         else:
             tensors, model_state, optimizer_state = _training_tensors(model, optimizer)
             dcp.load(tensors, storage_reader=reader)
-            # dcp.load has filled the tensors of both state dicts in place. They may be those of the
-            # model and the optimizer, but DCP does not promise it: set_state_dict copies them.
+            # dcp.load has filled the tensors of the two state dicts. DCP does not promise that they
+            # are the tensors of the model and the optimizer themselves, so copy them there.
             set_state_dict(
                 model,
                 optimizer,
@@ -298,8 +303,8 @@ def _check_headers(reader, path):
 def _explain_load_failure(path):
     """Raise DamagedError for what DCP raises, and keep DCP from logging its traceback."""
 
-    def is_not_of_dcp(record):
-        return record.module != "state_dict_loader"
+    def is_not_of_dcp(log_record):
+        return log_record.module != "state_dict_loader"
 
     logging.getLogger().addFilter(is_not_of_dcp)  # DCP logs to the root logger
     try:

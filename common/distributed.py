@@ -35,7 +35,7 @@ class ProcessGroup:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.launched = "RANK" in os.environ  # by torchrun, perhaps with one rank
-        # Other launchers than torchrun may not set LOCAL_RANK.
+        # Other launchers than torchrun may not set LOCAL_RANK; then a rank uses the current GPU.
         self.local_rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
         if self.launched and not dist.is_initialized():
             try:
@@ -45,7 +45,8 @@ class ProcessGroup:
                 if reason is None:
                     raise
                 raise UserError(f"the ranks cannot connect to each other: {reason}") from error
-        # Each machine's torchrun counts its own restarts.
+        # Whether torchrun has restarted the workers after a failure; then --overwrite must not
+        # delete the run again. Each machine's torchrun counts its own restarts.
         self.restarted = self.any_rank(_restart_count() != "0")
 
     def _init_process_group(self, timeout):
@@ -119,10 +120,9 @@ class ProcessGroup:
             if not self.launched:
                 raise
             message = str(error)
-        messages = self.all_gather(message)
-        for message in messages:
-            if message is not None:
-                self.exit(message)
+        for text in self.all_gather(message):
+            if text is not None:
+                self.exit(text)
 
     # Output -----------------------------------------------------------------------------------
 
@@ -146,8 +146,8 @@ def _restart_count():
 
 
 def _destroy_process_group():
-    # Without destroy_process_group gloo sometimes aborts at exit; so it does while a DDP or FSDP
-    # model still exists, which may be part of a reference cycle.
+    # gloo sometimes aborts at exit without destroy_process_group, and also with it while a DDP or
+    # FSDP model exists. gc.collect() deletes models that reference cycles keep.
     gc.collect()
     dist.destroy_process_group()
 

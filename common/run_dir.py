@@ -10,7 +10,7 @@ The best checkpoint is the one whose metrics have the lowest validation loss. A 
 found damaged is renamed to NAME.damaged. While a directory is deleted it is NAME.deleting, so that
 a kill in between leaves no half of a checkpoint under its name.
 
-Only rank 0 calls these functions, except save_step.
+Functions that change the directory are for rank 0 alone, except save_step.
 """
 
 import contextlib

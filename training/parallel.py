@@ -10,8 +10,8 @@ gathers the parameters of one block at a time. docs/DISTRIBUTED.md compares them
 
 train.py calls the functions in this order:
 
-    prepare_blocks          float32 attention, activation checkpointing; with FSDP: compile, shard
-    load_initial_weights    or a checkpoint is loaded
+    prepare_blocks          activation checkpointing; with FSDP: compile, shard
+    load_initial_weights    in a new run; a checkpoint is loaded later, once there is an optimizer
     wrap_ddp                without FSDP
     prepare_forward         without FSDP: compile; with DDP: settle its gradient buckets
     gradient_sync           around each micro-step
@@ -36,11 +36,13 @@ from common.device import is_out_of_memory, to_device
 def prepare_blocks(model, config, group, device, dtype):
     """Apply activation checkpointing and, with FSDP, compilation and sharding, in place.
 
-    config   train.py's options; group   the ProcessGroup; dtype   of the computation
+    config   train.py's options
+    group    the ProcessGroup
+    dtype    of the computation
 
     The model may be on the meta device. Without FSDP it is compiled later, by compile_forward.
     """
-    if wants_float32_attention(device, dtype):
+    if wants_float32_attention(device, dtype):  # in bfloat16 on many CPUs, where it is faster
         for block in model.transformer.h:
             use_float32_attention(block)
     if config.activation_checkpointing:
@@ -88,7 +90,8 @@ def shard_model(model, group, device, dtype, shard_degree):
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # The root group holds the embeddings and the final norm. wte is used first (embedding) and
-    # last (head), so it must stay gathered for the whole forward pass.
+    # last (head), so it must stay gathered for the whole forward pass: fully_shard's default for
+    # the root.
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
@@ -100,7 +103,8 @@ def load_initial_weights(model, weights, group, device):
 
     weights   rank 0: the full state dict, on the CPU; the other ranks: None
 
-    Under DDP the ranks other than 0 are only allocated: wrap_ddp sends them the weights.
+    Under DDP the other ranks only allocate memory: wrap_ddp sends them the weights. A model has no
+    buffers (docs/YOUR_OWN_VARIANT.md); they would stay unset here.
     """
     if isinstance(model, FSDPModule):
         model.to_empty(device=device)

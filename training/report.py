@@ -43,7 +43,7 @@ def print_summary(run):
 
 
 class StepReport:
-    """Computes the metrics of each step, which go to log.jsonl, and prints some of them.
+    """Measures each step, for log.jsonl, and prints a line at every log_interval-th step.
 
     run   for the options, the device and the model; its metrics are those of the step before
     """
@@ -57,20 +57,21 @@ class StepReport:
         self.memory = None  # peak memory in GB, when it was last read
         self.start = time.perf_counter() - run.metrics["seconds"]  # as if never interrupted
 
-    def metrics(self, step, loss, grad_norm, lr, step_seconds):
-        """Collective. Return the metrics of a step; print them at every log_interval-th step.
+    def measure(self, step, loss, grad_norm, lr, seconds):
+        """Collective. Return the metrics of a step: its line in log.jsonl.
 
-        step   number of steps taken, this one included; lr   its learning rate
+        step      number of steps taken, this one included
+        lr        its learning rate
+        seconds   its duration
         """
-        to_print = step % self.config.log_interval == 0 or step == self.config.max_steps
-        if to_print or self.memory is None:  # reading it at every step would slow down small models
+        if self._is_printed(step) or self.memory is None:  # at each step it would take too long
             self.memory = self._largest_memory()
-        tokens_per_second = self.config.total_batch_size / step_seconds
+        tokens_per_second = self.config.total_batch_size / seconds
         mfu = None
         if self.peak_flops is not None:
             flops = self.flops_per_token * tokens_per_second
             mfu = flops / (self.peak_flops * self.group.world_size)
-        metrics = {
+        return {
             "train_loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "lr": lr,
@@ -80,16 +81,29 @@ class StepReport:
             "mfu": mfu,
             "memory_gb": self.memory,
         }
-        if to_print:
-            seconds_left = (self.config.max_steps - step) * metrics["seconds"] / step
-            mfu_text = f" | MFU {mfu:.1%}" if mfu is not None else ""
-            self.group.print(
-                f"step {step}/{self.config.max_steps} | loss {loss:.4f} | norm {grad_norm:.2f} | "
-                f"lr {lr:.1e} | {1000 * step_seconds:.1f} ms | "
-                f"{tokens_per_second / 1000:.1f}k tok/s{mfu_text} | "
-                f"{describe_duration(seconds_left)} left"
-            )
-        return metrics
+
+    def print(self, step, loss, grad_norm, metrics):
+        """Print a line about a step, if it is one of those that are printed."""
+        if not self._is_printed(step):
+            return
+        max_steps = self.config.max_steps
+        milliseconds = 1000 * self.config.total_batch_size / metrics["tokens_per_second"]
+        seconds_left = (max_steps - step) * metrics["seconds"] / step
+        parts = [
+            f"step {step}/{max_steps}",
+            f"loss {loss:.4f}",
+            f"norm {grad_norm:.2f}",
+            f"lr {metrics['lr']:.1e}",
+            f"{milliseconds:.1f} ms",
+            f"{metrics['tokens_per_second'] / 1000:.1f}k tok/s",
+        ]
+        if metrics["mfu"] is not None:
+            parts.append(f"MFU {metrics['mfu']:.1%}")
+        parts.append(f"{describe_duration(seconds_left)} left")
+        self.group.print(" | ".join(parts))
+
+    def _is_printed(self, step):
+        return step % self.config.log_interval == 0 or step == self.config.max_steps
 
     def _largest_memory(self):
         """Collective. Return the largest peak memory of a rank in GB; None if it is not known."""

@@ -148,7 +148,7 @@ class Start:
 
     model_config: dict  # fields of the model's GPTConfig
     checkpoint: Path | None = None  # to resume from; None for a new run
-    stored: dict | None = None  # the record of the checkpoint
+    record: dict | None = None  # what the checkpoint's config.json says about the run
     best_loss: float = float("inf")  # lowest validation loss of the run's checkpoints
     weights: dict | None = None  # the state dict of a new model, on rank 0 only
 
@@ -180,10 +180,10 @@ def find_checkpoint(config, model_options, meta):
     """
     if config.overwrite:
         return None
-    path, stored = run_dir.checkpoint_to_resume(config.out_dir, rename_damaged=not config.eval_only)
+    path, record = run_dir.checkpoint_to_resume(config.out_dir, rename_damaged=not config.eval_only)
     if path is None:
         return None
-    asks_for_other_weights = config.init_from not in ("scratch", stored["options"]["init_from"])
+    asks_for_other_weights = config.init_from not in ("scratch", record["options"]["init_from"])
     if config.eval_only and asks_for_other_weights:  # evaluate them, GPT-2's for example
         return None
     if config.init_from == "scratch":
@@ -191,12 +191,12 @@ def find_checkpoint(config, model_options, meta):
         model_config = asdict(make_config(module, with_vocab_size(model_options, meta)))
     else:
         # Options that are not given were taken from the weights when the run began.
-        model_config = stored["model_config"] | model_options
+        model_config = record["model_config"] | model_options
     # Options added since the run began take their defaults.
-    stored["options"] = asdict(type(config)()) | stored["options"]
-    check_same_options(asdict(config) | model_config, stored, config.out_dir)
+    record["options"] = asdict(type(config)()) | record["options"]
+    check_same_options(asdict(config) | model_config, record, config.out_dir)
     _, best_loss = run_dir.best_checkpoint(config.out_dir)
-    return Start(model_config, path, stored, best_loss)
+    return Start(model_config, path, record, best_loss)
 
 
 def new_model(config, model_options, meta):
@@ -229,12 +229,12 @@ def with_vocab_size(model_options, meta):
     return {"vocab_size": meta["vocab_size"]} | model_options
 
 
-def check_same_options(options, stored, out_dir):
+def check_same_options(options, record, out_dir):
     """Raise UserError if the run in out_dir was started with other options or another model.
 
-    options   of this command, the model's included; stored   the record of the run's checkpoint
+    options   of this command, the model's included; record   the record of the run's checkpoint
     """
-    before = stored["options"] | stored["model_config"]
+    before = record["options"] | record["model_config"]
     changes = [
         f"{name} was {before.get(name)}, is {value}"
         for name, value in options.items()
@@ -254,9 +254,9 @@ def check_data(loader, config, start, world_size):
         check_batch(config, loader.block_size, world_size)
     sha256 = loader.meta.get("train", {}).get("sha256")
     data = {"tokens": [loader.n_train, loader.n_val], "sha256": sha256}
-    if start.checkpoint is None or data == start.stored["data"]:
+    if start.checkpoint is None or data == start.record["data"]:
         return data
-    tokens_before = start.stored["data"]["tokens"]
+    tokens_before = start.record["data"]["tokens"]
     if data["tokens"] == tokens_before:
         refuse_other_run(config.out_dir, f"the SHA-256 in {loader.folder}/meta.json has changed")
     refuse_other_run(
