@@ -17,15 +17,11 @@ becomes val.bin. Text is tokenized piece by piece on all cores, so memory does n
 file appears under its final name only when it is complete.
 """
 
-import signal
-
-if __name__ == "__main__":  # see train.py
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import codecs
 import contextlib
 import glob
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -42,10 +38,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from common import hub
 from common.dataloader import find_largest_id
-from common.download import download, file_sha256, hub_url
 from common.errors import UserError, run_program
-from common.files import check_regular, fsync, lock, name_in_errors, write_json
+from common.files import (
+    check_regular,
+    fsync,
+    lock,
+    name_in_errors,
+    remove_tree,
+    write_json,
+    write_text,
+)
 from common.nanogpt import read_dataset_meta
 from common.tokenizer import (
     EOT,
@@ -62,7 +66,7 @@ SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-FINEWEB = "datasets/kjj0/fineweb10B-gpt2/resolve/main"
+FINEWEB = "kjj0/fineweb10B-gpt2"  # a dataset on the Hugging Face hub
 FINEWEB_SHARDS = 103
 # modded-nanogpt, whose leaderboard is public, evaluates the first 10 * 2**20 tokens of the shard.
 FINEWEB_VAL_TOKENS = 10_485_760
@@ -258,6 +262,15 @@ def describe_bin(path, tokenizer):
     return description
 
 
+def file_sha256(path):
+    """Return the SHA-256 of a file, as hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(PIECE_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def find_chars(paths, field):
     """Return the sorted characters of the files; <|endoftext|> is last, if documents need it."""
     chars = set()
@@ -437,34 +450,40 @@ def append_shard(name, bin_path, tokens_before, max_tokens=None):
 
     max_tokens   append the first tokens of the shard only, at most so many
     """
-    shard = bin_path.with_name(name)
-    check_regular(shard)
     check_regular(bin_path)
-    download(hub_url(f"{FINEWEB}/{name}"), shard)
-    tokens = (shard.stat().st_size - 4 * SHARD_HEADER) / 2
-    expected = [SHARD_MAGIC, SHARD_VERSION, tokens]
-    header = np.fromfile(shard, "<i4", 3).tolist()
-    if header != expected:
-        shard.unlink()
-        raise UserError(
-            f"{name} has magic, version, tokens {header}, expected {expected} by its size: "
-            "deleted; run the same command again"
-        )
-    with name_in_errors(bin_path), open(bin_path, "ab") as bin_file, open(shard, "rb") as file:
-        size = bin_file.tell() // 2
-        if size < tokens_before:
-            raise UserError(
-                f"{bin_path} has {size} tokens, meta.json says {tokens_before}: --overwrite=True "
-                "makes it again"
-            )
-        bin_file.truncate(2 * tokens_before)  # an interrupted call may have added more
-        file.seek(4 * SHARD_HEADER)
-        shutil.copyfileobj(file, bin_file)
-        added = header[2] if max_tokens is None else min(header[2], max_tokens)
-        bin_file.truncate(2 * (tokens_before + added))
-    fsync(bin_path)
-    shard.unlink()
+    directory = bin_path.with_name("download")
+    try:
+        shard = hub.download(FINEWEB, name, repo_type="dataset", local_dir=directory)
+        shard_tokens = read_shard_header(shard)
+        added = shard_tokens if max_tokens is None else min(shard_tokens, max_tokens)
+        with name_in_errors(bin_path), open(bin_path, "ab") as bin_file, open(shard, "rb") as file:
+            size = bin_file.tell() // 2
+            if size < tokens_before:
+                raise UserError(
+                    f"{bin_path} has {size} tokens, meta.json says {tokens_before}: "
+                    "--overwrite=True makes it again"
+                )
+            bin_file.truncate(2 * tokens_before)  # an interrupted call may have added more
+            file.seek(4 * SHARD_HEADER)
+            shutil.copyfileobj(file, bin_file)
+            bin_file.truncate(2 * (tokens_before + added))
+        fsync(bin_path)
+    finally:
+        if directory.exists():
+            remove_tree(directory)
     return tokens_before + added
+
+
+def read_shard_header(shard):
+    """Return the number of tokens in a shard. Raises UserError if its size or kind is another."""
+    tokens = (shard.stat().st_size - 4 * SHARD_HEADER) / 2
+    header = np.fromfile(shard, "<i4", 3).tolist()
+    if header != [SHARD_MAGIC, SHARD_VERSION, tokens]:
+        raise UserError(
+            f"{shard.name} has magic, version, tokens {header}, expected {SHARD_MAGIC}, "
+            f"{SHARD_VERSION}, {tokens:g} by its size: deleted; run the same command again"
+        )
+    return header[2]
 
 
 # Datasets -------------------------------------------------------------------------------------
@@ -578,14 +597,38 @@ def check_replaceable(folder, source):
 
 
 def source_files(config, root):
-    """Return the text files of a dataset, downloaded if need be."""
+    """Return the text files of a dataset; download tinyshakespeare unless it is there."""
     if config.input:
         return input_files(config.input)
     if config.name == "stdlib":
         return stdlib_files()
     path = Path(root, "download", "tinyshakespeare.txt")
-    download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
+    with lock_dataset(path.parent):  # shakespeare and shakespeare_char both download it
+        if not path.exists():
+            download_shakespeare(path)
     return [str(path)]
+
+
+def download_shakespeare(path):
+    """Download tinyshakespeare, which is not on the Hugging Face hub. Raises UserError."""
+    import requests  # which takes long to import
+
+    try:
+        response = requests.get(SHAKESPEARE_URL, timeout=30)
+        response.raise_for_status()
+    except requests.RequestException as error:
+        response = error.response
+        reason = type(error).__name__ if response is None else f"status {response.status_code}"
+        raise UserError(
+            f"{SHAKESPEARE_URL} cannot be downloaded ({reason}): try again, or save it as {path}"
+        ) from error
+    sha256 = hashlib.sha256(response.content).hexdigest()
+    if sha256 != SHAKESPEARE_SHA256:
+        raise UserError(
+            f"{SHAKESPEARE_URL}: received {len(response.content)} bytes with SHA-256 {sha256}, "
+            f"not {SHAKESPEARE_SHA256}: try again"
+        )
+    write_text(path, response.content.decode())
 
 
 def open_dataset(name, prepare_missing=True):

@@ -1,13 +1,12 @@
 """Load weights into any model: GPT-2's by name, a model in transformers' format, or a run.
 
-GPT-2 (gpt2, gpt2-medium, gpt2-large, gpt2-xl) is read from the Hugging Face cache, where other
-programs have downloaded it, or downloaded once from the hub as safetensors. GPT-2, StarCoder2 and
-GPT-Neo are converted by common/transformers_format.py. A variant can start from the weights of
-another model file: sliding windows take them as they are, grouped-query attention averages the KV
-heads of each group, and rotary positions replace wpe, which is dropped.
+GPT-2 (gpt2, gpt2-medium, gpt2-large, gpt2-xl) is read from the Hugging Face cache, which other
+programs share, and downloaded to it once. GPT-2, StarCoder2 and GPT-Neo are converted by
+common/transformers_format.py. A variant can start from the weights of another model file: sliding
+windows take them as they are, grouped-query attention averages the KV heads of each group, and
+rotary positions replace wpe, which is dropped.
 """
 
-import contextlib
 import dataclasses
 import os
 import re
@@ -18,10 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from common import checkpoint, run_dir
-from common.download import download, file_sha256, hub_url
+from common import checkpoint, hub, run_dir
 from common.errors import UserError, prefix_errors
-from common.files import read_json, read_text, write_text
+from common.files import read_json, read_text
 from common.models import check_shapes, make_config, model_module
 from common.nanogpt import GELU, read_checkpoint
 from common.tokenizer import VOCAB_SIZES, check_meta, read_meta
@@ -30,10 +28,9 @@ from common.transformers_format import FORMATS, check_fields
 HUB = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
-FOLDER = Path("data/pretrained")
-SUMMED = ("model.safetensors", "config.json")  # files whose hashes are stored
+FOLDER = Path("data/pretrained")  # to which earlier versions of this project downloaded GPT-2
 # Attention masks, and the head, which is the token embedding.
-NOT_WEIGHTS = re.compile(r"h\.\d+\.attn\.(attention\.)?(bias|masked_bias)|lm_head\.weight")
+IGNORED_TENSORS = re.compile(r"h\.\d+\.attn\.(attention\.)?(bias|masked_bias)|lm_head\.weight")
 WPE = "transformer.wpe.weight"
 
 
@@ -98,7 +95,7 @@ def _read_source(source):
             return _read_transformers(cached)
         raise UserError(
             f"{source} is neither one of {', '.join(HUB)}, nor a directory with a run or a model, "
-            "nor a ckpt.pt of nanoGPT"
+            "nor a model in the Hugging Face cache, nor a ckpt.pt of nanoGPT"
         )
     if _is_transformers(path):
         return _read_transformers(path)
@@ -181,62 +178,26 @@ def _average_kv_heads(c_attn, n_kv_head, group_size, config):
 
 
 def _fetch(name):
-    """Return the folder of a released GPT-2: from the Hugging Face cache, or downloaded once.
-
-    What was downloaded is verified by its hashes each time.
-    """
+    """Return the folder of a released GPT-2: in the Hugging Face cache, or downloaded to it."""
     folder = FOLDER / name
-    weights, sums = folder / "model.safetensors", folder / "model.safetensors.sha256"
-    if not (weights.exists() and sums.exists()):
-        cached = _cached_snapshot(HUB[name])
-        if cached is not None:
-            print(f"{name}: reading {cached}", file=sys.stderr)
-            return cached
-        if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-            raise UserError(
-                f"{name} is neither in {folder} nor in the Hugging Face cache, and HF_HUB_OFFLINE "
-                "forbids the download: unset HF_HUB_OFFLINE, or set HF_HOME to the right cache"
-            )
-        print(f"downloading {name} to {folder}", file=sys.stderr)
-        url = hub_url(f"{HUB[name]}/resolve/main")
-        download(f"{url}/model.safetensors", weights, replace=True)
-        with contextlib.suppress(UserError):  # a mirror may have the weights only: see HEAD_SIZE
-            download(f"{url}/config.json", folder / "config.json", replace=True)
-        _read_transformers(folder)  # only a file that can be read gets a hash that vouches for it
-        paths = [folder / file for file in SUMMED if (folder / file).exists()]
-        write_text(sums, "".join(f"{file_sha256(path)}  {path.name}\n" for path in paths))
-    _verify_sums(sums, weights)
-    return folder
+    files = ("model.safetensors", "model.safetensors.sha256")  # the second was written last
+    if all((folder / file).exists() for file in files):
+        return folder
+    cached = _cached_snapshot(HUB[name])
+    if cached is not None:
+        print(f"{name}: reading {cached}", file=sys.stderr)
+        return cached
+    print(f"downloading {name}", file=sys.stderr)
+    hub.download(HUB[name], "config.json")  # first: a snapshot with weights is complete
+    return hub.download(HUB[name], "model.safetensors").parent
 
 
 def _cached_snapshot(repository):
-    """Return the folder of a repository's files in the Hugging Face cache; None if it has none."""
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
-    folder = cache / f"models--{repository.replace('/', '--')}"
-    revision = folder / "refs/main"  # holds the commit, which names a folder
-    if not revision.exists():
+    """Return the folder of a model's files in the Hugging Face cache; None if it has none."""
+    config = hub.cached_file(repository, "config.json")
+    if config is None or not any(config.parent.glob("model*.safetensors")):
         return None
-    snapshot = folder / "snapshots" / read_text(revision).strip()
-    return snapshot if any(snapshot.glob("model*.safetensors")) else None
-
-
-def _verify_sums(sums, weights):
-    """Raise UserError unless the files that `sums` lists, as sha256sum does, are unchanged."""
-    names = []
-    for line in read_text(sums).splitlines():
-        expected, _, name = line.partition("  ")
-        names.append(name)
-        path = weights.with_name(name) if name in SUMMED else None
-        if path is None or not path.exists() or file_sha256(path) != expected:
-            raise UserError(
-                f"{path or weights} is not the file that {sums.name} was made from: remove "
-                f"{sums.parent} to download it again"
-            )
-    if weights.name not in names:
-        raise UserError(
-            f"{sums} lacks the line of {weights.name}: remove {sums.parent} to download it again"
-        )
+    return config.parent
 
 
 def _read_transformers(folder):
@@ -287,7 +248,7 @@ def _read_tensors(folder, prefix, embedding):
         )
     tensors = {}
     for key, w in raw.items():
-        if NOT_WEIGHTS.fullmatch(key):
+        if IGNORED_TENSORS.fullmatch(key):
             continue
         if not w.is_floating_point():
             raise UserError(

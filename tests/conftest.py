@@ -1,14 +1,11 @@
-"""Helpers and fixtures of several test files: a tiny dataset, a tiny run, a file server."""
+"""Helpers and fixtures of several test files: a tiny dataset, a tiny run, a hub."""
 
 import gc
-import hashlib
-import http.server
 import json
 import os
 import shutil
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 # Many tests fork, and a forked process cannot use CUDA. So only the tests of the GPU see one:
@@ -19,9 +16,9 @@ if not any("gpu" in argument for argument in sys.argv[1:]):
 import numpy as np
 import pytest
 import torch
+from hub import hub  # noqa: F401  a fixture
 
 import train
-from common import download
 from common.errors import UserError, run_program
 from common.tokenizer import get_tokenizer
 
@@ -170,91 +167,3 @@ def gpt2_tokenizer():
         return get_tokenizer({"tokenizer": "gpt2"})
     except UserError as error:
         pytest.skip(str(error))
-
-
-class Hub:
-    """The files and the faults of a file server, and the requests that it received."""
-
-    def __init__(self):
-        self.url = ""
-        self.files = {}  # path, without the first slash -> bytes
-        self.requests = []  # (path, its Range header or None)
-        self.break_after = None  # bytes of a body after which the connection is dropped, once
-        self.statuses = []  # statuses of the next responses; 200: the request is served
-        self.sha256 = {}  # path -> the SHA-256 to report instead of the true one; None: none
-        self.ranges = True  # whether the server honors Range
-        self.if_range = True  # whether the server honors If-Range
-        self.length_added = 0  # bytes added to the true Content-Length
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        hub = self.server.hub
-        path = self.path.lstrip("/")
-        requested_range = self.headers.get("Range")
-        hub.requests.append((path, requested_range))
-
-        status = hub.statuses.pop(0) if hub.statuses else 200
-        if status == 200 and path not in hub.files:
-            status = 404
-        if status != 200:
-            self._send_head(status, {"Content-Length": 0})
-            return
-
-        body = hub.files[path]
-        digest = hashlib.sha256(body).hexdigest()
-        etag = f'"{digest[:16]}"'
-        headers = {"ETag": etag}
-        reported = hub.sha256.get(path, digest)
-        if reported:
-            headers["X-Linked-ETag"] = f'"{reported}"'
-
-        start = 0
-        is_changed = hub.if_range and self.headers.get("If-Range", etag) != etag
-        if requested_range and hub.ranges and not is_changed:
-            start = int(requested_range.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(body):
-                headers["Content-Range"] = f"bytes */{len(body)}"
-                headers["Content-Length"] = 0
-                self._send_head(416, headers)
-                return
-            status = 206
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        headers["Content-Length"] = len(body) - start + hub.length_added
-        self._send_head(status, headers)
-
-        end = len(body)
-        if hub.break_after is not None:
-            end = start + hub.break_after
-            hub.break_after = None
-        self.wfile.write(body[start:end])
-
-    def _send_head(self, status, headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """Serve files on this machine in place of the hub (HF_ENDPOINT); retries do not wait.
-
-    The cache of transformers is empty.
-    """
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache/hub"))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.hub = Hub()
-    server.hub.url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("HF_ENDPOINT", server.hub.url)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(download, "RETRY_WAIT", 0.001)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server.hub
-    server.shutdown()
-    thread.join()
-    server.server_close()

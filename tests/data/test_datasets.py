@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refused
 
 import prepare_data
 from common.errors import UserError
@@ -54,7 +55,7 @@ def test_stdlib_files_are_in_the_same_order_every_time():
 
 @pytest.fixture
 def shakespeare(hub, monkeypatch):
-    """The text that the file server has in the place of tinyshakespeare."""
+    """The text that the hub serves in the place of tinyshakespeare."""
     text = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 10
     hub.files["input.txt"] = text
     monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", f"{hub.url}/input.txt")
@@ -81,7 +82,7 @@ def test_shakespeare_uses_a_tenth_for_validation(shakespeare):
 def test_shakespeare_is_downloaded_once(shakespeare, hub):
     make("shakespeare_char")
     make("shakespeare_char")
-    assert hub.requests == [("input.txt", None)]
+    assert hub.requests == [("GET", "input.txt")]
 
 
 def test_another_text_in_the_place_of_shakespeare_is_refused_with_both_hashes(shakespeare, hub):
@@ -90,6 +91,24 @@ def test_another_text_in_the_place_of_shakespeare_is_refused_with_both_hashes(sh
         make("shakespeare_char")
     assert hashlib.sha256(shakespeare).hexdigest() in str(error.value)
     assert hashlib.sha256(shakespeare + b".").hexdigest() in str(error.value)
+    assert not Path("data").exists()
+
+
+@pytest.mark.parametrize("faults", [{"status": 503}, {"cuts": [100]}, {"files": {}}])
+def test_shakespeare_that_cannot_be_downloaded_is_one_line_and_leaves_nothing(
+    shakespeare, hub, capsys, faults
+):
+    for fault, value in faults.items():
+        setattr(hub, fault, value)
+    line = refused(capsys, ["shakespeare_char"], prepare_data.main)
+    assert f"{hub.url}/input.txt" in line
+    assert not Path("data").exists()
+
+
+def test_shakespeare_without_a_network_is_one_line_and_leaves_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
+    assert "http://127.0.0.1:9" in refused(capsys, ["shakespeare_char"], prepare_data.main)
+    assert not Path("data").exists()
 
 
 def test_your_own_text_under_a_known_name_is_split_and_tokenized_as_that_dataset():

@@ -16,7 +16,7 @@ from common.errors import UserError
 from prepare_data import PrepareConfig, prepare, verify
 
 FOLDER = Path("data/fineweb")
-SHARDS = "datasets/kjj0/fineweb10B-gpt2/resolve/main"
+FINEWEB = f"datasets/{prepare_data.FINEWEB}"
 
 
 def shard_file(token_ids, magic=20240520, version=1, count=None):
@@ -29,9 +29,8 @@ def shard_file(token_ids, magic=20240520, version=1, count=None):
 
 
 def shard_name(shard):
-    """Return the path of a shard on the hub; number 0 is the one for validation."""
-    name = "val_000000" if shard == 0 else f"train_{shard:06d}"
-    return f"{SHARDS}/fineweb_{name}.bin"
+    """Return the name of a shard on the hub; number 0 is the one for validation."""
+    return "fineweb_val_000000.bin" if shard == 0 else f"fineweb_train_{shard:06d}.bin"
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def shards(hub, tmp_path, monkeypatch):
     shards = []
     for i in range(5):
         shards.append([rng.randrange(50257) for _ in range(1000 + i)])
-        hub.files[shard_name(i)] = shard_file(shards[i])
+        hub.add(FINEWEB, shard_name(i), shard_file(shards[i]))
     return shards
 
 
@@ -153,7 +152,7 @@ def test_more_shards_download_only_the_new_ones(shards, hub):
     fineweb(2)
     hub.requests.clear()
     fineweb(4)
-    assert hub.requests == [(shard_name(3), None), (shard_name(4), None)]
+    assert hub.downloads() == [shard_name(3), shard_name(4)]
     assert ids("train") == shards[1] + shards[2] + shards[3] + shards[4]
 
 
@@ -221,20 +220,28 @@ def test_options_that_do_not_apply_to_fineweb_are_refused(shards, hub, option, v
 # Failures -------------------------------------------------------------------------------------
 
 
-def test_a_broken_connection_resumes_within_the_shard(shards, hub):
-    shards[0] = shards[0] * 200  # larger than what a broken connection loses
-    hub.files[shard_name(0)] = shard_file(shards[0])
-    hub.break_after = 300_000
-    fineweb(1)
-    assert ids("val") == shards[0]
-    assert [path for path, requested in hub.requests if requested] == [shard_name(0)]
+def test_a_first_shard_that_cannot_be_downloaded_leaves_nothing(shards, hub):
+    hub.status = 503
+    assert "503" in user_error()
+    assert not FOLDER.exists()
 
 
 def test_shards_before_a_failure_are_kept(shards, hub):
-    del hub.files[shard_name(3)]
+    del hub.files[f"{FINEWEB}/resolve/main/{shard_name(3)}"]
     assert "404" in user_error(4)
     assert ids("train") == shards[1] + shards[2]
     assert meta()["shards"] == 2
+    assert sorted(contents()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_after_a_failure_the_same_call_downloads_only_the_missing_shards(shards, hub):
+    hub.cuts = [None, None, None, *[0] * 20]
+    assert shard_name(3) in user_error(4)
+    hub.cuts = []
+    hub.requests.clear()
+    fineweb(4)
+    assert hub.downloads() == [shard_name(3), shard_name(4)]
+    assert ids("train") == shards[1] + shards[2] + shards[3] + shards[4]
 
 
 def test_tokens_that_an_interrupted_call_appended_are_removed(shards):
@@ -269,6 +276,6 @@ BAD_SHARDS = {
 def test_a_bad_shard_is_refused_and_deleted(shards, hub, bad):
     fineweb(1)
     before = contents()
-    hub.files[shard_name(2)] = bad
+    hub.add(FINEWEB, shard_name(2), bad)
     assert "fineweb_train_000002.bin" in user_error(2)
     assert contents() == before

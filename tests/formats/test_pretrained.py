@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import arguments, refused, write_dataset
+from hub import use_hub
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +30,7 @@ from common.pretrained import load_model
 from tools.export import export
 from tools.export import main as export_main
 
-FILE = "openai-community/gpt2/resolve/main/model.safetensors"
+GPT2 = "openai-community/gpt2"
 
 
 def random_gpt2(**shape):
@@ -99,11 +100,12 @@ def change_tensors(folder, change):
 
 @pytest.fixture
 def served(hub, tmp_path, monkeypatch):
-    """A random GPT-2 with heads of 64, which the hub serves under the name of the released one."""
+    """A random GPT-2, which the hub serves under the name of the released one."""
     monkeypatch.chdir(tmp_path)
     model = random_gpt2()
     save_file(as_released(model), tmp_path / "released.safetensors")
-    hub.files[FILE] = (tmp_path / "released.safetensors").read_bytes()
+    hub.add(GPT2, "model.safetensors", (tmp_path / "released.safetensors").read_bytes())
+    hub.add(GPT2, "config.json", model.config.to_json_string().encode())
     return model
 
 
@@ -139,7 +141,7 @@ def test_gpt2_by_name_is_downloaded_once(served, hub):
     for _ in range(2):
         ours, _ = load_model("gpt2")
         assert max_difference(logits(ours, ids), logits(served, ids)) < 1e-4
-    assert [path for path, _ in hub.requests].count(FILE) == 1
+    assert hub.downloads() == ["config.json", "model.safetensors"]
 
 
 def test_gpt2_can_be_named_by_its_repository(served):
@@ -160,20 +162,22 @@ def save_in_cache(model, cache, repository):
     (folder / "refs/main").write_text("0123abc")
 
 
-@pytest.mark.parametrize(("variable", "below"), [("HF_HUB_CACHE", "."), ("HF_HOME", "hub")])
-def test_gpt2_of_the_hugging_face_cache_is_used_without_a_request(
-    hub, tmp_path, monkeypatch, variable, below
-):
+def test_gpt2_of_the_hugging_face_cache_is_used_without_a_request(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HF_HUB_CACHE")
-    monkeypatch.setenv(variable, str(tmp_path / "theirs"))
     theirs = random_gpt2()
-    save_in_cache(theirs, tmp_path / "theirs" / below, "openai-community/gpt2")
+    save_in_cache(theirs, tmp_path / "cache/hub", GPT2)
     ids = torch.randint(50257, (1, 11))
-    for name in ("gpt2", "openai-community/gpt2"):
+    for name in ("gpt2", GPT2):
         ours, _ = load_model(name)
         assert max_difference(logits(ours, ids), logits(theirs, ids)) < 1e-4
     assert hub.requests == []
+
+
+def test_transformers_reads_the_gpt2_that_was_downloaded(served, tmp_path):
+    load_model("gpt2")
+    theirs = GPT2LMHeadModel.from_pretrained(GPT2, cache_dir=tmp_path / "cache/hub")
+    ids = torch.randint(50257, (1, 11))
+    assert torch.equal(logits(theirs, ids), logits(served, ids))
 
 
 def test_another_repository_is_read_from_the_cache_but_never_downloaded(hub, tmp_path, monkeypatch):
@@ -187,43 +191,35 @@ def test_another_repository_is_read_from_the_cache_but_never_downloaded(hub, tmp
     assert hub.requests == []
 
 
-def test_gpt2_is_not_downloaded_with_hf_hub_offline(served, hub, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "HF_HUB_OFFLINE" in load_error("gpt2")
-    assert hub.requests == []
-
-
-def test_an_interrupted_download_of_gpt2_resumes(served, hub, monkeypatch):
-    monkeypatch.setattr("common.download.RETRIES", 1)
-    hub.break_after = 1_000_000
-    assert "model.safetensors.part" in load_error("gpt2")
-    monkeypatch.setattr("common.download.RETRIES", 4)
+def test_gpt2_whose_download_was_interrupted_is_complete_after_the_next_call(served, hub):
+    hub.cuts = [None, *[1_000_000] * 20]
+    assert "model.safetensors" in load_error("gpt2")
+    hub.cuts = []
     ours, _ = load_model("gpt2")
     ids = torch.randint(50257, (1, 11))
     assert max_difference(logits(ours, ids), logits(served, ids)) < 1e-4
-    ranges = [requested for path, requested in hub.requests if path == FILE]
-    assert ranges[0] is None
-    assert ranges[-1].startswith("bytes=")
 
 
-def test_a_downloaded_file_that_was_truncated_on_disk_is_refused(served):
+def test_gpt2_that_an_earlier_version_downloaded_is_used_without_a_request(served, hub):
+    folder = pretrained.FOLDER / "gpt2"
+    served.save_pretrained(folder)
+    (folder / "model.safetensors.sha256").touch()
+    ours, _ = load_model("gpt2")
+    ids = torch.randint(50257, (1, 11))
+    assert max_difference(logits(ours, ids), logits(served, ids)) < 1e-4
+    assert hub.requests == []
+
+
+def test_gpt2_that_an_earlier_version_downloaded_in_part_is_downloaded_to_the_cache(served, hub):
+    folder = pretrained.FOLDER / "gpt2"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors.part").write_text("x")
     load_model("gpt2")
-    path = pretrained.FOLDER / "gpt2/model.safetensors"
-    os.truncate(path, path.stat().st_size - 1000)
-    assert "data/pretrained/gpt2" in load_error("gpt2")
+    assert hub.downloads() == ["config.json", "model.safetensors"]
 
 
-def test_a_downloaded_file_that_was_altered_on_disk_is_refused(served):
-    load_model("gpt2")
-    path = pretrained.FOLDER / "gpt2/model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    assert "data/pretrained/gpt2" in load_error("gpt2")
-
-
-def test_a_file_that_is_truncated_on_the_server_is_refused_every_time(served, hub):
-    hub.files[FILE] = hub.files[FILE][:-1000]
+def test_weights_that_are_truncated_on_the_hub_are_refused_every_time(served, hub):
+    hub.add(GPT2, "model.safetensors", Path("released.safetensors").read_bytes()[:-1000])
     for _ in range(2):
         assert "model.safetensors" in load_error("gpt2")
 
@@ -239,9 +235,7 @@ def test_a_file_that_is_truncated_on_the_server_is_refused_every_time(served, hu
 def test_gpt2_without_a_network_is_one_line_and_writes_nothing(
     workdir, monkeypatch, capsys, main, argv
 ):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HF_HUB_CACHE", str(workdir / "cache/hub"))
-    monkeypatch.setattr("common.download.RETRY_WAIT", 0.0)
+    use_hub(monkeypatch, "http://127.0.0.1:9", workdir / "cache/hub")
     (workdir / "data/tiny/meta.json").write_text('{"tokenizer": "gpt2"}')
     with pytest.raises(SystemExit) as stopped:
         run_program(main, argv)
@@ -249,9 +243,9 @@ def test_gpt2_without_a_network_is_one_line_and_writes_nothing(
     lines = capsys.readouterr().err.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "http://127.0.0.1:9/openai-community/gpt2" in errors[0]
+    assert "http://127.0.0.1:9" in errors[0]
+    assert GPT2 in errors[0]
     assert not (workdir / "out").exists()
-    assert not pretrained.FOLDER.exists()
 
 
 def greedy_text(model, tokenizer, prompt):

@@ -25,8 +25,6 @@ from tools import export, plot_loss
 
 STEP = "out/tiny/step_00000012"
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
-RELEASED = "data/pretrained/gpt2"
-HUB_FOLDER = "openai-community/gpt2/resolve/main"
 
 # What can take the place of a file -----------------------------------------------------------
 
@@ -111,7 +109,6 @@ PROGRAMS = {
         ),
         trained,
     ),
-    "load gpt2": (print_weights, ["gpt2"], printed),
     "config": (train.main, ["tiny.py", "--eval_only=True"], last_line),
 }
 
@@ -159,19 +156,6 @@ def make_templates(root):
     for number, half in ((1, names[::2]), (2, names[1::2])):
         path = sharded / f"gpt/model-0000{number}-of-00002.safetensors"
         save_file({name: weights[name] for name in half}, path)
-
-    # The heads of the released models have 64 channels.
-    weights, theirs = foreign_model(n_layer=1, n_head=2, n_embd=128)
-    released = root / "released" / RELEASED
-    write_model(released, weights, theirs)
-    partial = root / "partial" / RELEASED
-    partial.mkdir(parents=True)
-    content = (released / "model.safetensors").read_bytes()
-    (partial / "model.safetensors.part").write_bytes(content[: len(content) // 2])
-    etag = hashlib.sha256(content).hexdigest()[:16]
-    (partial / "model.safetensors.part.etag").write_text(f'"{etag}"')
-    sums = [f"{sha256}  {name}\n" for name, sha256 in digest(released.iterdir())]
-    (released / "model.safetensors.sha256").write_text("".join(reversed(sums)))
     return root
 
 

@@ -1,20 +1,20 @@
-"""SIGKILL at any file operation of prepare_data.py, a download or an export, as in test_kills.py.
+"""SIGKILL at any file operation of prepare_data.py or an export, as in test_kills.py.
 
 pytest -m slow tests/robustness/test_data_kills.py    at each operation; unmarked is a seeded sample
 """
 
 import functools
+import hashlib
 
 import pytest
-import test_download
 from conftest import TEXT
 from faults import EFFORTS, Forked, failed_cases, files_of, kill, needs_fork, run_in
-from test_fineweb import shard_file, shard_name
+from huggingface_hub import constants
+from test_fineweb import FINEWEB, shard_file, shard_name
 from test_nanogpt import write_their_data
 
 import prepare_data
 from common.dataloader import Loader
-from common.download import download, hub_url
 from common.errors import UserError
 from common.tokenizer import byte_tokenizer
 from tools import export
@@ -44,8 +44,8 @@ def prepare_fineweb(shards=2):
 
 
 def prepare_shakespeare():
-    prepare_data.SHAKESPEARE_URL = hub_url("shakespeare.txt")
-    prepare_data.SHAKESPEARE_SHA256 = test_download.sha256_of(TEXT.encode())
+    prepare_data.SHAKESPEARE_URL = f"{constants.ENDPOINT}/shakespeare.txt"
+    prepare_data.SHAKESPEARE_SHA256 = hashlib.sha256(TEXT.encode()).hexdigest()
     prepare_data.main(["shakespeare_char"])
 
 
@@ -55,10 +55,6 @@ def import_nanogpt():
 
 def import_in_place():
     prepare_data.main(["mine", "--import_nanogpt=data/mine"])
-
-
-def download_file():
-    download(hub_url("file.bin"), "data/file.bin")
 
 
 def export_run():
@@ -106,7 +102,6 @@ COMMANDS = {
     "more fineweb": (prepare_fineweb, make_one_shard),
     "import": (import_nanogpt, make_nanogpt_data),
     "import in place": (import_in_place, make_nanogpt_data_in_place),
-    "download": (download_file, None),
 }
 
 
@@ -122,8 +117,7 @@ def start_of(make, folder):
 def serve(hub):
     """Serve what the commands download."""
     for shard, ids in enumerate(SHARDS):
-        hub.files[shard_name(shard)] = shard_file(ids)
-    hub.files["file.bin"] = test_download.BODY
+        hub.add(FINEWEB, shard_name(shard), shard_file(ids))
     hub.files["shakespeare.txt"] = TEXT.encode()
 
 
@@ -185,19 +179,6 @@ def test_a_killed_fineweb_has_whole_shards_or_is_refused(hub, tmp_path, name, co
         return tokens in (len(SHARDS[1]), len(SHARDS[1]) + len(SHARDS[2]))
 
     assert failed_cases(killed, has_right_result) == []
-
-
-@pytest.mark.parametrize("count", EFFORTS)
-def test_a_killed_download_of_a_changed_file_does_not_join_two_versions(hub, tmp_path, count):
-    """Without a SHA-256 from the server, only the order of the operations prevents it."""
-    hub.sha256["file.bin"] = None
-    hub.files["file.bin"] = test_download.BODY
-    start = start_of(None, tmp_path)
-    test_download.break_and_go_down(hub)
-    assert Forked(download_file, start).finish().status == 2
-    hub.files["file.bin"] = test_download.CHANGED
-    killed = kill(download_file, "data", start, tmp_path, count)
-    assert failed_cases(killed, ends_as_uninterrupted(killed)) == []
 
 
 @pytest.mark.parametrize("export_call", [export_run, export_for_nanogpt])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from forked import GIGABYTE, run_forked
-from readers import PROGRAMS, RELEASED, SHARD, STEP, copy_template, make_templates
+from readers import PROGRAMS, SHARD, STEP, copy_template, make_templates
 
 import prepare_data
 
@@ -108,16 +108,6 @@ BOMB_PLACES = [
             "pytorch_model.bin",
             "model.pt",
             "model-00001-of-00001.safetensors",
-        )
-    ),
-    *(
-        ("released", f"{RELEASED}/{name}", ["load gpt2"])
-        for name in (
-            "config.json",
-            "model.safetensors",
-            "model.safetensors.sha256",
-            "model.safetensors.part",
-            "model.safetensors.part.etag",
         )
     ),
     ("run", "tiny.py", ["config"]),

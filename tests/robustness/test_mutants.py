@@ -23,9 +23,7 @@ import pytest
 from conftest import TEXT
 from forked import run_forked
 from readers import (
-    HUB_FOLDER,
     PROGRAMS,
-    RELEASED,
     REPLACEMENTS,
     SHARD,
     STEP,
@@ -253,25 +251,6 @@ TARGETS = {
         "sharded",
         WEIGHTS,
     ),
-    "config.json of the released GPT-2": Target(
-        f"{RELEASED}/config.json", ["load gpt2"], JSON_FILE, template="released"
-    ),
-    "model.safetensors of the released GPT-2": Target(
-        f"{RELEASED}/model.safetensors", ["load gpt2"], BYTE_MUTATIONS, template="released"
-    ),
-    "model.safetensors.sha256": Target(
-        f"{RELEASED}/model.safetensors.sha256", ["load gpt2"], BYTE_MUTATIONS, template="released"
-    ),
-    "partial download": Target(
-        f"{RELEASED}/model.safetensors.part",
-        ["load gpt2"],
-        BYTE_MUTATIONS,
-        template="partial",
-        names=("model.safetensors: truncated or altered",),
-    ),
-    "ETag of a partial download": Target(
-        f"{RELEASED}/model.safetensors.part.etag", ["load gpt2"], BYTE_MUTATIONS, template="partial"
-    ),
     "config file": Target(
         "tiny.py", ["config"], BYTE_MUTATIONS, "a config file is a program", "run", names=("",)
     ),
@@ -290,11 +269,7 @@ def results():
 
 
 @pytest.fixture
-def bench(templates, results, hub, tmp_path):
-    """Return a Bench; the hub has the files of the released GPT-2."""
-    for name in ("model.safetensors", "config.json"):
-        path = templates / "released" / RELEASED / name
-        hub.files[f"{HUB_FOLDER}/{name}"] = path.read_bytes()
+def bench(templates, results, tmp_path):
     return Bench(templates, tmp_path, results)
 
 
@@ -410,24 +385,6 @@ def test_all_mutants_are_right_or_refused_by_name(bench, target):
     counts, problems = outcomes(bench, target, mutants(target))
     print(f"\n{target}: {dict(counts)}, {TARGETS[target].unnoticed or ''}", *problems, sep="\n")
     assert not problems
-
-
-def test_a_part_that_was_refused_is_downloaded_anew_by_the_next_command(bench):
-    folder = bench.copy("partial")
-    part = folder / RELEASED / "model.safetensors.part"
-    part.write_bytes(flip_bit(part.read_bytes(), random.Random(0)))
-    main, argv, _ = PROGRAMS["load gpt2"]
-    assert run_forked(main, argv, folder).status == 2
-    assert run_forked(main, argv, folder).out == bench.expected("partial", "load gpt2")
-
-
-def test_another_n_head_in_the_config_of_the_released_gpt2_is_refused(bench):
-    folder = bench.copy("released")
-    path = folder / RELEASED / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"n_head": 2 * config["n_head"]}))
-    main, argv, _ = PROGRAMS["load gpt2"]
-    assert run_forked(main, argv, folder).problem("config.json") is None
 
 
 # Text: its tokens have to be those of the damaged text ----------------------------------------

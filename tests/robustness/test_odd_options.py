@@ -6,10 +6,8 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 import typing
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import TEXT, arguments
 from forked import run_forked
+from hub import use_hub
 from readers import copy_template, make_templates
 
 import prepare_data
@@ -114,10 +113,7 @@ def number_problems(cases, templates, tmp_path):
 @pytest.fixture
 def offline(monkeypatch):
     """Let downloads fail at once."""
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HF_HUB_CACHE", "no cache")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("common.download.RETRIES", 1)
+    use_hub(monkeypatch, "http://127.0.0.1:9", "no cache", offline=True)
 
 
 def test_a_few_odd_numbers_succeed_or_are_refused_by_name(templates, tmp_path, offline):
@@ -375,35 +371,3 @@ def test_umlauts_work_where_python_writes_ascii(folder):
         assert b"Traceback" not in completed.stderr
     assert (folder / "out/ü/step_00000001").is_dir()
     assert (folder / "exportiert-ü/model.safetensors").is_file()
-
-
-def interrupt(folder, name, seconds):
-    """Start a program and send it SIGINT after some seconds; return (status, stderr)."""
-    process = subprocess.Popen(
-        command(name),
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        time.sleep(seconds)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    return process.returncode, err.decode()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["train", "sample", "prepare_data"])
-def test_an_interrupt_at_any_time_of_the_start_is_no_traceback(folder, name):
-    rng = random.Random(name)
-    for _ in range(10):
-        seconds = rng.uniform(0.02, 2.0)
-        status, err = interrupt(folder, name, seconds)
-        assert status in (0, 1, 130, -signal.SIGINT), f"{seconds:.3f} s: {status}, {err}"
-        # Before its first line, which imports signal, a program cannot do anything about it.
-        is_ours = str(ROOT) in err and "import signal" not in err
-        assert not is_ours, f"{seconds:.3f} s: {err}"
