@@ -56,8 +56,9 @@ class KVCache:
     def extend(self, layer, k, v):
         """Store a layer's new keys and values (B, H, T, D); return all so far (B, H, S, D).
 
-        B may be 1: the tokens are then stored in all rows of the cache, so that several samples
-        of one prompt need only one prefill. Raises ValueError if the tokens do not fit.
+        B is batch_size; or 1, to prefill a prompt once for several samples: its keys and values
+        are then stored in every row of the cache, and returned in one row.
+        Raises ValueError if the tokens do not fit.
         """
         B, T = k.size(0), k.size(2)
         end = self.pos + T
@@ -68,7 +69,7 @@ class KVCache:
             )
         self.k[layer, :, :, self.pos : end] = k
         self.v[layer, :, :, self.pos : end] = v
-        return self.k[layer, :B, :, :end], self.v[layer, :B, :, :end]
+        return self.k[layer, :B, :, :end], self.v[layer, :B, :, :end]  # (B, H, S, D) each
 
 
 class CausalSelfAttention(nn.Module):
@@ -97,12 +98,13 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q, k, v):
         """Let each query attend to its own position and all earlier ones.
 
-        The queries are at the last T of S positions:
+        The queries are at the last T of S positions. For a chunk of T = 3 tokens after two cached
+        ones, S = 5 (x: attends to):
 
-               keys 0 1 2 3 4
-        query 2     x x x . .      a chunk of T = 3 tokens after two cached ones, S = 5
-        query 3     x x x x .
-        query 4     x x x x x      x: attends to
+               keys 0 1 2 3 4      is_causal=True would mean
+        query 2     x x x . .          x . . . .
+        query 3     x x x x .          x x . . .
+        query 4     x x x x x          x x x . .
         """
         T, S = q.size(2), k.size(2)
         dropout = self.dropout if self.training else 0.0
@@ -110,8 +112,10 @@ class CausalSelfAttention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         if T == S:  # training, or prefill of a whole prompt
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        # chunked prefill: the mask is aligned bottom right; is_causal would align it top left
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        # chunked prefill
+        i = torch.arange(S - T, S, device=q.device)[:, None]  # positions of the queries, (T, 1)
+        j = torch.arange(S, device=q.device)  # positions of the keys, (S,)
+        mask = j <= i  # (T, S)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
@@ -151,16 +155,19 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict()  # so that names begin with "transformer."
-        self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.transformer.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Initialize as transformers' GPT-2: weights normal with std 0.02, biases 0.
+        """Initialize as transformers' GPT-2 does: weights normal with std 0.02, biases 0.
 
         Each block adds to the residual stream twice, through its two c_proj layers. Their std is
         divided by sqrt(2 n_layer), so that the variance of the sum does not depend on n_layer.
@@ -202,7 +209,7 @@ class GPT(nn.Module):
             return logits
         logits, targets = logits.flatten(0, 1), targets.flatten()
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-        return loss / (targets != -1).sum().clamp(min=1)
+        return loss / (targets != -1).sum().clamp(min=1)  # reduction="mean" is nan without targets
 
     def head(self, x):
         """Return the logits of the final hidden states x (B, T, C), by the matrix of wte."""

@@ -10,18 +10,24 @@ The D channels of a head form D/2 pairs. Pair i has a frequency of its own, rope
 
     x[i + D/2]
        |      * rotated
-       |     /
-       |    /    * before       angle = position * rope_theta^(-2i / D)
-       |   /  . '               high frequencies (small i) tell neighbors apart,
-       |  / .'                  low ones tell apart positions that are far from each other
-       |/.'____________ x[i]
+       |     /  .
+       |    /     .  angle = position * rope_theta^(-2i / D)
+       |   /       .
+       |  /     _--* before
+       | /  _--
+       |/_--____________ x[i]
+
+High frequencies (small i) distinguish neighboring positions, low ones distinguish positions that
+are far apart.
 
 Pairs are (i, i + D/2), as in Llama and StarCoder2. The paper has (2i, 2i + 1): the same up to the
-order of the channels. To convert weights of that convention, put the rows of q and k (weight and
-bias) of each head into the order 0, 2, 4, .., 1, 3, 5, ..
+order of the channels. To load weights of that convention, put the D channels of each head of q and
+of k into the order 0, 2, 4, .., 1, 3, 5, .. (The first C rows of c_attn.weight and c_attn.bias make
+q, the next C make k; each head has D of them.)
 
-Differences from model.py, marked RoPE: no wpe, and thus no longest sequence; queries and keys are
-rotated before the keys enter the cache; the angles are computed once for all blocks, in float32.
+Differences from model.py, marked RoPE: there is no wpe, so block_size does not limit the length of
+a sequence; queries and keys are rotated before the keys enter the cache; the angles are computed
+once for all blocks, in float32.
 
 Shapes: B batch, T new tokens, S keys (S - T from the cache, then T new), C channels, H heads,
 D = C / H channels of a head, V vocabulary.
@@ -81,8 +87,9 @@ class KVCache:
     def extend(self, layer, k, v):
         """Store a layer's new keys and values (B, H, T, D); return all so far (B, H, S, D).
 
-        B may be 1: the tokens are then stored in all rows of the cache, so that several samples
-        of one prompt need only one prefill. Raises ValueError if the tokens do not fit.
+        B is batch_size; or 1, to prefill a prompt once for several samples: its keys and values
+        are then stored in every row of the cache, and returned in one row.
+        Raises ValueError if the tokens do not fit.
         """
         B, T = k.size(0), k.size(2)
         end = self.pos + T
@@ -93,7 +100,7 @@ class KVCache:
             )
         self.k[layer, :, :, self.pos : end] = k
         self.v[layer, :, :, self.pos : end] = v
-        return self.k[layer, :B, :, :end], self.v[layer, :B, :, :end]
+        return self.k[layer, :B, :, :end], self.v[layer, :B, :, :end]  # (B, H, S, D) each
 
 
 def rotate(x, cos, sin):
@@ -131,12 +138,13 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q, k, v):
         """Let each query attend to its own position and all earlier ones.
 
-        The queries are at the last T of S positions:
+        The queries are at the last T of S positions. For a chunk of T = 3 tokens after two cached
+        ones, S = 5 (x: attends to):
 
-               keys 0 1 2 3 4
-        query 2     x x x . .      a chunk of T = 3 tokens after two cached ones, S = 5
-        query 3     x x x x .
-        query 4     x x x x x      x: attends to
+               keys 0 1 2 3 4      is_causal=True would mean
+        query 2     x x x . .          x . . . .
+        query 3     x x x x .          x x . . .
+        query 4     x x x x x          x x x . .
         """
         T, S = q.size(2), k.size(2)
         dropout = self.dropout if self.training else 0.0
@@ -144,8 +152,10 @@ class CausalSelfAttention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         if T == S:  # training, or prefill of a whole prompt
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        # chunked prefill: the mask is aligned bottom right; is_causal would align it top left
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        # chunked prefill
+        i = torch.arange(S - T, S, device=q.device)[:, None]  # positions of the queries, (T, 1)
+        j = torch.arange(S, device=q.device)  # positions of the keys, (S,)
+        mask = j <= i  # (T, S)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
@@ -185,15 +195,18 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict()  # so that names begin with "transformer."
-        self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.transformer.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Initialize as transformers' GPT-2: weights normal with std 0.02, biases 0.
+        """Initialize as transformers' GPT-2 does: weights normal with std 0.02, biases 0.
 
         Each block adds to the residual stream twice, through its two c_proj layers. Their std is
         divided by sqrt(2 n_layer), so that the variance of the sum does not depend on n_layer.
@@ -211,7 +224,8 @@ class GPT(nn.Module):
     def rope_angles(self, positions):
         """RoPE: return cos and sin (T, D/2) of the angles by which positions (T,) are rotated.
 
-        In float32, whatever the model's dtype: bfloat16 cannot tell positions above 256 apart.
+        In float32, whatever the model's dtype: bfloat16 has 8 significant bits, so above 256 it
+        rounds neighboring positions to the same number.
         """
         D = self.config.n_embd // self.config.n_head
         pair = torch.arange(D // 2, device=positions.device, dtype=torch.float32)
@@ -243,7 +257,7 @@ class GPT(nn.Module):
             return logits
         logits, targets = logits.flatten(0, 1), targets.flatten()
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-        return loss / (targets != -1).sum().clamp(min=1)
+        return loss / (targets != -1).sum().clamp(min=1)  # reduction="mean" is nan without targets
 
     def head(self, x):
         """Return the logits of the final hidden states x (B, T, C), by the matrix of wte."""

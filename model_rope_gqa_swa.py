@@ -2,13 +2,15 @@
 
 The block of StarCoder2 (Lozhkov et al. 2024, section 6.1), whose format other programs load.
 model_rope.py, model_gqa.py and model_swa.py explain the ideas one by one. Together they generate
-without end: positions have no limit (until, at some ten million, float32 cannot tell neighbors
-apart), and the cache holds `window` tokens of n_kv_head heads.
+without end: positions have no limit (until, at some ten million, float32 rounds neighboring ones
+to the same number), and the cache holds `window` tokens of n_kv_head heads.
 
-Differences from model.py are marked RoPE, GQA and SWA.
+Differences from model.py are marked RoPE, GQA and SWA. An optimization for long sequences,
+attend_blocks, is at the end of this file; a first reading can skip it.
 
-Shapes: B batch, T new tokens, S keys (S - T from the cache, then T new), C channels, H query heads,
-G KV heads, D = C / H channels of a head, V vocabulary, W window.
+Shapes: B batch, T new tokens, S keys (at most W - 1 from the cache, then T new; in decode, where
+T = 1, all slots of the ring buffer that are in use), C channels, H query heads, G KV heads,
+D = C / H channels of a head, V vocabulary, W window.
 """
 
 from dataclasses import dataclass
@@ -16,10 +18,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-# SWA: measured on a CPU by python -m tools.bench attention
-MIN_BLOCK, MAX_BLOCK = 64, 256  # queries in a block: as many as the window, within these bounds
-MAX_DENSE_QUERIES = 256  # with more queries, blocks are faster than a mask over all pairs
 
 
 @dataclass
@@ -75,30 +73,35 @@ class KVCache:
     def extend(self, layer, k, v):
         """Store a layer's new keys and values (B, G, T, D); return those needed (B, G, S, D).
 
-        B may be 1: the tokens are then stored in all rows of the cache, so that several samples
-        of one prompt need only one prefill. Raises ValueError if the tokens do not fit.
+        B is batch_size; or 1, to prefill a prompt once for several samples: its keys and values
+        are then stored in every row of the cache, and returned in one row.
+        Raises ValueError if the tokens do not fit.
         """
         B, T = k.size(0), k.size(2)
         end = self.pos + T
-        if end > self.max_len:  # SWA: a ring of max_len < window slots would lose keys it needs
+        # SWA: with max_len < window, keys that are still attended to would be replaced. A larger
+        # max_len is only a limit, as in model.py.
+        if end > self.max_len:
             raise ValueError(
                 f"the cache has room for {self.max_len} tokens, not for {end}: "
                 f"make it with make_cache(batch_size, max_len={end})"
             )
-        layer_k, layer_v = self.k[layer], self.v[layer]
-        slots = layer_k.size(2)  # SWA: position p is in slot p % slots
+        # SWA: position p is in slot p % slots. The comments at the right show the positions if the
+        # cache has 3 slots and pos is 4.
+        layer_k, layer_v = self.k[layer], self.v[layer]  # 3 1 2
+        slots = layer_k.size(2)
         if T == 1:  # decode
-            layer_k[:, :, self.pos % slots] = k[:, :, 0]
+            layer_k[:, :, self.pos % slots] = k[:, :, 0]  # 3 4 2
             layer_v[:, :, self.pos % slots] = v[:, :, 0]
-            return layer_k[:B, :, :end], layer_v[:B, :, :end]  # all slots, if end exceeds them
-        # SWA: the first new query needs the slots - 1 keys before it, in order of their positions.
-        past = torch.arange(max(0, self.pos - slots + 1), self.pos, device=k.device) % slots
-        keys = torch.cat([layer_k[:B, :, past], k], dim=2)
-        values = torch.cat([layer_v[:B, :, past], v], dim=2)
-        # Store the last `slots` of these keys; old ones are written again to the slots they have.
-        last = torch.arange(max(0, end - slots), end, device=k.device) % slots
-        layer_k[:, :, last] = keys[:, :, -slots:]
-        layer_v[:, :, last] = values[:, :, -slots:]
+            return layer_k[:B, :, :end], layer_v[:B, :, :end]  # those in use: all, or `end` slots
+        # A chunk, for example of T = 7, also needs the slots - 1 positions before its first query.
+        past = torch.arange(max(0, self.pos - slots + 1), self.pos, device=k.device)  # 2 3
+        keys = torch.cat([layer_k[:B, :, past % slots], k], dim=2)  # 2 3 4 5 6 7 8 9 10: S = 9
+        values = torch.cat([layer_v[:B, :, past % slots], v], dim=2)
+        n = min(T, slots)  # new positions to store, the last ones
+        last = torch.arange(end - n, end, device=k.device)  # 8 9 10
+        layer_k[:, :, last % slots] = keys[:, :, -n:]  # 9 10 8
+        layer_v[:, :, last % slots] = values[:, :, -n:]
         return keys, values
 
 
@@ -107,16 +110,6 @@ def rotate(x, cos, sin):
     a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
     rotated = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
     return rotated.to(x.dtype)
-
-
-def with_earlier_blocks(x, n, m, size):
-    """SWA: join each of the last n blocks of x (B, H, S, D) with the m blocks before it.
-
-    With blocks a b c d, n = 3 and m = 1: ab, bc and cd. Returns (BH, n, (m + 1) size, D).
-    """
-    x = x[:, :, -(n + m) * size :].unflatten(2, (n + m, size)).flatten(0, 1)
-    shifted = [x[:, i : i + n] for i in range(m + 1)]  # [a b c] and [b c d]
-    return torch.cat(shifted, dim=2)  # [ab bc cd]
 
 
 class CausalSelfAttention(nn.Module):
@@ -151,65 +144,41 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q, k, v):
         """Let each query attend to its own position and the W - 1 before it.
 
-        The queries are at the last T of S positions:
+        The queries are at the last T of S positions. For a chunk of T = 3 tokens after two cached
+        ones, S = 5, with W = 3 (x: attends to):
 
                keys 0 1 2 3 4
-        query 2     x x x . .      a chunk of T = 3 tokens after two cached ones, S = 5, W = 3
+        query 2     x x x . .
         query 3     . x x x .
-        query 4     . . x x x      x: attends to
+        query 4     . . x x x
         """
         B, H, T, D = q.shape
         G = k.size(1)
         dropout = self.dropout if self.training else 0.0
         if T == 1:  # decode: one query, which attends to all keys
-            # GQA: the queries of a group, all of one token, become the rows of one matrix, so that
-            # its KV head is read once
-            q = q.view(B, G, H // G, D)
+            # GQA: the H / G queries that share a KV head become the rows of one matrix, as if they
+            # were queries of several tokens. So the KV head is read once for all of them.
+            q = q.reshape(B, G, H // G, D)
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
             return y.reshape(B, H, T, D)
-        # GQA: enable_gqa=True would not repeat them, but not all kernels of torch support it
+        # GQA: copy each KV head for the query heads that share it. (enable_gqa=True would spare the
+        # copies, but not all of torch's attention kernels support it.)
         k = k.repeat_interleave(H // G, dim=1)  # (B, H, S, D)
         v = v.repeat_interleave(H // G, dim=1)  # (B, H, S, D)
-        if T > MAX_DENSE_QUERIES:  # SWA
-            return self.attend_blocks(q, k, v)
+        if T > MAX_DENSE_QUERIES:  # SWA: the same result, faster
+            return attend_blocks(self.attend_dense, q, k, v, self.window)
         return self.attend_dense(q, k, v)  # SWA
 
     def attend_dense(self, q, k, v):
         """SWA: compute all T x S scores, and mask those outside of the windows."""
         T, S, W = q.size(2), k.size(2), self.window
         dropout = self.dropout if self.training else 0.0
-        if T == S <= W:  # no window cuts anything off
+        if T == S <= W:  # all earlier keys are in every window, as in full attention
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).triu(S - T - W + 1)
+        i = torch.arange(S - T, S, device=q.device)[:, None]  # positions of the queries, (T, 1)
+        j = torch.arange(S, device=q.device)  # positions of the keys, (S,)
+        mask = (i - W < j) & (j <= i)  # (T, S): 0 <= i - j < W
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-
-    def attend_blocks(self, q, k, v):
-        """SWA: compute attend_dense's result in O(T max(W, MIN_BLOCK)) time.
-
-        The last n * size queries form n blocks. A block attends to its own keys and to those of the
-        m blocks before it, into which its windows reach: all blocks have `size` queries at the end
-        of (m + 1) size keys, so one mask serves all. Queries that are left over before the n blocks
-        go through attend_dense: the first of a sequence, which have fewer than m blocks of keys
-        before them, and those that do not fill a block.
-        """
-        B, H, T, D = q.shape
-        S, W = k.size(2), self.window
-        size = min(max(W, MIN_BLOCK), MAX_BLOCK)
-        m = (W - 1 + size - 1) // size  # (W - 1) / size, rounded up
-        n = min(T, S - m * size) // size  # blocks with m whole blocks of keys before the first
-        if n < 1:
-            return self.attend_dense(q, k, v)
-        T_before, S_before = T - n * size, S - n * size
-        q_blocks = q[:, :, T_before:].unflatten(2, (n, size)).flatten(0, 1)  # (BH, n, size, D)
-        k_blocks = with_earlier_blocks(k, n, m, size)  # (BH, n, (m + 1) size, D)
-        v_blocks = with_earlier_blocks(v, n, m, size)
-        y = self.attend_dense(q_blocks, k_blocks, v_blocks)  # blocks in the place of heads
-        y = y.reshape(B, H, n * size, D)
-        if T_before == 0:
-            return y
-        k_before, v_before = k[:, :, :S_before], v[:, :, :S_before]
-        y_before = self.attend_dense(q[:, :, :T_before], k_before, v_before)
-        return torch.cat([y_before, y], dim=2)
 
 
 class MLP(nn.Module):
@@ -248,15 +217,18 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict()  # so that names begin with "transformer."
-        self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.transformer.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Initialize as transformers' GPT-2: weights normal with std 0.02, biases 0.
+        """Initialize as transformers' GPT-2 does: weights normal with std 0.02, biases 0.
 
         Each block adds to the residual stream twice, through its two c_proj layers. Their std is
         divided by sqrt(2 n_layer), so that the variance of the sum does not depend on n_layer.
@@ -274,7 +246,8 @@ class GPT(nn.Module):
     def rope_angles(self, positions):
         """RoPE: return cos and sin (T, D/2) of the angles by which positions (T,) are rotated.
 
-        In float32, whatever the model's dtype: bfloat16 cannot tell positions above 256 apart.
+        In float32, whatever the model's dtype: bfloat16 has 8 significant bits, so above 256 it
+        rounds neighboring positions to the same number.
         """
         D = self.config.n_embd // self.config.n_head
         pair = torch.arange(D // 2, device=positions.device, dtype=torch.float32)
@@ -306,7 +279,7 @@ class GPT(nn.Module):
             return logits
         logits, targets = logits.flatten(0, 1), targets.flatten()
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-        return loss / (targets != -1).sum().clamp(min=1)
+        return loss / (targets != -1).sum().clamp(min=1)  # reduction="mean" is nan without targets
 
     def head(self, x):
         """Return the logits of the final hidden states x (B, T, C), by the matrix of wte."""
@@ -317,3 +290,50 @@ class GPT(nn.Module):
         max_len = max_len or float("inf")  # RoPE and SWA: neither positions nor slots run out
         weight = self.transformer.wte.weight
         return KVCache(self.config, batch_size, max_len, weight.device, weight.dtype)
+
+
+# SWA, an optimization: attention in blocks ----------------------------------------------------
+#
+# A first reading can skip the rest of this file. model_swa.py explains the blocks. The constants
+# were measured on a CPU by python -m tools.bench attention.
+MIN_BLOCK, MAX_BLOCK = 64, 256  # a block has as many queries as the window, within these bounds
+MAX_DENSE_QUERIES = 256  # with more queries, blocks are faster than attend_dense
+
+
+def attend_blocks(attend_dense, q, k, v, window):
+    """SWA: return attend_dense(q, k, v), computed in O(T max(window, MIN_BLOCK)) time and memory.
+
+    q is (B, H, T, D), k and v are (B, H, S, D). The last queries form n_blocks blocks. Each block
+    attends to its own keys and to those of the n_before blocks before it. The first T_rest queries
+    are left over: they have too few keys before them, or do not fill a block.
+    """
+    B, H, T, D = q.shape
+    S = k.size(2)
+    size = min(max(window, MIN_BLOCK), MAX_BLOCK)  # queries in a block
+    n_before = (window - 1 + size - 1) // size  # (window - 1) / size, rounded up
+    n_blocks = min(T, S - n_before * size) // size  # with n_before blocks of keys before the first
+    if n_blocks < 1:
+        return attend_dense(q, k, v)
+    T_rest = T - n_blocks * size
+    S_rest = S - n_blocks * size  # keys up to the last of the T_rest queries
+    q_blocks = q[:, :, T_rest:].unflatten(2, (n_blocks, size)).flatten(0, 1)
+    k_blocks = with_earlier_blocks(k, n_blocks, n_before, size)
+    v_blocks = with_earlier_blocks(v, n_blocks, n_before, size)
+    y = attend_dense(q_blocks, k_blocks, v_blocks)  # (BH, n_blocks, size, D): blocks act as heads
+    y = y.reshape(B, H, n_blocks * size, D)
+    if T_rest == 0:
+        return y
+    y_rest = attend_dense(q[:, :, :T_rest], k[:, :, :S_rest], v[:, :, :S_rest])
+    return torch.cat([y_rest, y], dim=2)  # (B, H, T, D)
+
+
+def with_earlier_blocks(x, n_blocks, n_before, size):
+    """SWA: join each of the last n_blocks blocks of x (B, H, S, D) with the n_before before it.
+
+    With blocks a b c d, n_blocks = 3 and n_before = 1: ab, bc and cd. Returns
+    (BH, n_blocks, (n_before + 1) size, D).
+    """
+    n = n_blocks + n_before
+    x = x[:, :, -n * size :].unflatten(2, (n, size)).flatten(0, 1)  # [a b c d]: (BH, n, size, D)
+    shifted = [x[:, i : i + n_blocks] for i in range(n_before + 1)]  # [a b c] and [b c d]
+    return torch.cat(shifted, dim=2)  # [ab bc cd]

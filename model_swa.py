@@ -2,36 +2,34 @@
 
 "Longformer" (Beltagy et al. 2020, section 3.1) without dilation and global tokens; "Mistral 7B"
 (Jiang et al. 2023, section 2), which also has the ring buffer. The window includes the token
-itself: query i attends to key j if 0 <= i - j < window. Stacked windows reach further: the
-receptive field of L layers is L (window - 1) tokens into the past.
+itself: query i attends to key j if 0 <= i - j < window. The mask for window = 3:
 
-    the mask, window = 3         blocks of 3 queries          the ring buffer, 3 slots
-           keys                    queries   keys               after token 4: slot  0 1 2
-           0 1 2 3 4 5             0 1 2     0 1 2                             token 3 4 2
-    q 0    x                       3 4 5     0 1 2 3 4 5        after token 5: slot  0 1 2
-      1    x x                                                                 token 3 4 5
-      2    x x x
-      3      x x x               A block attends to its       Position p is in slot p % 3. The
-      4        x x x             own keys and to those of     order of the keys does not matter
-      5          x x x           the block before it.         to softmax(QK^T) V.
+           keys 0 1 2 3 4 5
+    query 0     x . . . . .
+    query 1     x x . . . .
+    query 2     x x x . . .
+    query 3     . x x x . .
+    query 4     . . x x x .
+    query 5     . . . x x x      x: attends to
 
-A mask alone would save nothing: all T^2 scores are computed before it applies. (Full attention with
-is_causal=True can at least skip the later keys: T (T + 1) / 2 scores.) Therefore queries are
-computed in blocks, each with only the keys that its windows reach. A block (of queries; not a
-layer, and not block_size) has as many queries as the window, but at least 64 and at most 256; a
-window of more than 257 reaches into several blocks. For windows of 64 to 256, blocks compute twice
-as many scores as needed; for a window of 5, with blocks of 64, 25 times as many.
+Stacked windows reach further: the receptive field of L layers is L (window - 1) tokens into the
+past.
 
-With T = 1024 and window = 256, 229,504 scores are needed, a mask computes 1,048,576, and is_causal
-524,800. Blocks compute 458,752 or fewer: the first 256 queries have no block before them (256 x
-256, of which is_causal may skip half), then come three blocks of 256 x 512.
+No later query attends to a key that has left the window. So the KV cache is a ring buffer: it has
+`window` slots, and position p is in slot p % window, where it replaces position p - window. With
+window = 3:
 
-Differences from model.py, marked SWA: the cache is a ring buffer of `window` slots, however long
-the sequence; queries attend to their windows, in blocks if they are many.
+    slot                0 1 2
+    after position 4    3 4 2
+    after position 5    3 4 5      the order of the keys does not matter to softmax(QK^T) V
+    after position 6    6 4 5
 
-Shapes: B batch, T new tokens, S keys (at most W - 1 from the cache, then T new; when decoding,
-T = 1, the slots of the ring buffer as they lie), C channels, H heads, D = C / H channels of a head,
-V vocabulary, W window.
+Differences from model.py, marked SWA: the mask and the ring buffer. An optimization for long
+sequences, attend_blocks, is at the end of this file; a first reading can skip it.
+
+Shapes: B batch, T new tokens, S keys (at most W - 1 from the cache, then T new; in decode, where
+T = 1, all slots of the ring buffer that are in use), C channels, H heads, D = C / H channels of a
+head, V vocabulary, W window.
 """
 
 from dataclasses import dataclass
@@ -39,10 +37,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-# SWA: measured on a CPU by python -m tools.bench attention
-MIN_BLOCK, MAX_BLOCK = 64, 256  # queries in a block: as many as the window, within these bounds
-MAX_DENSE_QUERIES = 256  # with more queries, blocks are faster than a mask over all pairs
 
 
 @dataclass
@@ -87,41 +81,36 @@ class KVCache:
     def extend(self, layer, k, v):
         """Store a layer's new keys and values (B, H, T, D); return those needed (B, H, S, D).
 
-        B may be 1: the tokens are then stored in all rows of the cache, so that several samples
-        of one prompt need only one prefill. Raises ValueError if the tokens do not fit.
+        B is batch_size; or 1, to prefill a prompt once for several samples: its keys and values
+        are then stored in every row of the cache, and returned in one row.
+        Raises ValueError if the tokens do not fit.
         """
         B, T = k.size(0), k.size(2)
         end = self.pos + T
-        if end > self.max_len:  # SWA: a ring of max_len < window slots would lose keys it needs
+        # SWA: with max_len < window, keys that are still attended to would be replaced. A larger
+        # max_len is only a limit, as in model.py.
+        if end > self.max_len:
             raise ValueError(
                 f"the cache has room for {self.max_len} tokens, not for {end}: "
                 f"make it with make_cache(batch_size, max_len={end})"
             )
-        layer_k, layer_v = self.k[layer], self.v[layer]
-        slots = layer_k.size(2)  # SWA: position p is in slot p % slots
+        # SWA: position p is in slot p % slots. The comments at the right show the positions if the
+        # cache has 3 slots and pos is 4.
+        layer_k, layer_v = self.k[layer], self.v[layer]  # 3 1 2
+        slots = layer_k.size(2)
         if T == 1:  # decode
-            layer_k[:, :, self.pos % slots] = k[:, :, 0]
+            layer_k[:, :, self.pos % slots] = k[:, :, 0]  # 3 4 2
             layer_v[:, :, self.pos % slots] = v[:, :, 0]
-            return layer_k[:B, :, :end], layer_v[:B, :, :end]  # all slots, if end exceeds them
-        # SWA: the first new query needs the slots - 1 keys before it, in order of their positions.
-        past = torch.arange(max(0, self.pos - slots + 1), self.pos, device=k.device) % slots
-        keys = torch.cat([layer_k[:B, :, past], k], dim=2)
-        values = torch.cat([layer_v[:B, :, past], v], dim=2)
-        # Store the last `slots` of these keys; old ones are written again to the slots they have.
-        last = torch.arange(max(0, end - slots), end, device=k.device) % slots
-        layer_k[:, :, last] = keys[:, :, -slots:]
-        layer_v[:, :, last] = values[:, :, -slots:]
+            return layer_k[:B, :, :end], layer_v[:B, :, :end]  # those in use: all, or `end` slots
+        # A chunk, for example of T = 7, also needs the slots - 1 positions before its first query.
+        past = torch.arange(max(0, self.pos - slots + 1), self.pos, device=k.device)  # 2 3
+        keys = torch.cat([layer_k[:B, :, past % slots], k], dim=2)  # 2 3 4 5 6 7 8 9 10: S = 9
+        values = torch.cat([layer_v[:B, :, past % slots], v], dim=2)
+        n = min(T, slots)  # new positions to store, the last ones
+        last = torch.arange(end - n, end, device=k.device)  # 8 9 10
+        layer_k[:, :, last % slots] = keys[:, :, -n:]  # 9 10 8
+        layer_v[:, :, last % slots] = values[:, :, -n:]
         return keys, values
-
-
-def with_earlier_blocks(x, n, m, size):
-    """SWA: join each of the last n blocks of x (B, H, S, D) with the m blocks before it.
-
-    With blocks a b c d, n = 3 and m = 1: ab, bc and cd. Returns (BH, n, (m + 1) size, D).
-    """
-    x = x[:, :, -(n + m) * size :].unflatten(2, (n + m, size)).flatten(0, 1)
-    shifted = [x[:, i : i + n] for i in range(m + 1)]  # [a b c] and [b c d]
-    return torch.cat(shifted, dim=2)  # [ab bc cd]
 
 
 class CausalSelfAttention(nn.Module):
@@ -151,57 +140,32 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q, k, v):
         """Let each query attend to its own position and the W - 1 before it.
 
-        The queries are at the last T of S positions:
+        The queries are at the last T of S positions. For a chunk of T = 3 tokens after two cached
+        ones, S = 5, with W = 3 (x: attends to):
 
                keys 0 1 2 3 4
-        query 2     x x x . .      a chunk of T = 3 tokens after two cached ones, S = 5, W = 3
+        query 2     x x x . .
         query 3     . x x x .
-        query 4     . . x x x      x: attends to
+        query 4     . . x x x
         """
         T = q.size(2)
+        dropout = self.dropout if self.training else 0.0
         if T == 1:  # decode: one query, which attends to all keys
-            dropout = self.dropout if self.training else 0.0
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        if T > MAX_DENSE_QUERIES:  # SWA
-            return self.attend_blocks(q, k, v)
+        if T > MAX_DENSE_QUERIES:  # SWA: the same result, faster
+            return attend_blocks(self.attend_dense, q, k, v, self.window)
         return self.attend_dense(q, k, v)  # SWA
 
     def attend_dense(self, q, k, v):
         """SWA: compute all T x S scores, and mask those outside of the windows."""
         T, S, W = q.size(2), k.size(2), self.window
         dropout = self.dropout if self.training else 0.0
-        if T == S <= W:  # no window cuts anything off
+        if T == S <= W:  # all earlier keys are in every window, as in full attention
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).triu(S - T - W + 1)
+        i = torch.arange(S - T, S, device=q.device)[:, None]  # positions of the queries, (T, 1)
+        j = torch.arange(S, device=q.device)  # positions of the keys, (S,)
+        mask = (i - W < j) & (j <= i)  # (T, S): 0 <= i - j < W
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-
-    def attend_blocks(self, q, k, v):
-        """SWA: compute attend_dense's result in O(T max(W, MIN_BLOCK)) time.
-
-        The last n * size queries form n blocks. A block attends to its own keys and to those of the
-        m blocks before it, into which its windows reach: all blocks have `size` queries at the end
-        of (m + 1) size keys, so one mask serves all. Queries that are left over before the n blocks
-        go through attend_dense: the first of a sequence, which have fewer than m blocks of keys
-        before them, and those that do not fill a block.
-        """
-        B, H, T, D = q.shape
-        S, W = k.size(2), self.window
-        size = min(max(W, MIN_BLOCK), MAX_BLOCK)
-        m = (W - 1 + size - 1) // size  # (W - 1) / size, rounded up
-        n = min(T, S - m * size) // size  # blocks with m whole blocks of keys before the first
-        if n < 1:
-            return self.attend_dense(q, k, v)
-        T_before, S_before = T - n * size, S - n * size
-        q_blocks = q[:, :, T_before:].unflatten(2, (n, size)).flatten(0, 1)  # (BH, n, size, D)
-        k_blocks = with_earlier_blocks(k, n, m, size)  # (BH, n, (m + 1) size, D)
-        v_blocks = with_earlier_blocks(v, n, m, size)
-        y = self.attend_dense(q_blocks, k_blocks, v_blocks)  # blocks in the place of heads
-        y = y.reshape(B, H, n * size, D)
-        if T_before == 0:
-            return y
-        k_before, v_before = k[:, :, :S_before], v[:, :, :S_before]
-        y_before = self.attend_dense(q[:, :, :T_before], k_before, v_before)
-        return torch.cat([y_before, y], dim=2)
 
 
 class MLP(nn.Module):
@@ -240,16 +204,19 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict()  # so that names begin with "transformer."
-        self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.transformer.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.transformer.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Initialize as transformers' GPT-2: weights normal with std 0.02, biases 0.
+        """Initialize as transformers' GPT-2 does: weights normal with std 0.02, biases 0.
 
         Each block adds to the residual stream twice, through its two c_proj layers. Their std is
         divided by sqrt(2 n_layer), so that the variance of the sum does not depend on n_layer.
@@ -291,7 +258,7 @@ class GPT(nn.Module):
             return logits
         logits, targets = logits.flatten(0, 1), targets.flatten()
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-        return loss / (targets != -1).sum().clamp(min=1)
+        return loss / (targets != -1).sum().clamp(min=1)  # reduction="mean" is nan without targets
 
     def head(self, x):
         """Return the logits of the final hidden states x (B, T, C), by the matrix of wte."""
@@ -302,3 +269,68 @@ class GPT(nn.Module):
         max_len = max_len or self.config.block_size
         weight = self.transformer.wte.weight
         return KVCache(self.config, batch_size, max_len, weight.device, weight.dtype)
+
+
+# SWA, an optimization: attention in blocks ----------------------------------------------------
+#
+# A first reading can skip the rest of this file.
+#
+# A mask saves nothing: all T x S scores are computed before it applies. attend_blocks computes the
+# queries in blocks, each with only those keys that its windows reach. With window = 3 and blocks
+# of 3 queries (not to be confused with the Transformer's blocks):
+#
+#     queries    keys
+#     0 1 2      0 1 2                left over: they have no block before them
+#     3 4 5      0 1 2 3 4 5          a block attends to its own keys
+#     6 7 8            3 4 5 6 7 8    and to those of the n_before = 1 block before it
+#
+# The first query of a block attends to the window - 1 keys before it, so n_before is
+# (window - 1) / size, rounded up: 1 for windows of 2 to 257, more for longer ones, because a block
+# has at most 256 queries. Every block has `size` queries at the end of (n_before + 1) * size keys,
+# so one mask serves all.
+#
+# With T = 1024 and window = 256, 229,504 scores are needed. A mask computes 1,048,576, full causal
+# attention 524,800, and blocks 458,752.
+#
+# The constants were measured on a CPU by python -m tools.bench attention.
+MIN_BLOCK, MAX_BLOCK = 64, 256  # a block has as many queries as the window, within these bounds
+MAX_DENSE_QUERIES = 256  # with more queries, blocks are faster than attend_dense
+
+
+def attend_blocks(attend_dense, q, k, v, window):
+    """SWA: return attend_dense(q, k, v), computed in O(T max(window, MIN_BLOCK)) time and memory.
+
+    q is (B, H, T, D), k and v are (B, H, S, D). The last queries form n_blocks blocks. Each block
+    attends to its own keys and to those of the n_before blocks before it. The first T_rest queries
+    are left over: they have too few keys before them, or do not fill a block.
+    """
+    B, H, T, D = q.shape
+    S = k.size(2)
+    size = min(max(window, MIN_BLOCK), MAX_BLOCK)  # queries in a block
+    n_before = (window - 1 + size - 1) // size  # (window - 1) / size, rounded up
+    n_blocks = min(T, S - n_before * size) // size  # with n_before blocks of keys before the first
+    if n_blocks < 1:
+        return attend_dense(q, k, v)
+    T_rest = T - n_blocks * size
+    S_rest = S - n_blocks * size  # keys up to the last of the T_rest queries
+    q_blocks = q[:, :, T_rest:].unflatten(2, (n_blocks, size)).flatten(0, 1)
+    k_blocks = with_earlier_blocks(k, n_blocks, n_before, size)
+    v_blocks = with_earlier_blocks(v, n_blocks, n_before, size)
+    y = attend_dense(q_blocks, k_blocks, v_blocks)  # (BH, n_blocks, size, D): blocks act as heads
+    y = y.reshape(B, H, n_blocks * size, D)
+    if T_rest == 0:
+        return y
+    y_rest = attend_dense(q[:, :, :T_rest], k[:, :, :S_rest], v[:, :, :S_rest])
+    return torch.cat([y_rest, y], dim=2)  # (B, H, T, D)
+
+
+def with_earlier_blocks(x, n_blocks, n_before, size):
+    """SWA: join each of the last n_blocks blocks of x (B, H, S, D) with the n_before before it.
+
+    With blocks a b c d, n_blocks = 3 and n_before = 1: ab, bc and cd. Returns
+    (BH, n_blocks, (n_before + 1) size, D).
+    """
+    n = n_blocks + n_before
+    x = x[:, :, -n * size :].unflatten(2, (n, size)).flatten(0, 1)  # [a b c d]: (BH, n, size, D)
+    shifted = [x[:, i : i + n_blocks] for i in range(n_before + 1)]  # [a b c] and [b c d]
+    return torch.cat(shifted, dim=2)  # [ab bc cd]

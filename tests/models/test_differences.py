@@ -24,9 +24,9 @@ ADDED = {
     "model_rope": {"rotate", "GPT.rope_angles"},
     "model_gqa": set(),
     "model_swa": {
-        "with_earlier_blocks",
         "CausalSelfAttention.attend_dense",
-        "CausalSelfAttention.attend_blocks",
+        "attend_blocks",
+        "with_earlier_blocks",
     },
 }
 ADDED["model_rope_gqa_swa"] = ADDED["model_rope"] | ADDED["model_swa"]
@@ -99,6 +99,13 @@ def test_a_variant_has_the_imports_of_model_py(name):
 )
 def test_model_rope_gqa_swa_rotates_as_model_rope_does(piece):
     assert pieces("model_rope_gqa_swa")[piece] == pieces("model_rope")[piece]
+
+
+@pytest.mark.parametrize(
+    "piece", ["CausalSelfAttention.attend_dense", "attend_blocks", "with_earlier_blocks"]
+)
+def test_model_rope_gqa_swa_attends_to_windows_as_model_swa_does(piece):
+    assert pieces("model_rope_gqa_swa")[piece] == pieces("model_swa")[piece]
 
 
 def test_model_rope_gqa_swa_has_the_ring_buffer_of_model_swa_with_kv_heads():

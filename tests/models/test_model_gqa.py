@@ -8,7 +8,6 @@ from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 import model
 import model_gqa
-import model_rope_gqa_swa
 
 # transformers ---------------------------------------------------------------------------------
 
@@ -200,29 +199,6 @@ def test_decoding_gives_the_logits_of_a_chunk_of_two_tokens(B, n_kv_head):
 def test_a_sequence_of_one_token_has_the_first_logits_of_a_longer_one(n_kv_head):
     ours, x = make_vivid(model_gqa, n_kv_head=n_kv_head), tokens(3, 9)
     close(ours(x[:, :1]), ours(x)[:, :1])
-
-
-@pytest.mark.parametrize(
-    "module", [model_gqa, model_rope_gqa_swa], ids=lambda module: module.__name__
-)
-def test_a_single_query_is_not_masked(module, monkeypatch):
-    """The rows of a single query are its heads of a group, to which is_causal must not apply."""
-    ours, x = make_vivid(module, n_kv_head=2), tokens(2, 3)
-    attention = F.scaled_dot_product_attention
-    calls = []
-
-    def recording_attention(q, k, v, **options):
-        is_causal, mask = options.get("is_causal", False), options.get("attn_mask")
-        calls.append((q.size(2), k.size(2), is_causal, mask))
-        return attention(q, k, v, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", recording_attention)
-    feed(ours, ours.make_cache(2), *x.split(1, dim=1))
-    query_rows = ours.config.n_head // 2
-    expected = []
-    for keys in (1, 2, 3):
-        expected += [(query_rows, keys, False, None)] * ours.config.n_layer
-    assert calls == expected
 
 
 # The cache ------------------------------------------------------------------------------------
