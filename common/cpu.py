@@ -1,10 +1,11 @@
 """What torch runs faster on a CPU in another dtype or another layout.
 
-use_float32_attention  training in bfloat16: attention over short sequences in float32
+use_float32_attention  for training in bfloat16: attention over short sequences in float32
 prepare_for_sampling   pack_linear_layers: the weights in oneDNN's own layout
                        use_float32_cache: in bfloat16, the KV cache and attention in float32
 
-None of these changes a model file, and all give the same results up to rounding.
+None of these changes a model file, and all give the same results up to rounding. Where torch lacks
+what they need, the model computes as usual.
 """
 
 import torch
@@ -12,10 +13,31 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-# Queries up to which attention in float32 is faster than in bfloat16 on a CPU with AVX512-BF16,
-# measured forward and backward: 3.0x as fast at 64 queries and 2.4x at 128, mostly because of the
-# slow backward pass in bfloat16; at 256 and more there is no clear gain.
+# Queries up to which attention in float32 is faster than in bfloat16, measured forward and backward
+# on a CPU with AVX512-BF16.
 MAX_FLOAT32_QUERIES = 128
+# torch has no public functions for products with packed weights: these are in torch.ops.mkldnn.
+PRIVATE_OPS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+
+
+def cpu_features():
+    """Return what torch reports of this CPU, such as {"amx_bf16": True}; {} if nothing."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # not in every version of torch
+        return {}
+    return torch.cpu.get_capabilities()
+
+
+def can_pack(dtype):
+    """Return whether torch, on this CPU, has products with packed weights in this dtype.
+
+    They need private functions of torch: if a version of torch lacks one, the answer is no.
+    """
+    has_ops = all(hasattr(torch.ops.mkldnn, name) for name in PRIVATE_OPS)
+    if not (torch.backends.mkldnn.is_available() and has_ops):
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
 
 
 class Float32Attention(TorchFunctionMode):
@@ -61,8 +83,9 @@ def use_float32_attention(block, max_queries=MAX_FLOAT32_QUERIES):
 
 def wants_float32_attention(device, dtype):
     """Return whether a run on this device, in this dtype, gains from Float32Attention."""
-    has_amx = torch.cpu.get_capabilities().get("amx_bf16", False)
-    return device.type == "cpu" and dtype == torch.bfloat16 and not has_amx
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    return not cpu_features().get("amx_bf16", False)
 
 
 def prepare_for_sampling(model, rows=1):
@@ -83,11 +106,10 @@ def prepare_for_sampling(model, rows=1):
 def use_float32_cache(model):
     """Let a bfloat16 model keep its KV cache, and compute attention, in float32; in place.
 
-    torch's bfloat16 kernel is slow for a single query per KV head. Measured with GPT-2 124M on two
-    cores, a float32 cache makes decoding 1.1 times as fast after 255 tokens, 1.3 times after 1000,
-    and 1.8 times with ten samples after 500. It takes twice the memory. With several queries per KV
-    head (GQA) it gains nothing. Models without a method attend(q, k, v) of their attention, as a
-    variant may be, stay as they are.
+    torch's bfloat16 kernel is slow for a single query per KV head. With a float32 cache decoding is
+    faster, the more so the more tokens and samples are in the cache, which takes twice the memory.
+    With several queries per KV head (GQA) it gains nothing. A variant whose attention has no method
+    attend(q, k, v) stays as it is.
     """
     attentions = [getattr(block, "attn", None) for block in model.transformer.h]
     if not all(hasattr(attention, "attend") for attention in attentions):
@@ -110,8 +132,7 @@ def use_float32_cache(model):
 def attend_in_float32(attention):
     """Let an attention layer's attend(q, k, v) compute in float32, and round its result.
 
-    Not by Float32Attention, which adds a tenth to the time of a decode step: it intercepts every
-    function of torch.
+    Not by Float32Attention: that intercepts every function of torch, too slow for a decode step.
     """
     attend = attention.attend
 
@@ -134,21 +155,9 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x):
-        # torch has no public function for this. torch.compile calls the same one in bfloat16. The
-        # last three arguments could add an activation.
+        # torch.compile calls the same function in bfloat16. The last three arguments could add an
+        # activation.
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def can_pack(dtype):
-    """Return whether this build of torch, on this CPU, has packed products in this dtype."""
-    is_built = torch.backends.mkldnn.is_available() and hasattr(
-        torch.ops.mkldnn, "_linear_pointwise"
-    )
-    if not is_built:
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
 
 
 @torch.no_grad()
@@ -158,8 +167,7 @@ def pack_linear_layers(model, rows=1):
     rows   number of input rows to optimize for
 
     Layers are replaced one by one, so that memory grows by the head alone: wte stays as it is, for
-    the embedding. Does nothing if the model is not on a CPU or its dtype has no packed products
-    here. The gain is in docs/BENCHMARKS.md, where transformers calls F.linear.
+    the embedding. Does nothing if the model is not on a CPU or can_pack says no.
     """
     wte = model.transformer.wte
     if wte.weight.device.type != "cpu" or not can_pack(wte.weight.dtype):

@@ -8,6 +8,7 @@ import sys
 
 import torch
 
+from common.cpu import cpu_features
 from common.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -124,7 +125,7 @@ def pick_dtype(name, device):
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
-        features = torch.cpu.get_capabilities()
+        features = cpu_features()
         fast = features.get("amx_bf16") or features.get("avx512_bf16")
     else:
         fast = False

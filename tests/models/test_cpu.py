@@ -1,5 +1,7 @@
 """common/cpu.py: attention in float32 inside bfloat16 autocast, and packed linear layers."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 import sample
 from common.cpu import (
     MAX_FLOAT32_QUERIES,
+    PRIVATE_OPS,
     Float32Attention,
     PackedLinear,
     can_pack,
@@ -16,6 +19,7 @@ from common.cpu import (
     use_float32_cache,
     wants_float32_attention,
 )
+from common.device import pick_dtype
 from common.models import model_module
 from training.parallel import checkpoint_activations
 
@@ -130,6 +134,17 @@ def test_float32_attention_is_for_bfloat16_on_cpus_without_amx(
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx})
     assert wants_float32_attention(torch.device(device), dtype) is expected
+
+
+def test_features_of_the_cpu_are_not_read_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: pytest.fail("was called"))
+    assert not wants_float32_attention(torch.device("cuda"), torch.bfloat16)
+
+
+def test_a_torch_that_reports_no_features_of_the_cpu_counts_as_one_without_amx(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert wants_float32_attention(CPU, torch.bfloat16)
+    assert pick_dtype("auto", CPU) == torch.float32
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -286,6 +301,20 @@ def test_without_onednn_the_model_stays_as_it_is(monkeypatch):
     model = small_model("model")
     pack_linear_layers(model)
     assert "transformer.h.0.mlp.c_fc.weight" in dict(model.named_parameters())
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("missing", PRIVATE_OPS)
+def test_without_one_of_torchs_private_functions_the_model_stays_as_it_is(
+    monkeypatch, missing, dtype
+):
+    others = {name: getattr(torch.ops.mkldnn, name) for name in PRIVATE_OPS if name != missing}
+    monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace(**others))
+    model = small_model("model", dtype)
+    prepare_for_sampling(model)
+    assert "transformer.h.0.mlp.c_fc.weight" in dict(model.named_parameters())
+    assert model(torch.tensor([[1, 2, 3]])).shape == (1, 3, 101)
 
 
 @needs_packing
