@@ -275,9 +275,10 @@ class GPT(nn.Module):
 #
 # A first reading can skip the rest of this file.
 #
-# A mask saves nothing: all T x S scores are computed before it applies. attend_blocks computes the
-# queries in blocks, each with only those keys that its windows reach. With window = 3 and blocks
-# of 3 queries (not to be confused with the Transformer's blocks):
+# A mask alone saves nothing: all T x S scores are computed before it applies. Therefore
+# attend_blocks computes the queries in blocks, each with only those keys that its windows reach.
+# (These blocks have nothing to do with the class Block and with block_size.) With window = 3 and
+# blocks of 3 queries:
 #
 #     queries    keys
 #     0 1 2      0 1 2                left over: they have no block before them
