@@ -293,7 +293,8 @@ class GPT(nn.Module):
 # With T = 1024 and window = 256, 229,504 scores are needed. A mask computes 1,048,576, full causal
 # attention 524,800, and blocks 458,752.
 #
-# The constants were measured on a CPU by python -m tools.bench attention.
+# The constants were measured on a CPU by python -m tools.bench attention. Two of them equal the
+# default window by chance.
 MIN_BLOCK, MAX_BLOCK = 64, 256  # a block has as many queries as the window, within these bounds
 MAX_DENSE_QUERIES = 256  # with more queries, blocks are faster than attend_dense
 
