@@ -7,15 +7,11 @@
 Of a config file of train.py, the options that decide about memory are used. If it leaves vocab_size
 to the dataset, add --vocab_size, which is GPT-2's by default.
 
-Every quantity is one line with its formula, so that the table can be checked by hand. Activations
-are what a forward pass keeps for the backward pass, as uncompiled PyTorch keeps it: torch.compile
-keeps less, and the temporary tensors of a pass come on top. For a model file of your own they are
-approximate, as only its Linear layers, norms and attention are counted (within 15 % for SwiGLU).
+Every quantity is one line with its formula, so that the table can be checked by hand. Activations,
+what a forward pass keeps for the backward pass, come on top. They depend on the attention kernel
+and on torch.compile: two steps of the run show them, as memory_gb in its log.jsonl.
 
-ZeRO: Rajbhandari et al. 2020. FSDP: Zhao et al. 2023. Activation checkpointing: Chen et al. 2016.
-
-Shapes: B batch, T tokens, C channels, H query heads, G KV heads, D = C / H channels of a head,
-W window, V vocabulary.
+ZeRO: Rajbhandari et al. 2020. FSDP: Zhao et al. 2023.
 """
 
 import sys
@@ -26,7 +22,6 @@ if __name__ == "__main__" and not __package__:
 from dataclasses import dataclass, fields, replace
 
 import torch
-import torch.nn as nn
 
 from common.device import pick_dtype
 from common.errors import UserError, run_program
@@ -36,7 +31,6 @@ from train import TrainConfig
 from training.optimizer import OPTIMIZERS, hidden_matrices
 
 FLOAT32 = 4  # bytes of a master weight, of its gradient, of each of AdamW's moments and of Muon's
-INT64 = 8  # bytes of a token id
 
 
 @dataclass
@@ -80,7 +74,7 @@ def by_muon(model, config):
 
 
 def estimate_ddp(model, config, dtype):
-    """Return {quantity: bytes} of a DDP rank, without activations: every rank holds all."""
+    """Return {quantity: bytes} of a DDP rank: every rank holds all."""
     parameters = list(model.parameters())
     multiplied = [p for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name]
     ranks = config.world_size
@@ -105,7 +99,7 @@ def estimate_ddp(model, config, dtype):
 
 
 def estimate_fsdp(model, config, dtype, shard_degree):
-    """Return {quantity: bytes} of an FSDP or HSDP rank, without activations.
+    """Return {quantity: bytes} of an FSDP or HSDP rank.
 
     A replica is `shard_degree` ranks that hold one copy of the model together (ZeRO stage 3,
     section 5.3). With several replicas it is HSDP (FSDP, section 3.2.2).
@@ -152,128 +146,6 @@ def estimate_fsdp(model, config, dtype, shard_degree):
     return column
 
 
-# Activations ----------------------------------------------------------------------------------
-
-
-def attention_bytes(module, shape, B, T, itemsize):
-    """Return the bytes that attention keeps of a batch, in one block, without its output.
-
-    module     the model file; the block sizes of SWA are among its constants
-    shape      its GPTConfig
-    itemsize   bytes of an element of the computation's dtype
-
-    FlashAttention keeps q, k, v, the output and one logsumexp per query and head, but no T x T
-    matrix (Dao 2023, section 3.1). A view costs nothing beyond the tensor that it is a view of.
-    """
-    C, H = shape.n_embd, shape.n_head
-    G = getattr(shape, "n_kv_head", H)
-    qkv = C + 2 * G * (C // H)  # channels of c_attn's output
-    rope = hasattr(shape, "rope_theta")
-    gqa = hasattr(shape, "n_kv_head")
-    if rope and gqa:
-        channels = C + 2 * C  # q rotated; k, v repeated for all query heads
-    elif rope:
-        channels = qkv + 2 * C  # v is a view of c_attn's output; q, k rotated
-    elif gqa:
-        channels = qkv + 2 * C  # q is a view of c_attn's output; k, v repeated
-    else:
-        channels = qkv  # q, k, v are views of c_attn's output
-    if rope:
-        channels += C  # the output, whose heads c_proj needs side by side: a copy
-    logsumexp = FLOAT32 * H
-    total = B * T * (itemsize * channels + logsumexp)
-    if getattr(shape, "window", T) < T and hasattr(module, "MAX_DENSE_QUERIES"):
-        total += itemsize * window_numel(module, shape, B, T)
-    return total
-
-
-def window_numel(module, shape, B, T):
-    """Return the elements that sliding windows, shorter than T, add to full attention (SWA).
-
-    A mask is kept in the dtype of the computation, once for the whole batch.
-    """
-    C, W = shape.n_embd, shape.window
-    size = min(max(W, module.MIN_BLOCK), module.MAX_BLOCK)  # queries of a block
-    m = -(-(W - 1) // size)  # earlier blocks that a block attends to, rounded up
-    n = (T - m * size) // size  # blocks
-    if T <= module.MAX_DENSE_QUERIES or n < 1:
-        return T * T  # one mask over all pairs
-    T_before = T - n * size  # the queries before the blocks
-    total = size * (m + 1) * size  # one mask for all blocks
-    if T_before > W:
-        total += T_before * T_before  # a mask for the queries before; else is_causal needs none
-    total += 2 * B * n * (m + 1) * size * C  # k and v: each block's, with those of m blocks before
-    if not hasattr(shape, "rope_theta"):
-        total += B * T * C  # the outputs of all blocks, joined: the copy that RoPE makes anyway
-        if B > 1:
-            total += B * n * size * C  # q, cut into blocks; if B = 1 or rotated, by a view
-    return total
-
-
-def block_bytes(module, shape, block, B, T, itemsize, stream_itemsize):
-    """Return the bytes that one block keeps of a batch.
-
-    itemsize          bytes of an element of the computation's dtype
-    stream_itemsize   of the residual stream: float32 under autocast (DDP), else the dtype
-
-    For model.py in bfloat16 under FSDP with dropout it is 34 C + 8 + 4 H per token: Korthikanti et
-    al. 2022, section 4.1, count 34 C besides the T x T matrices, which FlashAttention avoids.
-    """
-    C = shape.n_embd
-    per_token = 0
-    for name, layer in block.named_modules():
-        if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
-            # Its input, one mean and one deviation (on a GPU these two are always float32).
-            per_token += stream_itemsize * (C + 2)
-        if isinstance(layer, nn.Linear):
-            per_token += itemsize * layer.in_features  # its input
-            is_residual = name.endswith("c_proj")  # the residual addition keeps nothing
-            if not is_residual and not name.startswith("attn."):
-                per_token += itemsize * layer.out_features  # GELU's input
-            if is_residual and shape.dropout > 0:
-                per_token += C  # the mask, of one byte per element on a GPU
-    return B * T * per_token + attention_bytes(module, shape, B, T, itemsize)
-
-
-def outside_bytes(shape, model, B, T, itemsize, stream_itemsize):
-    """Return the bytes that the embeddings, the final norm, the head and the loss keep."""
-    C, V = shape.n_embd, shape.vocab_size
-    per_token = INT64 + INT64  # token ids: wte's input, and the targets
-    per_token += stream_itemsize * (C + 2)  # the final norm: its input, a mean and a deviation
-    per_token += itemsize * C  # the head's input
-    per_token += FLOAT32 * V  # cross entropy: log-probabilities, in float32 in every dtype
-    if shape.dropout > 0:
-        per_token += C  # the mask of the embeddings' dropout
-    per_position = 0
-    if hasattr(model.transformer, "wpe"):
-        per_position += INT64  # wpe's input
-    if hasattr(shape, "rope_theta"):
-        per_position += FLOAT32 * (C // shape.n_head)  # cos and sin of D / 2 angles
-    return B * T * per_token + T * per_position
-
-
-def estimate_activations(module, model, B, T, itemsize, stream_itemsize):
-    """Return {quantity: bytes} of what a forward pass of a batch keeps for the backward pass."""
-    shape = model.config
-    blocks = [
-        block_bytes(module, shape, block, B, T, itemsize, stream_itemsize)
-        for block in model.transformer.h
-    ]
-    block_input = stream_itemsize * B * T * shape.n_embd
-    outside = outside_bytes(shape, model, B, T, itemsize, stream_itemsize)
-
-    column = {}
-    column["activations outside blocks"] = outside
-    column["activations of one block"] = max(blocks)  # in our models all are equal
-    # activations = outside blocks + n_layer * one block.
-    column["activations"] = outside + sum(blocks)
-    # checkpointed = outside blocks + (n_layer - 1) * input of a block + one block, which is the one
-    # that the backward pass recomputes (Chen et al. 2016, section 4).
-    inputs = (len(blocks) - 1) * block_input
-    column["activations, checkpointed"] = outside + inputs + max(blocks)
-    return column
-
-
 # The program ----------------------------------------------------------------------------------
 
 TABLE = (  # the rows, in this order
@@ -282,28 +154,20 @@ TABLE = (  # the rows, in this order
     "optimizer state",
     "parameters in dtype",
     "unsharded gradients",
-    "activations outside blocks",
-    "activations of one block",
-    "activations",
-    "total",
-    "activations, checkpointed",
-    "total, checkpointed",
+    "total without activations",
     "sent per step",
 )
 
 
-def add_totals(states, activations):
-    """Return one column of the table: what is always held, activations, and their sums."""
-    held = sum(states.values()) - states["sent per step"]
-    column = states | activations
-    column["total"] = held + activations["activations"]
-    column["total, checkpointed"] = held + activations["activations, checkpointed"]
-    return column
+def add_total(column):
+    """Return a column of the table with the sum of what is held."""
+    held = sum(column.values()) - column["sent per step"]
+    return column | {"total without activations": held}
 
 
 def print_table(columns, marked):
     """Print {mode: {quantity: bytes}}; the mode `marked` is the one that the options choose."""
-    largest = max(column["total"] for column in columns.values())
+    largest = max(column["total without activations"] for column in columns.values())
     unit, divisor = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
     modes = [f"* {mode}" if mode == marked else mode for mode in columns]
     print(f"{unit:30}" + "".join(f"{mode:>14}" for mode in modes))
@@ -342,24 +206,18 @@ def estimate(config, options):
     with torch.device("meta"):  # shapes without memory
         model = module.GPT(shape)
 
-    B, T = config.batch_size, shape.block_size
-    # Under autocast the embeddings, and all that is added to them, are float32. FSDP computes
-    # everything in dtype.
-    ddp_activations = estimate_activations(module, model, B, T, dtype.itemsize, FLOAT32)
-    fsdp_activations = estimate_activations(module, model, B, T, dtype.itemsize, dtype.itemsize)
     columns = {
-        "DDP": add_totals(estimate_ddp(model, config, dtype), ddp_activations),
-        "FSDP": add_totals(estimate_fsdp(model, config, dtype, ranks), fsdp_activations),
+        "DDP": add_total(estimate_ddp(model, config, dtype)),
+        "FSDP": add_total(estimate_fsdp(model, config, dtype, ranks)),
     }
     marked = "FSDP" if config.fsdp else "DDP"
     if shard_degree:
         marked = f"HSDP {ranks // shard_degree} x {shard_degree}"
-        states = estimate_fsdp(model, config, dtype, shard_degree)
-        columns[marked] = add_totals(states, fsdp_activations)
+        columns[marked] = add_total(estimate_fsdp(model, config, dtype, shard_degree))
+    step = f"{config.micro_steps} x {config.batch_size} x {shape.block_size}"
     print(
         f"{config.model}, {numel(model.parameters()):,} parameters, {config.dtype} | "
-        f"{ranks} ranks, each {config.micro_steps} x {B} x {T} tokens per step | "
-        "*: chosen by the options"
+        f"{ranks} ranks, each {step} tokens per step | *: chosen by the options"
     )
     print_table(columns, marked)
     return columns
