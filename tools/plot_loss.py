@@ -13,22 +13,16 @@ if __name__ == "__main__" and not __package__:
     sys.exit("error: run it from the repository root as: python -m tools.plot_loss")
 
 import contextlib
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError, run_program
-from common.files import check_regular, parse_json, read_text
+from common.files import check_regular, read_text
 from configurator import configure
 
 REDRAW_SECONDS = 10
-LINE_SHAPE = {  # of a line of log.jsonl; see common.files.parse_json
-    "step": int,
-    "tokens": int,
-    "seconds": float,
-    "train_loss?": (float, type(None)),
-    "val_loss?": float,
-}
 
 
 @dataclass
@@ -49,13 +43,26 @@ def read_log(directory):
     except FileNotFoundError as error:
         raise UserError(f"no {path}: {directory} is not a run of train.py") from error
     complete = text[: text.rfind("\n") + 1]  # without a line that train.py is writing
-    records = [
-        parse_json(line, LINE_SHAPE, f"{path}, line {number},")
-        for number, line in enumerate(complete.splitlines(), 1)
-    ]
+    records = []
+    for number, line in enumerate(complete.splitlines(), 1):
+        try:
+            records.append(parse_line(line))
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}, line {number}, is damaged ({reason})") from error
     if len(records) < 2:
         raise UserError(f"{path} has {len(records)} lines, too few to draw: train longer")
     return records
+
+
+def parse_line(line):
+    """Return a line of the log; its numbers can be drawn. A loss may be None or missing."""
+    record = json.loads(line)
+    numbers = [record["step"], record["tokens"], record["seconds"]]
+    numbers += [record.get("train_loss") or 0.0, record.get("val_loss", 0.0)]
+    for number in numbers:
+        float(number)
+    return record
 
 
 def is_finished(directory):
