@@ -17,26 +17,19 @@ becomes val.bin. Text is tokenized piece by piece on all cores, so memory does n
 file appears under its final name only when it is complete.
 """
 
-import codecs
 import contextlib
 import glob
-import gzip
 import hashlib
-import json
 import os
 import random
 import re
 import shutil
 import sys
 import sysconfig
-import zlib
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common import hub
 from common.dataloader import find_largest_id
@@ -51,15 +44,8 @@ from common.files import (
     write_text,
 )
 from common.nanogpt import read_dataset_meta
-from common.tokenizer import (
-    EOT,
-    NAMES,
-    encode,
-    get_tokenizer,
-    read_meta,
-    token_bytes,
-    without_surrogates,
-)
+from common.text import find_chars, read_pieces, tokenize
+from common.tokenizer import NAMES, get_tokenizer, read_meta, token_bytes
 from configurator import configure
 
 SHAKESPEARE_URL = (
@@ -72,12 +58,7 @@ FINEWEB_SHARDS = 103
 FINEWEB_VAL_TOKENS = 10_485_760
 SHARD_HEADER = 256  # int32 numbers before a shard's tokens: magic, version, token count, zeros
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
-
-PIECE_BYTES = 1 << 20  # read at a time
-BATCH_CHARS = 1 << 20  # that one core tokenizes at a time
-# Characters without white space that are kept together; beyond, the tokens at a cut may differ from
-# those of the whole text.
-LONGEST_WORD = 8 << 20
+CHUNK = 1 << 20  # bytes, or token ids, of a file that are read at a time
 
 # name: (tokenizer, val_fraction, a config that trains on it). A tenth of Shakespeare is for
 # validation, as in nanoGPT. With --input, other text takes the place of a named dataset.
@@ -88,7 +69,7 @@ DATASETS = {
     "fineweb": ("gpt2", 0.01, "config/gpt2.py"),
 }
 SMALL_DATASETS = ("stdlib", "shakespeare", "shakespeare_char")  # train.py prepares these itself
-YOUR_OWN = ("gpt2", 0.01, "config/quickstart.py")
+CUSTOM_TEXT_DEFAULTS = ("gpt2", 0.01, "config/quickstart.py")
 
 
 @dataclass
@@ -102,183 +83,11 @@ class PrepareConfig:
     # How
     tokenizer: str | None = None  # gpt2, byte or char; None: the dataset's, gpt2 for your own
     val_fraction: float | None = None  # of the tokens; None: the dataset's, 0.01 for your own
-    overwrite: bool = False  # make the dataset again, also if it was made from something else
+    overwrite: bool = False  # rebuild it, even from another source
     verify: bool = False  # only check the bins against the hashes in meta.json
 
 
-# Read text ------------------------------------------------------------------------------------
-
-
-def read_pieces(paths, field, description):
-    """Yield the text of the files in pieces, and None between two documents.
-
-    A document is cut only where no token reaches across, so tokenizing the pieces gives the tokens
-    of the whole text. Shows a progress bar with this description.
-    """
-    started = False
-    total = sum(map(os.path.getsize, paths))
-    with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=None) as bar:
-        for path in paths:
-            for is_first, piece in _read_file(path, field, bar):
-                if is_first and started:
-                    yield None
-                started = True
-                yield piece
-
-
-def _read_file(path, field, bar):
-    """Yield (whether a document begins here, piece) for each piece of a file."""
-    check_regular(path)
-    position = 0
-    try:
-        with contextlib.ExitStack() as stack:
-            raw = stack.enter_context(open(path, "rb"))
-            stream = stack.enter_context(gzip.open(raw)) if path.endswith(".gz") else raw
-            for document in _documents(path, stream, field):
-                is_first = True
-                for piece in document:
-                    if not piece:
-                        continue
-                    yield is_first, piece
-                    is_first = False
-                    bar.update(raw.tell() - position)
-                    position = raw.tell()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read to its end: {error}") from error
-
-
-def _documents(path, stream, field):
-    """Yield the documents of a file, each an iterable of pieces."""
-    if path.removesuffix(".gz").endswith(".jsonl"):
-        yield from _jsonl_documents(path, stream, field)
-    else:
-        yield _text_pieces(path, stream)
-
-
-def _text_pieces(path, stream):
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # without a byte order mark
-    text, read, block = "", 0, True
-    while block:
-        block = stream.read(PIECE_BYTES)
-        read += len(block)
-        try:
-            text += decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            offset = read - len(error.object) + error.start
-            raise UserError(
-                f"{path}: byte {offset} is not UTF-8 ({error.reason}): convert the file first"
-            ) from error
-        end = _safe_cut(text)
-        yield text[:end]
-        text = text[end:]
-    yield text
-
-
-def _safe_cut(text):
-    """Return how much of the text can be tokenized alone; 0 if nothing yet.
-
-    GPT-2's pattern for words starts a new one at the last white space before other text. No token
-    reaches across that place, so cutting there gives the tokens of the whole text.
-    """
-    cut = re.match(r"(?s:.*)(?=[ \n]\S)", text)  # greedy: the last such place
-    if cut:
-        return cut.end()
-    return len(text) if len(text) > LONGEST_WORD else 0
-
-
-def _jsonl_documents(path, stream, field):
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line.decode("utf-8-sig"))[field]
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}: byte {error.start} of it is not UTF-8 ({error.reason})"
-            ) from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(
-                f'{path}, line {number}: no JSON object with the field "{field}" '
-                f"({type(error).__name__}); --field names another"
-            ) from error
-        if not isinstance(text, str):
-            kind = type(text).__name__
-            raise UserError(f'{path}, line {number}: the field "{field}" is {kind}, not a string')
-        yield [without_surrogates(text)]
-
-
-# Tokenize text --------------------------------------------------------------------------------
-
-
-def tokenize(tokenizer, pieces):
-    """Yield the uint16 ids of the pieces in order, and <|endoftext|> for each None among them.
-
-    All cores work, because tiktoken releases the interpreter lock. Memory is that of a few batches
-    per core.
-    """
-
-    def batch_ids(batch):
-        eot = [tokenizer.eot_token]
-        ids = [eot if piece is None else encode(tokenizer, piece) for piece in batch]
-        return np.concatenate(ids).astype("<u2")
-
-    cores = os.cpu_count()
-    pending = deque()
-    with ThreadPoolExecutor(cores) as pool:
-        for batch in _batches(pieces):
-            pending.append(pool.submit(batch_ids, batch))
-            if len(pending) > 2 * cores:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def _batches(pieces):
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece or "")
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def describe_bin(path, tokenizer):
-    """Return what meta.json says about a bin; without a tokenizer not the bytes of its text."""
-    check_regular(path)
-    counts = np.zeros(1 << 16, dtype=np.int64)  # how often each id occurs
-    with open(path, "rb") as file:
-        while (ids := np.fromfile(file, "<u2", PIECE_BYTES)).size:
-            counts += np.bincount(ids, minlength=len(counts))
-    description = {
-        "tokens": int(counts.sum()),
-        "largest_id": int(counts.nonzero()[0][-1]),
-        "sha256": file_sha256(path),
-    }
-    if tokenizer is not None:
-        description["bytes"] = int(counts[: tokenizer.n_vocab] @ token_bytes(tokenizer))
-    return description
-
-
-def file_sha256(path):
-    """Return the SHA-256 of a file, as hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(PIECE_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def find_chars(paths, field):
-    """Return the sorted characters of the files; <|endoftext|> is last, if documents need it."""
-    chars = set()
-    for piece in read_pieces(paths, field, "characters"):
-        chars |= {EOT} if piece is None else set(piece)
-    if not chars:
-        return [EOT]  # there is no text; prepare_text refuses it
-    return sorted(chars, key=lambda char: (char == EOT, char))
+# Text -----------------------------------------------------------------------------------------
 
 
 def prepare_text(folder, tokenizer_name, paths, field, val_fraction, source):
@@ -332,11 +141,37 @@ def publish_parts(folder, parts, meta, tokenizer):
         fsync(part)
         meta[split] = describe_bin(part, tokenizer)
     write_json(parts["meta.json"], meta)  # all that needs room, before the old dataset goes
-    # Without train.bin the folder is not a dataset: it goes first and comes back last.
+    # Without train.bin the folder is no dataset: it is removed first and restored last.
     (folder / "train.bin").unlink(missing_ok=True)
     for name in ("val.bin", "meta.json", "train.bin"):
         parts[name].replace(folder / name)
     fsync(folder)
+
+
+def describe_bin(path, tokenizer):
+    """Return what meta.json says about a bin; without a tokenizer not the bytes of its text."""
+    check_regular(path)
+    counts = np.zeros(1 << 16, dtype=np.int64)  # how often each id occurs
+    with open(path, "rb") as file:
+        while (ids := np.fromfile(file, "<u2", CHUNK)).size:
+            counts += np.bincount(ids, minlength=len(counts))
+    description = {
+        "tokens": int(counts.sum()),
+        "largest_id": int(counts.nonzero()[0][-1]),
+        "sha256": file_sha256(path),
+    }
+    if tokenizer is not None:
+        description["bytes"] = int(counts[: tokenizer.n_vocab] @ token_bytes(tokenizer))
+    return description
+
+
+def file_sha256(path):
+    """Return the SHA-256 of a file, as hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # nanoGPT --------------------------------------------------------------------------------------
@@ -412,7 +247,7 @@ def prepare_fineweb(folder, shards, overwrite):
     meta = {}
     if (folder / "meta.json").exists() and not overwrite:
         meta = read_meta(folder)
-    is_begun = has_dataset(folder) or meta.get("shards") == 0
+    is_begun = has_dataset(folder) or meta.get("shards") == 0  # 0: val.bin is complete
     if meta.get("source") != "fineweb" or not is_begun:
         (folder / "train.bin").unlink(missing_ok=True)
         val_tokens = append_shard(
@@ -432,7 +267,7 @@ def prepare_fineweb(folder, shards, overwrite):
             f"{folder} has {meta['shards']} shards already, more than --shards={shards}"
         )
     if meta["shards"] == shards and "sha256" in meta["train"]:
-        return meta  # unchanged: new hashes would vouch for bins that were damaged since
+        return meta  # new hashes could bless bins that were damaged since
     for shard in range(meta["shards"] + 1, shards + 1):
         name = f"fineweb_train_{shard:06d}.bin"
         tokens = append_shard(name, folder / "train.bin", meta["train"]["tokens"])
@@ -543,7 +378,7 @@ def prepare(config, root="data", only_missing=False):
             "fineweb is tokenized for gpt2 and split already: --tokenizer and --val_fraction do "
             "not apply"
         )
-    tokenizer, val_fraction, _ = DATASETS.get(config.name, YOUR_OWN)
+    tokenizer, val_fraction, _ = DATASETS.get(config.name, CUSTOM_TEXT_DEFAULTS)
     tokenizer = config.tokenizer or tokenizer
     if config.val_fraction is not None:
         val_fraction = config.val_fraction
@@ -669,7 +504,9 @@ def verify(folder):
         expected = meta.get(path.stem, {}).get("sha256")
         if expected is None:
             raise UserError(f"{folder}/meta.json has no SHA-256 of {path.name}")
-        actual = file_sha256(path) if path.exists() else "of no file"
+        if not path.exists():
+            raise UserError(f"{path} is missing: --overwrite=True makes it again")
+        actual = file_sha256(path)
         if actual != expected:
             raise UserError(
                 f"{path} has SHA-256 {actual}, meta.json says {expected}: --overwrite=True makes "
@@ -689,7 +526,7 @@ def main(argv):
     n_train, n_val = meta["train"]["tokens"], meta["val"]["tokens"]
     print(f"{folder}: {n_train:,} tokens for training, {n_val:,} for validation")
     print(f"tokenizer {meta['tokenizer']}, vocab_size {meta['vocab_size']}")
-    *_, train_config = DATASETS.get(config.name, YOUR_OWN)
+    *_, train_config = DATASETS.get(config.name, CUSTOM_TEXT_DEFAULTS)
     command = f"python train.py {train_config}"
     if config.name not in DATASETS:
         command += f" --dataset={config.name} --out_dir=out/{config.name}"

@@ -94,14 +94,18 @@ def test_another_text_in_the_place_of_shakespeare_is_refused_with_both_hashes(sh
     assert not Path("data").exists()
 
 
-@pytest.mark.parametrize("faults", [{"status": 503}, {"cuts": [100]}, {"files": {}}])
+@pytest.mark.parametrize(
+    ("faults", "reason"),
+    [({"status": 503}, "503"), ({"files": {}}, "404"), ({"cuts": [100]}, "ChunkedEncodingError")],
+)
 def test_shakespeare_that_cannot_be_downloaded_is_one_line_and_leaves_nothing(
-    shakespeare, hub, capsys, faults
+    shakespeare, hub, capsys, faults, reason
 ):
     for fault, value in faults.items():
         setattr(hub, fault, value)
     line = refused(capsys, ["shakespeare_char"], prepare_data.main)
     assert f"{hub.url}/input.txt" in line
+    assert reason in line
     assert not Path("data").exists()
 
 

@@ -203,7 +203,7 @@ def existing():
 @pytest.fixture
 def undecodable(monkeypatch):
     """A text.txt of which only the last byte, number 1200, is not UTF-8."""
-    monkeypatch.setattr(prepare_data, "PIECE_BYTES", 50)
+    monkeypatch.setattr("common.text.PIECE_BYTES", 50)
     write("text.txt", b"other words " * 100 + b"\xff")
 
 

@@ -1,5 +1,7 @@
 """common/hub.py: huggingface_hub against a small hub on this machine that fails in many ways."""
 
+import logging
+import logging.handlers
 import os
 import random
 import socket
@@ -140,7 +142,7 @@ FAILURES = {  # the faults of the hub, and what the error says
 @pytest.mark.parametrize(("faults", "word"), FAILURES.values(), ids=FAILURES.keys())
 @pytest.mark.parametrize("local_dir", [None, "here"], ids=["cache", "directory"])
 def test_a_failure_is_one_line_and_leaves_no_file(
-    cache, hub, tmp_path, monkeypatch, capfd, faults, word, local_dir
+    cache, hub, tmp_path, monkeypatch, faults, word, local_dir
 ):
     monkeypatch.chdir(tmp_path)
     for fault, value in faults.items():
@@ -149,7 +151,6 @@ def test_a_failure_is_one_line_and_leaves_no_file(
     assert all(part in message for part in ("owner/model", NAME, hub.url, word))
     assert "HF_ENDPOINT" in message
     assert contents(tmp_path) == []
-    assert capfd.readouterr().err == ""  # what the library logs
 
 
 def test_after_a_failure_the_next_download_is_complete(cache, hub):
@@ -185,12 +186,31 @@ def test_a_failing_disk_is_not_taken_for_a_failing_hub(cache, tmp_path):
         download("owner/model", NAME, local_dir=tmp_path / "file/here")
 
 
-def test_the_library_logs_as_before_after_a_download(cache):
-    from huggingface_hub.utils import logging
+@pytest.fixture
+def library_log():
+    """The records that huggingface_hub logs."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    handler = logging.handlers.BufferingHandler(capacity=1000)
+    logger.addHandler(handler)
+    yield handler.buffer
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
-    before = logging.get_verbosity()
+
+@pytest.mark.parametrize("faults", [{"status": 503}, {"cuts": [0] * 20}])
+def test_the_library_does_not_log_its_attempts(cache, hub, library_log, faults):
+    for fault, value in faults.items():
+        setattr(hub, fault, value)
+    download_error()
+    assert library_log == []
+
+
+def test_after_a_download_the_library_logs_as_before(cache, library_log):
+    logger = logging.getLogger("huggingface_hub")
+    logger.setLevel(logging.INFO)
     download("owner/model", NAME)
-    assert logging.get_verbosity() == before
+    assert logger.level == logging.INFO
 
 
 # The environment ------------------------------------------------------------------------------

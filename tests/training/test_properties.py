@@ -17,17 +17,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from test_prepare_text import FRAGMENTS, SPACES
+from test_text import FRAGMENTS, SPACES
 from test_variants import MODELS, close, feed, make_vivid, tokens
 
-import prepare_data
 from common.checkpoint import RECORD_SHAPE
 from common.dataloader import Loader
 from common.errors import DamagedError, UserError
 from common.files import parse_json, read_json, write_json
+from common.text import find_chars, read_pieces, tokenize
 from common.tokenizer import META_SHAPE, get_tokenizer
 from configurator import configure
-from prepare_data import find_chars, read_pieces, tokenize
 
 few_and_many = pytest.mark.parametrize(
     "scale", [1, pytest.param(20, marks=pytest.mark.slow)], ids=["few", "many"]
@@ -304,7 +303,7 @@ TEXTS_WITH_SURROGATES = joined(st.sampled_from("a \ud83d\udc4d\ud800\udfff👍")
 
 
 def ids_of(name, path):
-    """Return the ids of a file, as prepare_data.py computes them, and <|endoftext|>'s."""
+    """Return the ids of a file, as common/text.py computes them, and <|endoftext|>'s."""
     meta = {"tokenizer": name}
     if name == "char":
         meta["chars"] = find_chars([path], "text")
@@ -331,7 +330,7 @@ def expected_ids(name, documents, eot):
 
 
 def small_pieces(piece_bytes, batch_chars):
-    return mock.patch.multiple(prepare_data, PIECE_BYTES=piece_bytes, BATCH_CHARS=batch_chars)
+    return mock.patch.multiple("common.text", PIECE_BYTES=piece_bytes, BATCH_CHARS=batch_chars)
 
 
 @few_and_many

@@ -1,4 +1,4 @@
-"""prepare_data.py: files to documents to pieces to token ids, and what is wrong with a text."""
+"""common/text.py: files to documents to pieces to token ids, and what is wrong with a text."""
 
 import gzip
 import os
@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import prepare_data
 from common.errors import UserError
+from common.text import read_pieces, tokenize
 from common.tokenizer import byte_tokenizer
-from prepare_data import read_pieces, tokenize
 
-ROOT = Path(prepare_data.__file__).parent
+ROOT = Path(__file__).parents[2]
 EOT = 256  # the byte tokenizer's <|endoftext|>
 
 
@@ -105,14 +104,14 @@ def test_empty_documents_get_no_separator():
 
 
 def test_a_document_in_many_pieces_stays_one_document(monkeypatch):
-    monkeypatch.setattr(prepare_data, "PIECE_BYTES", 5)
+    monkeypatch.setattr("common.text.PIECE_BYTES", 5)
     write("a.txt", "one two  three\n\nfour " * 20)
     write("b.txt", "日本語 👍" * 20)
     assert documents("a.txt", "b.txt") == ["one two  three\n\nfour " * 20, "日本語 👍" * 20]
 
 
 def test_a_piece_is_yielded_before_the_next_ones_are_read(monkeypatch):
-    monkeypatch.setattr(prepare_data, "PIECE_BYTES", 10)
+    monkeypatch.setattr("common.text.PIECE_BYTES", 10)
     write("text.txt", "words and more words " * 100)
     assert max(map(len, read_pieces(["text.txt"], "text", ""))) <= 20
 
@@ -130,8 +129,8 @@ FRAGMENTS = [
 def test_pieces_give_the_gpt2_tokens_of_the_whole_text(gpt2_tokenizer, monkeypatch):
     for seed in range(200):
         rng = random.Random(seed)
-        monkeypatch.setattr(prepare_data, "PIECE_BYTES", rng.randint(1, 30))
-        monkeypatch.setattr(prepare_data, "BATCH_CHARS", rng.randint(1, 100))
+        monkeypatch.setattr("common.text.PIECE_BYTES", rng.randint(1, 30))
+        monkeypatch.setattr("common.text.BATCH_CHARS", rng.randint(1, 100))
         space_probability = rng.choice([0, 0.5])
         text = ""
         for _ in range(120):
@@ -147,8 +146,8 @@ def test_pieces_give_the_gpt2_tokens_of_the_whole_text(gpt2_tokenizer, monkeypat
 
 @pytest.mark.parametrize(("cores", "batch"), [(1, 1), (3, 1), (3, 10), (3, 1 << 20)])
 def test_pieces_are_tokenized_in_order(monkeypatch, cores, batch):
-    monkeypatch.setattr(prepare_data, "BATCH_CHARS", batch)
-    monkeypatch.setattr(prepare_data.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr("common.text.BATCH_CHARS", batch)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
     pieces = [f"{i} " for i in range(100)]
     assert bytes(ids_of(iter(pieces))).decode() == "".join(pieces)
 
@@ -172,9 +171,10 @@ def test_endoftext_in_a_text_is_ordinary_text():
 PEAK_MEMORY = """
 import os, sys
 import prepare_data
+from common import text
 
 os.cpu_count = lambda: 2
-prepare_data.PIECE_BYTES = prepare_data.BATCH_CHARS = 1 << 17  # little memory for the fixed part
+text.PIECE_BYTES = text.BATCH_CHARS = 1 << 17  # little memory for the fixed part
 config = prepare_data.PrepareConfig("mine", sys.argv[1], tokenizer="byte", overwrite=True)
 prepare_data.prepare(config)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
@@ -200,7 +200,7 @@ def test_the_memory_of_preparing_does_not_grow_with_the_corpus():
 @pytest.mark.parametrize("name", ["text.txt", "text.txt.gz"])
 @pytest.mark.parametrize("piece_bytes", [7, 1 << 20])
 def test_a_byte_that_is_not_utf8_is_refused_with_file_and_offset(monkeypatch, name, piece_bytes):
-    monkeypatch.setattr(prepare_data, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("common.text.PIECE_BYTES", piece_bytes)
     write(name, "é and words ".encode() * 30 + b"\xff and more")
     message = user_error(name)
     assert name in message
