@@ -187,8 +187,8 @@ def _fetch(name):
     if cached is not None:
         print(f"{name}: reading {cached}", file=sys.stderr)
         return cached
-    print(f"downloading {name}", file=sys.stderr)
     hub.download(HUB[name], "config.json")  # first: a snapshot with weights is complete
+    print(f"downloading {name}", file=sys.stderr)
     return hub.download(HUB[name], "model.safetensors").parent
 
 

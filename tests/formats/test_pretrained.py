@@ -25,7 +25,7 @@ from transformers import (
 import sample
 import train
 from common import pretrained
-from common.errors import UserError, run_program
+from common.errors import UserError
 from common.pretrained import load_model
 from tools.export import export
 from tools.export import main as export_main
@@ -232,19 +232,17 @@ def test_weights_that_are_truncated_on_the_hub_are_refused_every_time(served, hu
     ],
     ids=["sample.py", "train.py"],
 )
+@pytest.mark.parametrize(
+    ("offline", "word"), [(False, "http://127.0.0.1:9"), (True, "HF_HUB_OFFLINE")]
+)
 def test_gpt2_without_a_network_is_one_line_and_writes_nothing(
-    workdir, monkeypatch, capsys, main, argv
+    workdir, monkeypatch, capsys, main, argv, offline, word
 ):
-    use_hub(monkeypatch, "http://127.0.0.1:9", workdir / "cache/hub")
+    use_hub(monkeypatch, "http://127.0.0.1:9", workdir / "cache/hub", offline)
     (workdir / "data/tiny/meta.json").write_text('{"tokenizer": "gpt2"}')
-    with pytest.raises(SystemExit) as stopped:
-        run_program(main, argv)
-    assert stopped.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "http://127.0.0.1:9" in errors[0]
-    assert GPT2 in errors[0]
+    line = refused(capsys, argv, main)
+    assert GPT2 in line
+    assert word in line
     assert not (workdir / "out").exists()
 
 
