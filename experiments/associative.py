@@ -20,13 +20,15 @@ import torch
 from common.errors import run_program
 from configurator import configure
 from experiments.intervals import format_mean
-from experiments.steps import Schedule, build_model, train_on
-from experiments.study import COLOURS, Study, StudyConfig, points_of_seeds
-from tools.bench.results import markdown_table
+from experiments.steps import TRAINING, Task, open_run, train_to_end
+from experiments.study import Study, StudyConfig, complete_rows
+from tools.results.plot import COLORS, draw_line
+from tools.results.table import markdown_table
 
 # Two heads of 64 channels: with heads of 16 or 32, no trial learned this in 400 steps.
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 128, "block_size": 32}
 MEDIUM = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 512}
+RATES = {"learning_rate": 2e-3, "muon_learning_rate": 0.02}
 
 
 @dataclass
@@ -39,8 +41,8 @@ class Config:
     tested: int = 1024  # sequences of the test, for each number of pairs
     distances: tuple = (4, 8, 16, 32)  # upper ends of the classes of distances in the table
     seeds: tuple = (1, 2, 3, 4)
-    schedule: Schedule = field(
-        default_factory=lambda: Schedule(1000, learning_rate=2e-3, muon_learning_rate=0.02)
+    training: dict = field(  # options of train.py
+        default_factory=lambda: TRAINING | RATES | {"max_steps": 1000}
     )
 
 
@@ -52,7 +54,7 @@ PRESETS = {
         pairs=(4, 16, 64, 128),
         windows=(64, 128, 256),
         distances=(64, 128, 256, 512),
-        schedule=Schedule(5000, learning_rate=2e-3, muon_learning_rate=0.02),
+        training=TRAINING | RATES | {"max_steps": 5000},
     ),
 }
 
@@ -99,22 +101,29 @@ def make_batch(config, size, pairs, generator):
     return x, y, distance
 
 
-def measure_accuracies(config, options, seed, device, dtype):
-    """Train a model; return {number of pairs: fraction looked up in each class of distances}."""
-    torch.manual_seed(seed)
-    model = build_model({**config.shape, **options, "vocab_size": 3 * config.keys}).to(device)
-    generator = torch.Generator().manual_seed(seed)
+def train_model(config, name, seed, generator, device, dtype):
+    """Train a model; return it."""
+    shape = config.shape | variants(config)[name] | {"vocab_size": 3 * config.keys}
     choices = torch.tensor(config.pairs)
 
     def next_batch(step):
         # First the most pairs only, which have the most targets: looking up is learned sooner.
-        first_half = step < config.schedule.max_steps // 2
+        first_half = step < config.training["max_steps"] // 2
         of = choices[-1:] if first_half else choices
         chosen = torch.randint(len(of), (config.batch_size,), generator=generator)
         x, y, _ = make_batch(config, config.batch_size, of[chosen], generator)
         return x, y
 
-    train_on(model, next_batch, config.schedule, device, dtype)
+    with open_run(shape, config.batch_size, device, dtype, seed=seed, **config.training) as run:
+        run.loader = Task(shape["block_size"], next_batch)
+        train_to_end(run)
+        return run.model
+
+
+def measure_accuracies(config, name, seed, device, dtype):
+    """Train a model; return {number of pairs: fraction looked up in each class of distances}."""
+    generator = torch.Generator().manual_seed(seed)
+    model = train_model(config, name, seed, generator, device, dtype)
     accuracies = {}
     for pairs in config.pairs:
         counts = torch.full((config.tested,), pairs)
@@ -135,61 +144,51 @@ def measure_accuracies(config, options, seed, device, dtype):
 # Tables and plot ------------------------------------------------------------------------------
 
 
-def accuracies_of_seeds(state, name, pairs, distance_class):
-    """Return the accuracy of each seed."""
-    points = points_of_seeds(state, name)
-    return [point[str(pairs)][distance_class] for point in points]
+def accuracies_of_seeds(values, pairs):
+    """Return, for each seed, the mean accuracy over the classes of distances.
 
-
-def accuracies_over_distances(state, name, pairs):
-    """Return, for each seed, the mean accuracy over the classes of distances."""
-    return [mean(point[str(pairs)]) for point in points_of_seeds(state, name)]
-
-
-def by_pairs(state):
-    """Return a table of the fraction looked up, by model and number of pairs.
-
-    The mean over the classes of distances, so that each class counts alike.
+    So each class counts alike.
     """
-    config = Config(**state["config"])
+    return [mean(value[str(pairs)]) for value in values]
+
+
+def by_pairs(result):
+    """Return a table of the fraction looked up, by model and number of pairs."""
+    config = Config(**result["config"])
     rows = []
-    for name in variants(config):
-        cells = []
-        for pairs in config.pairs:
-            cells.append(format_mean(accuracies_over_distances(state, name, pairs), digits=2))
-        rows.append([name, *cells])
+    for name, values in complete_rows(result, variants(config)).items():
+        of_pairs = [accuracies_of_seeds(values, pairs) for pairs in config.pairs]
+        rows.append([name, *(format_mean(accuracies, digits=2) for accuracies in of_pairs)])
     return markdown_table(["pairs", *config.pairs], rows)
 
 
-def by_distance(state):
+def by_distance(result):
     """Return a table of the fraction looked up, by model and distance, with the most pairs."""
-    config = Config(**state["config"])
-    pairs = config.pairs[-1]
+    config = Config(**result["config"])
+    most = config.pairs[-1]
     rows = []
-    for name in variants(config):
-        cells = []
-        for i in range(len(config.distances)):
-            cells.append(format_mean(accuracies_of_seeds(state, name, pairs, i), digits=2))
-        rows.append([name, *cells])
+    for name, values in complete_rows(result, variants(config)).items():
+        of_distances = zip(*(value[str(most)] for value in values), strict=True)
+        rows.append([name, *(format_mean(accuracies, digits=2) for accuracies in of_distances)])
     lowers = (1, *[upper + 1 for upper in config.distances[:-1]])
     spans = [f"{low} to {high}" for low, high in zip(lowers, config.distances, strict=True)]
-    return markdown_table([f"distance ({pairs} pairs)", *spans], rows)
+    return markdown_table([f"distance ({most} pairs)", *spans], rows)
 
 
-def draw(state, over_pairs, over_distance):
+def draw(result, over_pairs, over_distance):
     """Plot the fraction looked up over the number of pairs, and over the distance."""
-    config = Config(**state["config"])
-    most = config.pairs[-1]
-    for name, colour in zip(variants(config), COLOURS, strict=False):
-        means = [mean(accuracies_over_distances(state, name, pairs)) for pairs in config.pairs]
-        over_pairs.plot(config.pairs, means, color=colour, marker="o", markersize=3, label=name)
-        classes = range(len(config.distances))
-        means = [mean(accuracies_of_seeds(state, name, most, i)) for i in classes]
-        over_distance.plot(config.distances, means, color=colour, marker="o", markersize=3)
+    config = Config(**result["config"])
+    most = str(config.pairs[-1])
+    measured = complete_rows(result, variants(config))
+    for (name, values), color in zip(measured.items(), COLORS, strict=False):
+        means = [mean(accuracies_of_seeds(values, pairs)) for pairs in config.pairs]
+        draw_line(over_pairs, name, config.pairs, means, color, markersize=3, label=name)
+        means = list(map(mean, zip(*(value[most] for value in values), strict=True)))
+        draw_line(over_distance, name, config.distances, means, color, markersize=3)
     for panel in (over_pairs, over_distance):
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter("{x:g}")
-        panel.axhline(1 / config.keys, color="grey", linewidth=0.8, linestyle=":")
+        panel.axhline(1 / config.keys, color="gray", linewidth=0.8, linestyle=":")
         panel.set_ylim(0, 1.05)
     over_pairs.set_xlabel("pairs in a sequence (dotted: a guess among all values)")
     over_distance.set_xlabel(f"distance, up to (tokens), with {most} pairs")
@@ -199,12 +198,8 @@ def draw(state, over_pairs, over_distance):
 
 def main(argv):
     study = Study("associative", configure(StudyConfig, argv, __doc__), PRESETS)
-    config = study.config
-    for name, options in variants(config).items():
-        for seed in config.seeds:
-            arguments = (config, options, seed, study.device, study.dtype)
-            study.measure_once(f"{name}, seed {seed}", measure_accuracies, *arguments)
-    study.finish(draw)
+    study.add_seeds(variants(study.config), measure_accuracies, study.device, study.dtype)
+    study.run(by_pairs, by_distance, draw=draw)
 
 
 if __name__ == "__main__":

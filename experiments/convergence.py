@@ -9,21 +9,19 @@ next.
 
 import itertools
 import sys
-from statistics import mean
+from contextlib import ExitStack
+from functools import partial
 
 from common.errors import run_program
 from configurator import configure
 from experiments.intervals import format_mean
-from experiments.runs import PRESETS, shape_of_run, train_variant, val_losses, variants
-from experiments.steps import make_training_step
-from experiments.study import (
-    COLOURS,
-    Study,
-    StudyConfig,
-    points_of_seeds,
-)
-from tools.bench.results import markdown_table
-from tools.bench.turns import take_turns
+from experiments.runs import PRESETS, mean_curve, shape_of_run, train_variant, val_losses, variants
+from experiments.steps import open_run
+from experiments.study import Study, StudyConfig, complete_rows
+from tools.bench.runs import take_step
+from tools.results.plot import COLORS, draw_line
+from tools.results.table import markdown_table
+from tools.results.turns import take_turns
 
 SHOWN = ("base", "RoPE", "GQA 1/4", "SWA 1/4", "all three")  # in the plot
 
@@ -37,12 +35,14 @@ def measure_step_seconds(config, device, dtype):
     """Return {name: median seconds of an optimizer step}: its micro-steps times one of them."""
     B, T = config.run["batch_size"], config.run["block_size"]
     shape = shape_of_run(config.run)
-    micro_steps = {}
-    for name, options in variants(config.run).items():
-        micro_steps[name] = make_training_step(shape | options, B, T, device, dtype)
-    seconds = take_turns(10 * config.rounds, device, micro_steps)
-    count = config.run["total_batch_size"] // (B * T)
-    return {name: count * seconds[name] for name in micro_steps}
+    steps = {}
+    with ExitStack() as stack:
+        for name, options in variants(config.run).items():
+            run = stack.enter_context(open_run(shape | options, B, device, dtype))
+            steps[name] = partial(take_step, run)
+        seconds = take_turns(10 * config.rounds, device, steps)
+    micro_steps = config.run["total_batch_size"] // (B * T)
+    return {name: micro_steps * seconds[name] for name in steps}
 
 
 def step_of_loss(curve, loss):
@@ -56,68 +56,68 @@ def step_of_loss(curve, loss):
     return None
 
 
-def fractions_of_steps(state, name):
+def fractions_of_steps(curves, base_curves):
     """Return, for each seed, when a variant reaches the base's final loss, over the base's steps.
 
     None for a seed with which it never does.
     """
     fractions = []
-    base_curves = points_of_seeds(state, "base")
-    for curve, base_curve in zip(points_of_seeds(state, name), base_curves, strict=True):
+    for curve, base_curve in zip(curves, base_curves, strict=True):
         last_step, base_loss = base_curve[-1]
         step = step_of_loss(curve, base_loss)
         fractions.append(None if step is None else step / last_step)
     return fractions
 
 
-def losses(state):
+def losses(result):
     """Return a table: the time of a step, and when each variant reaches the base's final loss."""
-    seconds = state["points"]["step_seconds"]
+    curves = complete_rows(result, variants(result["config"]["run"]))
+    seconds = result["values"].get("step_seconds")
+    if seconds is None or "base" not in curves:
+        return "The table needs the base and step_seconds."
     rows = []
-    for name in seconds:
-        row = [name, f"{1000 * seconds[name]:.1f}", f"{seconds[name] / seconds['base']:.2f}"]
-        fractions = fractions_of_steps(state, name)
-        reached = [fraction for fraction in fractions if fraction is not None]
-        if len(reached) < len(fractions):
-            rows.append(
-                [*row, f"never with {len(fractions) - len(reached)} of {len(fractions)}", ""]
-            )
-            continue
-        times = [fraction * seconds[name] / seconds["base"] for fraction in reached]
-        rows.append([*row, format_mean(reached, digits=2), format_mean(times, digits=2)])
+    for name in curves:
+        factor = seconds[name] / seconds["base"]
+        row = [name, f"{1000 * seconds[name]:.1f}", f"{factor:.2f}"]
+        fractions = fractions_of_steps(curves[name], curves["base"])
+        missing = fractions.count(None)
+        if missing:
+            row.append(f"never with {missing} of {len(fractions)}")
+        else:
+            times = [fraction * factor for fraction in fractions]
+            row += [format_mean(fractions, digits=2), format_mean(times, digits=2)]
+        rows.append(row)
     header = ["", "step, ms", "over the base's", "steps to the base's loss", "time to it"]
     return markdown_table(header, rows)
 
 
-def draw(state, over_steps, over_time):
+def draw(result, over_steps, over_time):
     """Plot the mean validation loss over steps and over time, a line for each model."""
-    draw_curves(state, over_steps, dict.fromkeys(SHOWN, 1))
-    draw_curves(state, over_time, state["points"]["step_seconds"])
+    draw_curves(result, over_steps, dict.fromkeys(SHOWN, 1))
+    draw_curves(result, over_time, result["values"].get("step_seconds", {}))
     over_steps.set_xlabel("steps")
     over_time.set_xlabel("time (s)")
     over_steps.set_ylabel("validation loss (nats per token)")
 
 
-def draw_curves(state, panel, step_widths):
+def draw_curves(result, panel, step_widths):
     """Draw the curves into a panel; step_widths is {name: length of a step on the x axis}."""
-    for name, colour in zip(SHOWN, COLOURS, strict=False):
-        curves = points_of_seeds(state, name)
-        # Without the untrained model, whose loss would compress all others.
-        steps = [step for step, _ in curves[0]][1:]
-        y = [mean(curve[i][1] for curve in curves) for i in range(1, len(steps) + 1)]
-        x = [step * step_widths[name] for step in steps]
-        panel.plot(x, y, color=colour, marker="o", markersize=3, label=name)
-    panel.legend(frameon=False)
+    for (name, curves), color in zip(complete_rows(result, SHOWN).items(), COLORS, strict=False):
+        if name in step_widths:
+            # Without the untrained model, whose loss would compress all others.
+            steps, means = mean_curve(curves)
+            x = [step * step_widths[name] for step in steps[1:]]
+            draw_line(panel, name, x, means[1:], color, markersize=3, label=name)
+            panel.legend(frameon=False)
 
 
 def main(argv):
     study = Study("convergence", configure(StudyConfig, argv, __doc__), PRESETS)
     config = study.config
-    for name in variants(config.run):
-        for seed in config.seeds:
-            study.measure_once(f"{name}, seed {seed}", measure_curve, config, name, seed)
-    study.measure_once("step_seconds", measure_step_seconds, config, study.device, study.dtype)
-    study.finish(draw)
+    study.add_seeds(variants(config.run), measure_curve)
+    speed = (measure_step_seconds, config, study.device, study.dtype)
+    study.add("step_seconds", "step_seconds", *speed)
+    study.run(losses, draw=draw)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ At the shape of GPT-2 124M. The models take turns in training steps and in decod
 """
 
 import sys
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 
@@ -17,12 +19,13 @@ from experiments.steps import (
     build_model,
     cache_bytes,
     make_decoding_step,
-    make_training_step,
     measure_step_memory,
+    open_run,
 )
 from experiments.study import Study, StudyConfig
-from tools.bench.results import markdown_table
-from tools.bench.turns import run_in_new_process, take_turns
+from tools.bench.runs import take_step
+from tools.results.table import markdown_table
+from tools.results.turns import run_in_new_process, take_turns
 
 # Not all variants: 2 GB of weights and optimizer state each are in memory at the same time.
 NAMES = ("base", "RoPE", "GQA 1/2", "GQA 1/4", "MQA", "SWA 1/4", "SWA 1/16", "all three")
@@ -31,13 +34,17 @@ DECODING = ("base", "GQA 1/2", "GQA 1/4", "MQA", "SWA 1/4", "all three")
 # Measurements ---------------------------------------------------------------------------------
 
 
-def compute_size(shape, T):
-    """Return parameters, FLOPs per token of training on T tokens, and bytes of float32 KV cache."""
+def shape_of(config, name):
+    return config.shape | variants(config.shape)[name]
+
+
+def compute_size(shape):
+    """Return parameters, FLOPs per token of training, and bytes of float32 KV cache."""
     with torch.device("meta"):
         model = build_model(shape)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "flops_per_token": flops_per_token(model, T),
+        "flops_per_token": flops_per_token(model, shape["block_size"]),
         "cache_bytes_per_token": cache_bytes(shape, 1),
         "cache_bytes_32k": cache_bytes(shape, 32 * 1024),
     }
@@ -46,19 +53,19 @@ def compute_size(shape, T):
 def measure_speed(config, device, dtype):
     """Return {name: tokens per second of training, and of decoding at position T - 1}."""
     B, T = config.batch_size, config.shape["block_size"]
-    shapes = {name: config.shape | variants(config.shape)[name] for name in NAMES}
-    training_steps = {}
-    for name, shape in shapes.items():
-        training_steps[name] = make_training_step(shape, B, T, device, dtype)
-    training = take_turns(config.rounds, device, training_steps)
-    del training_steps  # frees the models and their optimizer states
-    decoding_steps = {}
-    for name, shape in shapes.items():
+    training_steps, decoding_steps = {}, {}
+    with ExitStack() as stack:
+        for name in NAMES:
+            run = stack.enter_context(open_run(shape_of(config, name), B, device, dtype))
+            training_steps[name] = partial(take_step, run)
+        training = take_turns(config.rounds, device, training_steps)
+    del run, training_steps  # frees the models and their optimizer states
+    for name in NAMES:
+        shape = shape_of(config, name)
         decoding_steps[name], _ = make_decoding_step(shape, T - 1, device, dtype)
     decoding = take_turns(10 * config.rounds, device, decoding_steps)
     return {
-        name: {"training": B * T / training[name], "decoding": 1 / decoding[name]}
-        for name in shapes
+        name: {"training": B * T / training[name], "decoding": 1 / decoding[name]} for name in NAMES
     }
 
 
@@ -66,7 +73,7 @@ def measure_decoding(config, B, position, device, dtype):
     """Return {name: seconds of a decode step of B samples at a position} for DECODING."""
     steps = {}
     for name in DECODING:
-        shape = config.shape | variants(config.shape)[name]
+        shape = shape_of(config, name)
         steps[name], _ = make_decoding_step(shape, position, device, dtype, B)
     return take_turns(10 * config.rounds, device, steps)
 
@@ -74,27 +81,22 @@ def measure_decoding(config, B, position, device, dtype):
 # Tables ------------------------------------------------------------------------------
 
 
-def sizes(state):
+def sizes(result):
     """Return a table of the size and speed of each variant; (1.00x) is the speed of the base."""
-    points = state["points"]
-    base = points["speed"]["base"]
+    values = result["values"]
+    speed = values.get("speed", {})
     rows = []
-    for name, speed in points["speed"].items():
-        size = points[f"{name}, size"]
-        memory = points[f"{name}, memory"]
-        training, decoding = speed["training"], speed["decoding"]
-        rows.append(
-            [
-                name,
-                f"{size['parameters']:,}",
-                f"{size['flops_per_token'] / 1e6:.0f}",
-                f"{training:.0f} ({training / base['training']:.2f}x)",
-                f"{decoding:.1f} ({decoding / base['decoding']:.2f}x)",
-                f"{memory:.2f}",
-                f"{size['cache_bytes_per_token']:,}",
-                f"{size['cache_bytes_32k'] / 1e6:.1f}",
-            ]
-        )
+    for name in NAMES:
+        if f"{name}, memory" not in values:
+            continue
+        size = values[f"{name}, size"]
+        row = [name, f"{size['parameters']:,}", f"{size['flops_per_token'] / 1e6:.0f}"]
+        for what, digits in (("training", 0), ("decoding", 1)):
+            row.append(describe_speed(speed, name, what, digits))
+        row.append(f"{values[f'{name}, memory']:.2f}")
+        row.append(f"{size['cache_bytes_per_token']:,}")
+        row.append(f"{size['cache_bytes_32k'] / 1e6:.1f}")
+        rows.append(row)
     header = [
         "",
         "parameters",
@@ -108,17 +110,27 @@ def sizes(state):
     return markdown_table(header, rows)
 
 
-def decoding(state):
+def describe_speed(speed, name, what, digits):
+    """Return tokens per second and their factor over the base's; "" if they are not measured."""
+    if not speed:
+        return ""
+    tokens_per_second = speed[name][what]
+    factor = tokens_per_second / speed["base"][what]
+    return f"{tokens_per_second:.{digits}f} ({factor:.2f}x)"
+
+
+def decoding(result):
     """Return a table of the time of a decode step, over the number of samples and the position."""
-    points = state["points"]
+    sizes = decoding_sizes(result["config"]["shape"])
+    measured = [result["values"].get(decoding_key(*size)) for size in sizes]
     rows = []
     for name in DECODING:
-        cells = []
-        for B, position in decoding_sizes(state["config"]["shape"]):
-            seconds = points[f"decoding, {B} at {position}"]
-            cells.append(f"{1000 * seconds[name]:.1f} ({seconds['base'] / seconds[name]:.2f}x)")
-        rows.append([name, *cells])
-    sizes = decoding_sizes(state["config"]["shape"])
+        row = [name]
+        for seconds in measured:
+            if seconds is not None:
+                factor = seconds["base"] / seconds[name]
+                row.append(f"{1000 * seconds[name]:.1f} ({factor:.2f}x)")
+        rows.append(row)
     return markdown_table(["ms", *(f"{B} at {position}" for B, position in sizes)], rows)
 
 
@@ -128,20 +140,23 @@ def decoding_sizes(shape):
     return [(1, T // 4 - 1), (1, T - 1), (8, T // 4 - 1), (8, T - 1)]
 
 
+def decoding_key(B, position):
+    return f"decoding, {B} at {position}"
+
+
 def main(argv):
     study = Study("costs", configure(StudyConfig, argv, __doc__), PRESETS)
     config, device, dtype = study.config, study.device, study.dtype
-    B, T = config.batch_size, config.shape["block_size"]
     for name in NAMES:
-        shape = config.shape | variants(config.shape)[name]
-        study.measure_once(f"{name}, size", compute_size, shape, T)
-        arguments = (measure_step_memory, shape, B, T, device, dtype)
-        study.measure_once(f"{name}, memory", run_in_new_process, *arguments)
-    study.measure_once("speed", measure_speed, config, device, dtype)
-    for B, position in decoding_sizes(config.shape):
-        arguments = (config, B, position, device, dtype)
-        study.measure_once(f"decoding, {B} at {position}", measure_decoding, *arguments)
-    study.finish()
+        shape = shape_of(config, name)
+        study.add(name, f"{name}, size", compute_size, shape)
+        memory = (measure_step_memory, shape, config.batch_size, device, dtype)
+        study.add(name, f"{name}, memory", run_in_new_process, *memory)
+    study.add("speed", "speed", measure_speed, config, device, dtype)
+    for size in decoding_sizes(config.shape):
+        arguments = (measure_decoding, config, *size, device, dtype)
+        study.add("decoding", decoding_key(*size), *arguments)
+    study.run(sizes, decoding)
 
 
 if __name__ == "__main__":

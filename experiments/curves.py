@@ -10,8 +10,9 @@ from common.errors import run_program
 from common.models import model_module, models_with_option
 from configurator import configure, configure_with_model
 from experiments.runs import train_run, val_losses
-from experiments.study import COLOURS, Study, StudyConfig, label_points
-from tools.bench.results import markdown_table
+from experiments.study import Study, StudyConfig
+from tools.results.plot import COLORS, draw_line, label_points
+from tools.results.table import markdown_table
 from train import TrainConfig
 
 
@@ -48,24 +49,22 @@ def measure_curve(name):
     return val_losses(train_run(name, {"max_steps": config.max_steps}, path))
 
 
-def losses(state):
+def losses(result):
     """Return a table of the validation loss of each config, wherever it is evaluated."""
     rows = []
-    for name, curve in state["points"].items():
+    for name, curve in result["values"].items():
         evaluations = [f"{loss:.3f} at {step}" for step, loss in curve]
         rows.append([f"[{name}](../config/{name}.py)", ", ".join(evaluations)])
     return markdown_table(["config", "validation loss at step"], rows)
 
 
-def draw(state, panel):
+def draw(result, panel):
     """Plot validation loss over steps, a line for each config."""
     ends = {}  # {last step: labels of the lines that end there}
-    for (name, curve), colour in zip(state["points"].items(), COLOURS, strict=False):
-        trained = curve[1:]  # the untrained model's loss would compress all others
-        steps = [step for step, _ in trained]
-        values = [loss for _, loss in trained]
-        panel.plot(steps, values, color=colour, marker="o", markersize=4)
-        ends.setdefault(steps[-1], []).append((name, steps[-1], values[-1], colour))
+    for (name, curve), color in zip(result["values"].items(), COLORS, strict=False):
+        steps, values = zip(*curve[1:], strict=True)  # the untrained loss would compress all others
+        end = draw_line(panel, name, steps, values, color)
+        ends.setdefault(steps[-1], []).append(end)
     for labels in ends.values():
         label_points(panel, *labels)
     panel.set_xlim(right=1.4 * max(ends))  # room for the labels
@@ -76,8 +75,8 @@ def draw(state, panel):
 def main(argv):
     study = Study("curves", configure(StudyConfig, argv, __doc__), PRESETS)
     for name in study.config.configs:
-        study.measure_once(name, measure_curve, name)
-    study.finish(draw)
+        study.add(name, name, measure_curve, name)
+    study.run(losses, draw=draw)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from matplotlib.patches import Circle, Patch, Rectangle
 from common.errors import run_program
 from common.models import model_module
 from configurator import configure
-from experiments.study import COLOURS
+from tools.results.plot import COLORS
 
 FOLDER = Path("docs/drawings")
-BLACK, ORANGE, BLUE, _, LIGHT_BLUE, _, _, GREY = COLOURS
+BLACK, ORANGE, BLUE, _, LIGHT_BLUE, _, _, GRAY = COLORS
 WHITE = "#FFFFFF"
 PALE = "#E6E6E6"
 
@@ -123,25 +123,25 @@ def hide_axes(panel):
     panel.set(xticks=[], yticks=[])
 
 
-def draw_box(panel, x, y, text, colour):
+def draw_box(panel, x, y, text, color):
     """Draw a box with a text in it around (x, y)."""
     corner = (x - 0.45, y - 0.45)
-    panel.add_patch(Rectangle(corner, 0.9, 0.9, facecolor=colour, edgecolor=GREY))
-    text_colour = WHITE if colour == BLUE else BLACK
-    panel.text(x, y, text, color=text_colour, ha="center", va="center")
+    panel.add_patch(Rectangle(corner, 0.9, 0.9, facecolor=color, edgecolor=GRAY))
+    text_color = WHITE if color == BLUE else BLACK
+    panel.text(x, y, text, color=text_color, ha="center", va="center")
 
 
 def draw_matrix(panel, numbers, title):
     """Draw a matrix (queries, keys) of the numbers 0, 1 and 2: pale, light blue and blue."""
-    colours = ListedColormap((PALE, LIGHT_BLUE, BLUE))
-    # Smooth edges from mixed colours; mixed numbers would be another kind: (0 + 2) / 2 = 1.
-    panel.imshow(numbers.numpy(), cmap=colours, vmin=0, vmax=2, interpolation_stage="rgba")
+    colors = ListedColormap((PALE, LIGHT_BLUE, BLUE))
+    # Smooth edges from mixed colors; mixed numbers would be another kind: (0 + 2) / 2 = 1.
+    panel.imshow(numbers.numpy(), cmap=colors, vmin=0, vmax=2, interpolation_stage="rgba")
     panel.set(xlabel="key position", ylabel="query position", title=title)
 
 
 def add_legend(panel, labels):
-    """Explain the colours of a drawing, {text: colour}, below its panels."""
-    patches = [Patch(facecolor=c, edgecolor=GREY, label=text) for text, c in labels.items()]
+    """Explain the colors of a drawing, {text: color}, below its panels."""
+    patches = [Patch(facecolor=c, edgecolor=GRAY, label=text) for text, c in labels.items()]
     panel.figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
 
 
@@ -237,11 +237,11 @@ def draw_groups(mha, gqa, mqa):
         used, cache_bytes = group_heads(n_head, n_kv_head)
         for kv_head in range(n_kv_head):
             group = [query_head for query_head in range(n_head) if used[query_head] == kv_head]
-            centre = sum(group) / len(group)
+            center = sum(group) / len(group)
             for query_head in group:
-                panel.plot((query_head, centre), (0.45, 1.55), color=GREY)
+                panel.plot((query_head, center), (0.45, 1.55), color=GRAY)
                 draw_box(panel, query_head, 0, query_head, BLUE)
-            draw_box(panel, centre, 2, kv_head, ORANGE)
+            draw_box(panel, center, 2, kv_head, ORANGE)
         hide_axes(panel)
         panel.set(xlim=(-0.7, n_head - 0.3), ylim=(2.5, -0.5), aspect="equal")
         percent = 100 * cache_bytes / bytes_of_mha

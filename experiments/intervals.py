@@ -41,6 +41,13 @@ class Interval:
     def high(self):
         return self.mean + self.half_width
 
+    def format(self, digits, sign=""):
+        """Return the interval as text, 1.5297 ± 0.0120; of a single seed only the value."""
+        text = f"{self.mean:{sign}.{digits}f}"
+        if self.half_width == math.inf:
+            return text
+        return f"{text} ± {self.half_width:.{digits}f}"
+
 
 def interval_of(values):
     """Return the Interval of the mean of independent values, one for each seed (at most 10)."""
@@ -56,23 +63,24 @@ def paired_difference(values, reference):
 
 
 def format_mean(values, digits=4):
-    """Return the mean of values and its interval as text: 1.5297 +- 0.0120."""
-    interval = interval_of(values)
-    if interval.half_width == math.inf:
-        return f"{interval.mean:.{digits}f}"
-    return f"{interval.mean:.{digits}f} ± {interval.half_width:.{digits}f}"
+    """Return the mean of values and its interval as text: 1.5297 ± 0.0120."""
+    return interval_of(values).format(digits)
 
 
 def format_difference(values, reference, digits=4):
-    """Return the paired difference of two losses and its interval as text."""
-    interval = paired_difference(values, reference)
-    if interval.half_width == math.inf:
-        return f"{interval.mean:+.{digits}f}"
-    return f"{interval.mean:+.{digits}f} ± {interval.half_width:.{digits}f}"
+    """Return the paired difference of two losses and its interval as text.
+
+    "" without a reference: a study of some rows may lack it.
+    """
+    if reference is None:
+        return ""
+    return paired_difference(values, reference).format(digits, sign="+")
 
 
 def verdict(values, reference, digits=4):
-    """Return what the paired difference of two losses shows: better, worse, or within +-x."""
+    """Return what the paired difference of two losses shows: better, worse, or within ±x."""
+    if reference is None:
+        return ""
     interval = paired_difference(values, reference)
     if interval.half_width == math.inf:
         return "one seed"

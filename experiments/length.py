@@ -23,15 +23,10 @@ from common.pretrained import load_model
 from configurator import configure
 from experiments.intervals import format_difference, format_mean, verdict
 from experiments.runs import PRESETS, train_model, train_variant
-from experiments.study import (
-    COLOURS,
-    Study,
-    StudyConfig,
-    label_points,
-    points_of_seeds,
-)
+from experiments.study import Study, StudyConfig, complete_rows
 from prepare_data import open_dataset
-from tools.bench.results import markdown_table
+from tools.results.plot import COLORS, draw_line, label_points
+from tools.results.table import markdown_table
 
 NAMES = (
     "base",
@@ -92,39 +87,42 @@ def mean_of_spans(parts):
     return [float(np.mean(span)) if span else None for span in spans]
 
 
-def losses(state):
+def losses(result):
     """Return a table of the mean loss up to and beyond the training length, over the seeds."""
     rows = []
-    for name in NAMES:
-        of_seeds = [mean_of_spans(parts) for parts in points_of_seeds(state, name)]
+    for name, values in complete_rows(result, NAMES).items():
         cells = []
-        for span in zip(*of_seeds, strict=True):
+        for span in zip(*map(mean_of_spans, values), strict=True):
             cells.append("ends" if None in span else format_mean(span, digits=3))
         rows.append([name, *cells])
     return markdown_table(["", "up to T", "T to 2T", "2T to 4T"], rows)
 
 
-def within_training_length(state):
+def within_training_length(result):
     """Return a table of the paired differences from RoPE up to T: what the other angles cost."""
-    rope = [mean_of_spans(parts)[0] for parts in points_of_seeds(state, "RoPE")]
+    losses_up_to_T = {
+        name: [mean_of_spans(parts)[0] for parts in values]
+        for name, values in complete_rows(result, NAMES).items()
+    }
+    rope = losses_up_to_T.get("RoPE")
     rows = []
     for name in ("RoPE, rescaled", "RoPE, theta 1e3", "RoPE, theta 1e5"):
-        values = [mean_of_spans(parts)[0] for parts in points_of_seeds(state, name)]
-        rows.append([name, format_difference(values, rope, 3), verdict(values, rope, 3)])
-    return markdown_table(["up to T", "difference from RoPE", "so it is"], rows)
+        if name in losses_up_to_T:
+            values = losses_up_to_T[name]
+            rows.append([name, format_difference(values, rope, 3), verdict(values, rope, 3)])
+    return markdown_table(["up to T", "difference from RoPE", "verdict"], rows)
 
 
-def draw(state, panel):
+def draw(result, panel):
     """Plot the loss over the position, a line for each model: the mean of the seeds."""
-    T = state["config"]["run"]["block_size"]
+    T = result["config"]["run"]["block_size"]
     ends = []
-    for name, colour in zip(NAMES, COLOURS, strict=False):
-        y = np.mean(points_of_seeds(state, name), axis=0)
+    for (name, values), color in zip(complete_rows(result, NAMES).items(), COLORS, strict=False):
+        y = np.mean(values, axis=0)
         x = (np.arange(len(y)) + 0.5) * T / PARTS
-        panel.plot(x, y, color=colour, marker="o", markersize=3)
-        ends.append((name, x[-1], y[-1], colour))
+        ends.append(draw_line(panel, name, x, y, color, markersize=3))
     label_points(panel, *ends)
-    panel.axvline(T, color="grey", linewidth=0.8, linestyle=":")
+    panel.axvline(T, color="gray", linewidth=0.8, linestyle=":")
     panel.set_xlim(0, 4.7 * T)
     panel.set_xticks([0, T, 2 * T, 3 * T, 4 * T])
     panel.set_xlabel(f"position (tokens); trained on the first {T}")
@@ -133,11 +131,8 @@ def draw(state, panel):
 
 def main(argv):
     study = Study("length", configure(StudyConfig, argv, __doc__), PRESETS)
-    for name in NAMES:
-        for seed in study.config.seeds:
-            arguments = (study.config, name, seed, study.device)
-            study.measure_once(f"{name}, seed {seed}", measure_loss_by_position, *arguments)
-    study.finish(draw)
+    study.add_seeds(NAMES, measure_loss_by_position, study.device)
+    study.run(losses, within_training_length, draw=draw)
 
 
 if __name__ == "__main__":

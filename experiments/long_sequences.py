@@ -4,18 +4,18 @@ python -m experiments.long_sequences --preset=cpu
 """
 
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from common.errors import run_program
 from configurator import configure
-from experiments.steps import (
-    make_decoding_step,
-    make_training_step,
-    measure_step_memory,
-)
-from experiments.study import COLOURS, Study, StudyConfig, label_points
-from tools.bench.results import markdown_table
-from tools.bench.turns import run_in_new_process, take_turns
+from experiments.steps import make_decoding_step, measure_step_memory, open_run
+from experiments.study import Study, StudyConfig
+from tools.bench.runs import take_step
+from tools.results.plot import COLORS, draw_line, label_points
+from tools.results.table import markdown_table
+from tools.results.turns import run_in_new_process, take_turns
 
 
 @dataclass
@@ -34,7 +34,7 @@ PRESETS = {
     "gpu": Config(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, rounds=5),
 }
 NAMES = ("base", "GQA 1/4", "SWA", "all three")
-LINE_COLOURS = (COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[5])
+LINE_COLORS = (COLORS[0], COLORS[1], COLORS[2], COLORS[5])
 
 
 def model_shapes(config, T):
@@ -66,17 +66,18 @@ def model_shapes(config, T):
 def measure_training(config, T, device, dtype):
     """Return {name: seconds of a training step on one sequence of T tokens}."""
     steps = {}
-    for name, shape in model_shapes(config, T).items():
-        steps[name] = make_training_step(shape, 1, T, device, dtype)
-    return take_turns(config.rounds, device, steps)
+    with ExitStack() as stack:
+        for name, shape in model_shapes(config, T).items():
+            run = stack.enter_context(open_run(shape, 1, device, dtype))
+            steps[name] = partial(take_step, run)
+        return take_turns(config.rounds, device, steps)
 
 
 def measure_memory(config, T, device, dtype):
     """Return {name: peak GB of training on one sequence of T tokens}."""
     memory = {}
     for name, shape in model_shapes(config, T).items():
-        arguments = (shape, 1, T, device, dtype)
-        memory[name] = run_in_new_process(measure_step_memory, *arguments)
+        memory[name] = run_in_new_process(measure_step_memory, shape, 1, device, dtype)
     return memory
 
 
@@ -92,13 +93,19 @@ def measure_decoding(config, T, device, dtype):
 # Table and plot -------------------------------------------------------------------------------
 
 
-def costs(state):
+def measured_lengths(result):
+    """Return the sequence lengths of which everything is measured."""
+    lengths = result["config"]["lengths"]
+    return [T for T in lengths if f"{T}, decoding" in result["values"]]
+
+
+def costs(result):
     """Return a table of time and memory of a training step, and time of decoding a token."""
     rows = []
-    for T in state["config"]["lengths"]:
-        training = state["points"][f"{T}, training"]
-        memory = state["points"][f"{T}, memory"]
-        decoding = state["points"][f"{T}, decoding"]
+    for T in measured_lengths(result):
+        training = result["values"][f"{T}, training"]
+        memory = result["values"][f"{T}, memory"]
+        decoding = result["values"][f"{T}, decoding"]
         row = [f"{T // 1024}k"]
         for name in NAMES:
             milliseconds = 1000 * decoding[name]["seconds"]
@@ -108,23 +115,22 @@ def costs(state):
     return markdown_table(["T", *NAMES, "base / SWA, training"], rows)
 
 
-def draw(state, training, memory, decoding):
+def draw(result, training, memory, decoding):
     """Plot the costs over the sequence length, a line for each model."""
-    draw_costs(state, training, "training", "training step (s)")
-    draw_costs(state, memory, "memory", "memory of training (GB)")
-    draw_costs(state, decoding, "decoding", "decoding a token (ms)")
+    draw_costs(result, training, "training", "training step (s)")
+    draw_costs(result, memory, "memory", "memory of training (GB)")
+    draw_costs(result, decoding, "decoding", "decoding a token (ms)")
 
 
-def draw_costs(state, panel, key, text):
-    """Draw one kind of points into a panel."""
-    lengths = state["config"]["lengths"]
+def draw_costs(result, panel, key, text):
+    """Draw one kind of values into a panel."""
+    lengths = measured_lengths(result)
     ends = []
-    for name, colour in zip(NAMES, LINE_COLOURS, strict=True):
-        values = [state["points"][f"{T}, {key}"][name] for T in lengths]
+    for name, color in zip(NAMES, LINE_COLORS, strict=True):
+        values = [result["values"][f"{T}, {key}"][name] for T in lengths]
         if key == "decoding":
             values = [1000 * value["seconds"] for value in values]
-        panel.plot(lengths, values, color=colour, marker="o", markersize=4)
-        ends.append((name, lengths[-1], values[-1], colour))
+        ends.append(draw_line(panel, name, lengths, values, color))
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     label_points(panel, *ends)
@@ -138,10 +144,10 @@ def main(argv):
     study = Study("long_sequences", configure(StudyConfig, argv, __doc__), PRESETS)
     for T in study.config.lengths:
         arguments = (study.config, T, study.device, study.dtype)
-        study.measure_once(f"{T}, training", measure_training, *arguments)
-        study.measure_once(f"{T}, memory", measure_memory, *arguments)
-        study.measure_once(f"{T}, decoding", measure_decoding, *arguments)
-    study.finish(draw)
+        study.add(str(T), f"{T}, training", measure_training, *arguments)
+        study.add(str(T), f"{T}, memory", measure_memory, *arguments)
+        study.add(str(T), f"{T}, decoding", measure_decoding, *arguments)
+    study.run(costs, draw=draw)
 
 
 if __name__ == "__main__":

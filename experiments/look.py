@@ -16,7 +16,7 @@ from common.errors import UserError, run_program
 from common.flops import flops_per_token
 from common.models import model_module, models_with_option
 from configurator import check_minimum, configure_with_model
-from experiments.study import Study, StudyConfig
+from experiments.study import Study, StudyConfig, texts
 
 VARIANTS = {
     "model": {},
@@ -109,9 +109,8 @@ def main(argv):
     study = Study("look", config, PRESETS)
     for name, own_options in VARIANTS.items():
         options = asdict(study.config) | own_options
-        arguments = (name, options, config.tokens, study.device)
-        print(study.measure_once(name, describe_model, *arguments), end="\n\n")
-    study.finish()
+        study.add(name, name, describe_model, name, options, config.tokens, study.device)
+    study.run(texts)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from common.errors import run_program
 from configurator import configure
 from experiments.runs import SMALL, train_run, val_losses
-from experiments.study import COLOURS, Study, StudyConfig, label_points
-from tools.bench.results import markdown_table
+from experiments.study import Study, StudyConfig
+from tools.results.plot import COLORS, draw_line, label_points
+from tools.results.table import markdown_table
 
 SHARED = {
     "block_size": 128,
@@ -72,29 +73,33 @@ def measure_loss(config, size, name):
     return val_losses(run)[-1][1]
 
 
-def losses(state):
+def losses(result):
     """Return a table of the final losses: a row for each optimizer and rate, a column per size."""
-    config = Config(**state["config"])
+    config = Config(**result["config"])
     rows = []
     for name in runs(config):
-        values = [state["points"][f"{size}, {name}"] for size in config.sizes]
-        rows.append([name, *[f"{value:.4f}" for value in values]])
+        losses_of_sizes = [result["values"].get(f"{size}, {name}") for size in config.sizes]
+        if None not in losses_of_sizes:
+            rows.append([name, *[f"{loss:.4f}" for loss in losses_of_sizes]])
     steps = ["steps", *[options["max_steps"] for options in config.sizes.values()]]
     return markdown_table(["optimizer and rate", *config.sizes], [*rows, steps])
 
 
-def draw(state, panel):
+def draw(result, panel):
     """Plot the final loss over the rate, a line for each optimizer and size."""
-    config = Config(**state["config"])
+    config = Config(**result["config"])
+    optimizers = [("adamw", config.adamw_rates, "--"), ("muon", config.muon_rates, "-")]
     ends = []
-    for size, colour in zip(config.sizes, COLOURS, strict=False):
-        for optimizer, rates, style in [
-            ("adamw", config.adamw_rates, "--"),
-            ("muon", config.muon_rates, "-"),
-        ]:
-            values = [state["points"][f"{size}, {optimizer} {rate:g}"] for rate in rates]
-            panel.plot(rates, values, style, color=colour, marker="o", markersize=4)
-            ends.append((f"{optimizer} {size}", rates[-1], values[-1], colour))
+    for size, color in zip(config.sizes, COLORS, strict=False):
+        for optimizer, rates, style in optimizers:
+            losses_of_rates = {  # of an unfinished study, those that are measured
+                rate: result["values"].get(f"{size}, {optimizer} {rate:g}") for rate in rates
+            }
+            points = [item for item in losses_of_rates.items() if item[1] is not None]
+            if points:
+                x, y = zip(*points, strict=True)
+                label = f"{optimizer} {size}"
+                ends.append(draw_line(panel, label, x, y, color, linestyle=style))
     for end in ends:
         label_points(panel, end)
     panel.set_xscale("log")
@@ -105,10 +110,11 @@ def draw(state, panel):
 
 def main(argv):
     study = Study("optimizers", configure(StudyConfig, argv, __doc__), PRESETS)
-    for size in study.config.sizes:
-        for name in runs(study.config):
-            study.measure_once(f"{size}, {name}", measure_loss, study.config, size, name)
-    study.finish(draw)
+    config = study.config
+    for name in runs(config):
+        for size in config.sizes:
+            study.add(name, f"{size}, {name}", measure_loss, config, size, name)
+    study.run(losses, draw=draw)
 
 
 if __name__ == "__main__":

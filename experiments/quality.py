@@ -3,9 +3,10 @@
     python -m experiments.quality --preset=cpu
     python -m experiments.quality --preset=cpu_long --dataset=NAME
 
-The models are trained on the same tokens in the same order and compared seed by seed. The results
-are published after each model, those asked for most first: a long study can be stopped, and the
-same command resumes it.
+    python -m experiments.quality --preset=cpu --only="GQA 1/4" --seeds=1,2
+
+The models are trained on the same tokens in the same order and compared seed by seed. Those asked
+for most come first: a long study can be stopped, and the same command resumes it.
 """
 
 import math
@@ -23,20 +24,14 @@ from experiments.intervals import (
 )
 from experiments.runs import PRESETS, train_variant, val_losses, variants
 from experiments.steps import cache_bytes
-from experiments.study import (
-    COLOURS,
-    Study,
-    StudyConfig,
-    has_all_seeds,
-    label_points,
-    points_of_seeds,
-)
+from experiments.study import Study, StudyConfig, complete_rows
 from prepare_data import open_dataset
-from tools.bench.results import markdown_table
 from tools.plot_loss import read_log
+from tools.results.plot import COLORS, label_points
+from tools.results.table import markdown_table
 
 CACHE_TOKENS = 32 * 1024
-MARKERS = ("o", "s")  # of the first models, and of those whose colours repeat
+MARKERS = ("o", "s")  # of the first models, and of those whose colors repeat
 # What is compared with another variant than the base.
 COMPARISONS = (
     ("GQA 1/4", "GQA 1/2"),
@@ -71,79 +66,77 @@ def bits_per_byte(loss, dataset):
     return loss / math.log(2) * val["tokens"] / val["bytes"]
 
 
-def measured_variants(state):
-    """Return the names of the variants that have been trained with each seed."""
-    return [name for name in variants(state["config"]["run"]) if has_all_seeds(state, name)]
+def measured_variants(result):
+    """Return {name: values} of the variants that have been trained with each seed."""
+    return complete_rows(result, variants(result["config"]["run"]))
 
 
-def final_losses(state, name):
-    """Return the last validation loss of each seed."""
-    return [point["val_loss"] for point in points_of_seeds(state, name)]
+def final_losses(result):
+    """Return {name: last validation loss of each seed}."""
+    return {
+        name: [value["val_loss"] for value in values]
+        for name, values in measured_variants(result).items()
+    }
 
 
-def losses(state):
+def losses(result):
     """Return a table of the validation loss of each variant, and its difference from the base."""
-    base = final_losses(state, "base")
+    final = final_losses(result)
     rows = []
-    for name in measured_variants(state):
-        values = final_losses(state, name)
-        bits = [point["bits_per_byte"] for point in points_of_seeds(state, name)]
-        row = [name, format_mean(values), "" if None in bits else f"{mean(bits):.3f}"]
+    for name, values in measured_variants(result).items():
+        bits = [value["bits_per_byte"] for value in values]
+        row = [name, format_mean(final[name]), "" if None in bits else f"{mean(bits):.3f}"]
         if name != "base":
-            row += [format_difference(values, base), verdict(values, base)]
+            row.append(format_difference(final[name], final.get("base")))
+            row.append(verdict(final[name], final.get("base")))
         rows.append(row)
-    header = ["", "validation loss", "bits per byte", "difference from the base", "so it is"]
-    return markdown_table(header, [row + [""] * (len(header) - len(row)) for row in rows])
+    header = ["", "validation loss", "bits per byte", "difference from the base", "verdict"]
+    return markdown_table(header, rows)
 
 
-def differences_over_steps(state):
+def differences_over_steps(result):
     """Return a table of the differences from the base at each evaluation after step 0."""
-    base = points_of_seeds(state, "base")
+    measured = measured_variants(result)
+    base = measured.pop("base")
     steps = [step for step, _ in base[0]["curve"]]
     rows = []
-    for name in measured_variants(state)[1:]:  # the first one is the base
-        points = points_of_seeds(state, name)
+    for name, values in measured.items():
         row = [name]
         for i in range(1, len(steps)):
-            values = [point["curve"][i][1] for point in points]
-            base_values = [point["curve"][i][1] for point in base]
-            row.append(format_difference(values, base_values))
+            losses_at_step = [value["curve"][i][1] for value in values]
+            of_base = [value["curve"][i][1] for value in base]
+            row.append(format_difference(losses_at_step, of_base))
         rows.append(row)
     return markdown_table(["minus the base, after step", *steps[1:]], rows)
 
 
-def comparisons(state):
+def comparisons(result):
     """Return a table of the paired differences between variants other than the base."""
-    shown = measured_variants(state)
+    final = final_losses(result)
     rows = []
     for name, reference in COMPARISONS:
-        if name in shown and reference in shown:
-            values, others = final_losses(state, name), final_losses(state, reference)
-            difference = format_difference(values, others)
-            rows.append([name, reference, difference, verdict(values, others)])
-    return markdown_table(["", "compared with", "difference", "so it is"], rows)
+        if name in final and reference in final:
+            pair = (final[name], final[reference])
+            rows.append([name, reference, format_difference(*pair), verdict(*pair)])
+    return markdown_table(["", "compared with", "difference", "verdict"], rows)
 
 
-def draw(state, differences, caches):
+def draw(result, differences, caches):
     """Plot differences from the base, and losses over KV cache size; both with 95 % intervals."""
-    shown = measured_variants(state)
-    shapes = variants(state["config"]["shape"])  # of GPT-2 124M, which has other numbers of heads
-    base = final_losses(state, "base")
-    for i, name in enumerate(shown):
-        colour = COLOURS[i % len(COLOURS)]
-        marker = MARKERS[i // len(COLOURS)]
-        values = final_losses(state, name)
+    final = final_losses(result)
+    shape = result["config"]["shape"]  # of GPT-2 124M, which has other numbers of heads
+    for i, (name, values) in enumerate(final.items()):
+        color = COLORS[i % len(COLORS)]
+        style = {"fmt": MARKERS[i // len(COLORS)], "capsize": 4, "color": color}
         if name != "base":
-            difference = paired_difference(values, base)
-            differences.errorbar(
-                difference.mean, i, xerr=difference.half_width, fmt=marker, capsize=4, color=colour
-            )
+            difference = paired_difference(values, final["base"])
+            differences.errorbar(difference.mean, i, xerr=difference.half_width, **style)
         loss = interval_of(values)
-        x = cache_bytes(state["config"]["shape"] | shapes[name], CACHE_TOKENS) / 1e6
-        caches.errorbar(x, loss.mean, yerr=loss.half_width, fmt=marker, capsize=4, color=colour)
-        label_points(caches, (name, x, loss.mean, colour), offset=(6, 4))
-    differences.axvline(0, color=COLOURS[0], linewidth=0.8)
-    differences.set_yticks(range(len(shown)), shown)
+        x = cache_bytes(shape | variants(shape)[name], CACHE_TOKENS) / 1e6
+        caches.errorbar(x, loss.mean, yerr=loss.half_width, **style)
+        label_points(caches, (name, x, loss.mean, color), offset=(6, 4))
+    differences.axvline(0, color=COLORS[0], linewidth=0.8)
+    differences.set_yticks(range(len(final)), list(final))
     differences.set_xlabel("loss minus that of the base (95 % interval)")
     caches.set_xscale("log")
     caches.set_xlim(3, 9000)  # all variants, so that plots of some of them have readable ticks
@@ -153,14 +146,8 @@ def draw(state, differences, caches):
 
 def main(argv):
     study = Study("quality", configure(StudyConfig, argv, __doc__), PRESETS)
-    config = study.config
-    for name in variants(config.run):
-        was_measured = has_all_seeds(study.state, name)
-        for seed in config.seeds:
-            study.measure_once(f"{name}, seed {seed}", measure_quality, config, name, seed)
-        if not was_measured:
-            study.finish(draw)
-    study.finish(draw)
+    study.add_seeds(variants(study.config.run), measure_quality)
+    study.run(losses, comparisons, draw=draw)
 
 
 if __name__ == "__main__":

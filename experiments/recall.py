@@ -16,18 +16,14 @@ import torch
 
 from common.errors import run_program
 from configurator import configure
-from experiments.steps import Schedule, build_model, train_on
-from experiments.study import (
-    COLOURS,
-    Study,
-    StudyConfig,
-    label_points,
-    points_of_seeds,
-)
-from tools.bench.results import markdown_table
+from experiments.steps import TRAINING, Task, open_run, train_to_end
+from experiments.study import Study, StudyConfig, complete_rows
+from tools.results.plot import COLORS, label_points
+from tools.results.table import markdown_table
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 32, "block_size": 64}
 MEDIUM = {"n_layer": 4, "n_head": 8, "n_embd": 512, "block_size": 1024}
+ADAMW = TRAINING | {"optimizer": "adamw"}
 
 
 @dataclass
@@ -39,8 +35,8 @@ class Config:
     windows: tuple = (4, 8, 16)
     seeds: tuple = (1, 2, 3, 4)
     dtype: str = "auto"  # as train.py's option
-    schedule: Schedule = field(
-        default_factory=lambda: Schedule(1500, optimizer="adamw", learning_rate=4e-3)
+    training: dict = field(  # options of train.py
+        default_factory=lambda: ADAMW | {"max_steps": 1500, "learning_rate": 4e-3}
     )
 
 
@@ -49,7 +45,7 @@ PRESETS = {
     "gpu": Config(
         shape=MEDIUM,
         windows=(32, 64, 128),
-        schedule=Schedule(5000, optimizer="adamw", learning_rate=3e-4),
+        training=ADAMW | {"max_steps": 5000, "learning_rate": 3e-4},
     ),
 }
 
@@ -81,22 +77,22 @@ def make_batch(config, size, generator):
     return x, y, distance
 
 
-def measure_accuracies(config, options, seed, device, dtype):
+def measure_accuracies(config, name, seed, device, dtype):
     """Train a model; return the fraction of tokens that it recalls at each distance, T values."""
     T = config.shape["block_size"]
-    torch.manual_seed(seed)
-    shape = {**config.shape, **options, "vocab_size": config.vocab_size}
-    model = build_model(shape).to(device)
+    shape = config.shape | variants(config.windows)[name] | {"vocab_size": config.vocab_size}
     generator = torch.Generator().manual_seed(seed)
 
     def next_batch(step):
         x, y, _ = make_batch(config, config.batch_size, generator)
         return x, y
 
-    train_on(model, next_batch, config.schedule, device, dtype)
+    with open_run(shape, config.batch_size, device, dtype, seed=seed, **config.training) as run:
+        run.loader = Task(T, next_batch)
+        train_to_end(run)
     x, y, distance = make_batch(config, config.tested, generator)
     with torch.inference_mode():
-        predictions = model(x.to(device)).argmax(-1).cpu()
+        predictions = run.model(x.to(device)).argmax(-1).cpu()
     correct = predictions == y
     return [correct[distance == d].float().mean().item() for d in range(T)]
 
@@ -106,18 +102,18 @@ def farthest_distance(shape, window):
     return shape["n_layer"] * (window - 1)
 
 
-def mean_of_seeds(state, name):
-    """Return the accuracies of a model by distance, each the mean over the seeds."""
-    at_distances = zip(*points_of_seeds(state, name), strict=True)
-    return [mean(accuracies) for accuracies in at_distances]
+def mean_accuracies(result):
+    """Return {name: accuracies by distance}, each the mean over the seeds."""
+    measured = complete_rows(result, variants(result["config"]["windows"]))
+    return {name: list(map(mean, zip(*values, strict=True))) for name, values in measured.items()}
 
 
-def shares(state):
+def fractions(result):
     """Return a table of the fraction of tokens recalled, by model and distance.
 
     Two distances are chosen for each window: the farthest in its receptive field, and the next.
     """
-    shape, windows = state["config"]["shape"], state["config"]["windows"]
+    shape, windows = result["config"]["shape"], result["config"]["windows"]
     T = shape["block_size"]
     distances = {1, T // 4, T // 2}
     for window in windows:
@@ -125,25 +121,24 @@ def shares(state):
         distances |= {farthest, farthest + 1}
     distances = sorted(distances)
     rows = []
-    for name in variants(windows):
-        accuracies = mean_of_seeds(state, name)
+    for name, accuracies in mean_accuracies(result).items():
         rows.append([name, *(f"{accuracies[distance]:.2f}" for distance in distances)])
     return markdown_table(["distance", *distances], rows)
 
 
-def draw(state, panel):
+def draw(result, panel):
     """Plot accuracy over distance, with a dotted line at the end of each receptive field."""
-    shape, windows = state["config"]["shape"], state["config"]["windows"]
+    shape, windows = result["config"]["shape"], result["config"]["windows"]
     T = shape["block_size"]
-    for i, (name, options) in enumerate(variants(windows).items()):
+    for i, (name, accuracies) in enumerate(mean_accuracies(result).items()):
+        options = variants(windows)[name]
         farthest = T - 1
         if "window" in options:
             farthest = farthest_distance(shape, options["window"])
-        accuracies = mean_of_seeds(state, name)
         style = "--" if "n_kv_head" in options else "-"  # else GQA hides full attention
-        panel.plot(accuracies, color=COLOURS[i], linestyle=style)
-        panel.axvline(farthest, color=COLOURS[i], linestyle=":", linewidth=1)
-        label_points(panel, (name, farthest, 0.9 - 0.12 * i, COLOURS[i]))
+        panel.plot(accuracies, color=COLORS[i], linestyle=style)
+        panel.axvline(farthest, color=COLORS[i], linestyle=":", linewidth=1)
+        label_points(panel, (name, farthest, 0.9 - 0.12 * i, COLORS[i]))
     panel.set_xlim(right=1.25 * T)  # room for the labels
     panel.set_xlabel(f"distance (tokens); dotted: {shape['n_layer']} (window - 1)")
     panel.set_ylabel("fraction recalled")
@@ -151,12 +146,9 @@ def draw(state, panel):
 
 def main(argv):
     study = Study("recall", configure(StudyConfig, argv, __doc__), PRESETS)
-    config = study.config
-    for seed in config.seeds:
-        for name, options in variants(config.windows).items():
-            arguments = (config, options, seed, study.device, study.dtype)
-            study.measure_once(f"{name}, seed {seed}", measure_accuracies, *arguments)
-    study.finish(draw)
+    names = variants(study.config.windows)
+    study.add_seeds(names, measure_accuracies, study.device, study.dtype)
+    study.run(fractions, draw=draw)
 
 
 if __name__ == "__main__":

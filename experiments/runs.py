@@ -12,6 +12,7 @@ Presets:
 """
 
 from dataclasses import dataclass, field
+from statistics import mean
 
 import torch
 
@@ -147,6 +148,13 @@ def val_losses(out_dir):
     """Return [step, validation loss] of each evaluation of a run."""
     evaluations = [record for record in read_log(out_dir) if "val_loss" in record]
     return [[record["step"], record["val_loss"]] for record in evaluations]
+
+
+def mean_curve(curves):
+    """Return the steps of curves that were evaluated at the same steps, and their mean losses."""
+    steps = [step for step, _ in curves[0]]
+    mean_losses = [mean(curve[i][1] for curve in curves) for i in range(len(steps))]
+    return steps, mean_losses
 
 
 def shape_of_run(options):

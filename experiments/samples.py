@@ -15,7 +15,7 @@ from common.pretrained import load_model
 from common.tokenizer import get_tokenizer
 from configurator import configure
 from experiments.runs import PRESETS, train_variant, variants
-from experiments.study import Study, StudyConfig
+from experiments.study import Study, StudyConfig, texts
 from sample import generate_text
 
 PROMPTS = {  # by dataset
@@ -43,8 +43,8 @@ def continue_prompt(config, name, device):
 def main(argv):
     study = Study("samples", configure(StudyConfig, argv, __doc__), PRESETS)
     for name in variants(study.config.run):
-        print(study.measure_once(name, continue_prompt, study.config, name, study.device))
-    study.finish()
+        study.add(name, name, continue_prompt, study.config, name, study.device)
+    study.run(texts)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,28 @@
-"""Steps of training and of decoding, to be timed; a training loop for data made on the spot."""
+"""Training and decoding outside of a whole run: on data made on the spot, and to be timed."""
 
-from dataclasses import dataclass
+import tempfile
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 
 from common.cpu import prepare_for_sampling
 from common.device import peak_memory
 from common.models import model_module
-from tools.bench.sampling import fill_cache
-from train import set_learning_rates
-from training.optimizer import make_optimizer
+from tools.bench.runs import prepare_run, take_step
+from tools.bench.sampling import make_decode_step
+from tools.bench.sizes import dtype_name
+
+# Options of train.py for small models on data that are made on the spot.
+TRAINING = {
+    "optimizer": "muon",
+    "learning_rate": 8e-3,
+    "muon_learning_rate": 0.01,
+    "min_lr": 0.0,
+    "warmup_steps": 50,
+    "lr_schedule": "wsd",
+    "beta2": 0.98,
+}
 
 
 def build_model(shape):
@@ -28,60 +41,63 @@ def cache_bytes(shape, tokens):
         return build_model(shape).make_cache(1, tokens).nbytes
 
 
-def make_training_step(shape, B, T, device, dtype):
-    """Return a function that trains a new model for one step on B random sequences of T tokens.
+# Training -------------------------------------------------------------------------------------
 
-    A step is one forward and backward pass in `dtype` by autocast, and one step of AdamW.
+
+@contextmanager
+def open_run(shape, B, device, dtype, **options):
+    """Give a Run of train.py with one micro-step of B sequences in a `with` block.
+
+    shape     "model", the name of the model file, and options of its GPTConfig
+    options   further options of train.py; without a dataset it trains on random tokens
     """
-    model = build_model(shape).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(model.config.vocab_size, (B, T + 1), device=device)
-    forward = torch.compile(model) if device.type == "cuda" else model
-
-    def step():
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = forward(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    model_options = dict(shape)
+    options |= {"model": model_options.pop("model"), "batch_size": B}
+    options |= {"total_batch_size": B * shape["block_size"]}
+    options |= {"device": str(device), "dtype": dtype_name(dtype)}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        yield prepare_run(Path(folder), stack, model_options, **options)
 
 
-@dataclass
-class Schedule:
-    """How train_on trains; the names are those of train.py's options."""
+class Task:
+    """Takes the place of a run's Loader: batches that a function makes on the spot.
 
-    max_steps: int
-    learning_rate: float = 8e-3
-    muon_learning_rate: float = 0.01
-    min_lr: float = 0.0
-    warmup_steps: int = 50
-    lr_schedule: str = "wsd"
-    optimizer: str = "muon"
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.98
-
-
-def train_on(model, next_batch, schedule, device, dtype):
-    """Train a model, in place, on batches that train.py's loader does not make.
-
-    next_batch   function of the step that returns inputs and targets (B, T), int64, on the CPU
+    next_batch   function that returns inputs and targets (B, T), int64, on the CPU
     """
-    optimizer = make_optimizer(model, schedule, dtype)
-    for step in range(schedule.max_steps):
-        x, y = next_batch(step)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(x.to(device), y.to(device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        set_learning_rates(optimizer, schedule, step)
-        optimizer.step()
-        optimizer.zero_grad()
+
+    def __init__(self, block_size, next_batch):
+        self.block_size = block_size
+        self.next_batch = next_batch
+        self.step = 0
+
+    def train_batch(self, first, count):
+        """Return the batch of the next step, as Loader does for the sequences from `first` on."""
+        batch = self.next_batch(self.step)
+        self.step += 1
+        return batch
+
+    def prefetch(self, *arguments):
+        """Do nothing: these batches are made when they are used."""
 
 
-@torch.inference_mode()
+def train_to_end(run):
+    """Take all steps of a run; nothing is logged or saved."""
+    while run.step < run.config.max_steps:
+        take_step(run)
+
+
+def measure_step_memory(shape, B, device, dtype):
+    """Return the peak memory of training steps in GB, beyond what the process used before."""
+    before = peak_memory(device)
+    with open_run(shape, B, device, dtype) as run:
+        for _ in range(2):  # the first step creates the optimizer state, the second begins with it
+            take_step(run)
+    return peak_memory(device) - before
+
+
+# Decoding -------------------------------------------------------------------------------------
+
+
 def make_decoding_step(shape, position, device, dtype, B=1):
     """Return a function that decodes one token at this position, and the bytes of its KV cache.
 
@@ -91,21 +107,4 @@ def make_decoding_step(shape, position, device, dtype, B=1):
     model = build_model(shape).to(device, dtype).eval()
     prepare_for_sampling(model, rows=B)  # on a CPU, as sample.py does
     cache = model.make_cache(B, position + 1)
-    fill_cache(model, cache, position)
-    token = torch.zeros(B, 1, dtype=torch.int64, device=device)
-
-    @torch.inference_mode()
-    def step():
-        cache.pos = position
-        model(token, cache=cache)
-
-    return step, cache.nbytes
-
-
-def measure_step_memory(shape, B, T, device, dtype):
-    """Return the peak memory of training steps in GB, beyond what the process used before."""
-    before = peak_memory(device)
-    step = make_training_step(shape, B, T, device, dtype)
-    for _ in range(2):  # the first step creates the optimizer state, the second begins with it
-        step()
-    return peak_memory(device) - before
+    return make_decode_step(model, cache, position), cache.nbytes

@@ -1,46 +1,50 @@
-"""What all experiments use: points that are measured once, result files, plots and tables.
+"""A study: points that are measured once, row by row, and the tables and the plot made of them.
 
-A study measures point after point and stores each in out/experiments/NAME_PRESET.json, so the same
-command resumes an interrupted study. The complete file is copied to docs/experiments/, and its plot
-is drawn beside it.
+Each point is stored in out/experiments/NAME_PRESET.json as soon as it is measured, so the same
+command resumes an interrupted study. After each complete row the file is copied to
+docs/experiments/, where its plot is drawn beside it, unless --only or --seeds left something out.
 """
 
-import inspect
 import json
-import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from common.device import device_name, keep_freed_memory, pick_device, pick_dtype
+from common.device import keep_freed_memory, pick_device, pick_dtype
 from common.errors import UserError
-from common.files import write_json
-from tools.bench.results import cpu_name, current_commit
+from tools.results.plot import save_lines
+from tools.results.result_file import describe, read_result, write_result
 
 OUT = Path("out/experiments")
 DOCS = Path("docs/experiments")
-# The colours of Okabe and Ito (Wong, Nature Methods 8, 441, 2011) and a grey, ordered so that
-# neighbours differ in lightness.
-COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#888888")
-LINE_HEIGHT = 11  # of a label in a plot, in typographic points
 
 
 @dataclass
 class StudyConfig:
     preset: str = "cpu"  # cpu: minutes on two cores; cpu_long: nights; gpu: hours on one GPU
     dataset: str = ""  # in data/; default: the preset's
+    only: str = ""  # one row of the table, such as "GQA 1/4"; default: all
+    seeds: str = ""  # some of the preset's seeds, such as 1,2; default: all
     overwrite: bool = False  # measure the stored points of this study again
 
 
+@dataclass
+class Point:
+    """One measurement: the value is measure(*arguments), which JSON must be able to hold."""
+
+    row: str  # of the table
+    key: str  # in the result file
+    measure: Callable
+    arguments: tuple
+
+
 class Study:
-    """One experiment: its config, its device, and the points measured so far.
+    """One experiment: its config, its device, the points to measure and their values.
 
     name      the experiment is experiments/NAME.py
     options   a filled StudyConfig
-    presets   {preset: config}; each config is a dataclass, perhaps with a dtype
+    presets   {preset: config}; each config is a dataclass, perhaps with a dtype and with seeds
     """
 
     def __init__(self, name, options, presets):
@@ -49,71 +53,110 @@ class Study:
         self.config = presets[options.preset]
         if options.dataset:
             self.config = with_dataset(self.config, options.dataset)
+        self.options = options
+        self.seeds = chosen_seeds(options.seeds, getattr(self.config, "seeds", ()))
         keep_freed_memory()
         self.device = pick_device("cuda" if options.preset == "gpu" else "cpu")
         self.dtype = pick_dtype(getattr(self.config, "dtype", "auto"), self.device)
-        state = {
-            "experiment": name,
-            "preset": options.preset,
-            "dataset": options.dataset,
-            "config": asdict(self.config),
-            **describe_environment(self.device, self.dtype),
-            "points": {},
-            "commits": {},  # of each point
-            "seconds": {},  # of each point; a run that several points use counts once
-        }
-        self.state = json.loads(json.dumps(state))  # as a file has it: tuples become lists
-        self.path = OUT / f"{result_name(state)}.json"
+        self.points = []
+        self.result = self._describe(name)
+        self.path = OUT / f"{file_stem(self.result)}.json"
         if self.path.exists() and not options.overwrite:
-            self._load_points()
+            self._load_values()
 
-    def _load_points(self):
-        """Load the stored points, unless they were measured with another config or elsewhere.
+    def _describe(self, name):
+        """Return the result of the study, without values."""
+        preset, dataset = self.options.preset, self.options.dataset
+        command = f"python -m experiments.{name} --preset={preset}"
+        if dataset:
+            command += f" --dataset={dataset}"
+        result = describe(name, command, {"preset": preset, "dataset": dataset}, self.device)
+        result["machine"]["dtype"] = str(self.dtype).removeprefix("torch.")
+        result["config"] = asdict(self.config)
+        # commits and seconds of each point; a run that several points use counts once
+        result |= {"values": {}, "commits": {}, "seconds": {}}
+        return json.loads(json.dumps(result))  # as a file has it: tuples become lists
 
-        Points of another commit are kept, because a long study takes many days.
+    def _load_values(self):
+        """Load the stored values, unless they were measured with another config or elsewhere.
+
+        Values of another commit are kept, because a long study takes many days.
         """
-        stored = json.loads(self.path.read_text(encoding="utf-8"))
-        about = ["config", "machine", "versions"]
-        changed = [key for key in about if stored.get(key) != self.state[key]]
+        stored = read_result(self.path)
+        changed = [key for key in ("config", "versions") if stored[key] != self.result[key]]
+        for key in ("device", "cpu", "threads", "dtype"):
+            if stored["machine"].get(key) != self.result["machine"][key]:
+                changed.append(key)
         if changed:
             names = " and ".join(changed)
             print(f"{self.path} was measured with another {names}: measuring all points again")
             return
-        self.state["points"] = stored["points"]
-        # Earlier files have one commit, of all points.
-        one_commit = dict.fromkeys(stored["points"], stored["commit"])
-        self.state["commits"] = stored.get("commits", one_commit)
-        self.state["seconds"] = stored.get("seconds", {})  # earlier files have none
-        others = set(self.state["commits"].values()) - {self.state["commit"]}
+        for key in ("values", "commits", "seconds"):
+            self.result[key] = stored[key]
+        others = set(self.result["commits"].values()) - {self.result["commit"]}
         if others:
             names = ", ".join(sorted(commit[:10] for commit in others))
             print(f"{self.path} has points of commit {names}: --overwrite=True measures them again")
 
-    def measure_once(self, key, measure, *arguments):
-        """Return the point `key`: measure(*arguments), now or in an earlier call.
+    def add(self, row, key, measure, *arguments):
+        """Add a point to measure."""
+        self.points.append(Point(row, key, measure, arguments))
 
-        The value must be one that JSON can hold.
+    def add_seeds(self, rows, measure, *arguments):
+        """Add points measure(config, row, seed, *arguments): for each row, one for each seed."""
+        for row in rows:
+            for seed in self.seeds:
+                self.add(row, seed_key(row, seed), measure, self.config, row, seed, *arguments)
+
+    def run(self, *tables, draw=None):
+        """Measure what is not stored, row by row, and print the tables.
+
+        tables   functions from a result to a text
+        draw     function from a result, and the panels of the plot
         """
-        points = self.state["points"]
-        if key not in points:
-            start = time.perf_counter()
-            points[key] = measure(*arguments)
-            self.state["seconds"][key] = time.perf_counter() - start
-            self.state["commits"][key] = self.state["commit"]
-            OUT.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, self.state)
-            line = f"{key}: {json.dumps(points[key])}"
-            print(line[:300], flush=True)
-        return points[key]
+        only = self.options.only
+        rows = list(dict.fromkeys(point.row for point in self.points))
+        if only and only not in rows:
+            raise UserError(f"only={only} must be one of the rows: {', '.join(rows)}")
+        chosen = [point for point in self.points if only in ("", point.row)]
+        waiting = [point for point in chosen if point.key not in self.result["values"]]
+        print(f"{len(chosen) - len(waiting)} of {len(chosen)} points are stored", flush=True)
+        is_part = bool(only or self.options.seeds)
+        for row in [only] if only else rows:
+            of_row = [point for point in waiting if point.row == row]
+            for point in of_row:
+                remaining = len(waiting) - waiting.index(point) - 1
+                print(f"\nmeasuring {point.key}; after it {remaining} remain", flush=True)
+                self._measure(point)
+            if of_row and not is_part:
+                self._publish(draw)
+        shown = self.result
+        if self.seeds:
+            shown = shown | {"config": shown["config"] | {"seeds": list(self.seeds)}}
+        for table in tables:
+            print(f"\n{table(shown)}")
+        if is_part:
+            print(f"\n{self.path}; without --only and --seeds the same command writes {DOCS}/")
+        else:
+            self._publish(draw)
+            print(f"\n{DOCS / self.path.name}")
 
-    def finish(self, draw=None):
-        """Write the result file and, with a draw function, its plot."""
-        DOCS.mkdir(parents=True, exist_ok=True)
-        result = DOCS / self.path.name
-        write_json(result, self.state)
-        print(result)
+    def _measure(self, point):
+        """Measure a point and store its value."""
+        start = time.perf_counter()
+        value = point.measure(*point.arguments)
+        self.result["values"][point.key] = value
+        self.result["seconds"][point.key] = time.perf_counter() - start
+        self.result["commits"][point.key] = self.result["commit"]
+        write_result(self.path, self.result)
+        print(f"{point.key}: {json.dumps(value)}"[:300], flush=True)
+
+    def _publish(self, draw):
+        """Write the result file into docs and, with a draw function, its plot."""
+        path = DOCS / self.path.name
+        write_result(path, self.result)
         if draw is not None:
-            save_plot(self.state, draw)
+            save_lines(self.result, draw, path.with_suffix(".png"))
 
 
 def with_dataset(config, dataset):
@@ -123,80 +166,45 @@ def with_dataset(config, dataset):
     return replace(config, run=config.run | {"dataset": dataset})
 
 
-# Where a result comes from --------------------------------------------------------------------
+def chosen_seeds(text, seeds):
+    """Return the seeds that the option names, all if it is empty."""
+    if not text:
+        return tuple(seeds)
+    known = {str(seed): seed for seed in seeds}
+    names = text.split(",")
+    if not set(names) <= known.keys():
+        raise UserError(f"seeds={text} must be some of {','.join(known) or 'none'}")
+    return tuple(known[name] for name in names)
 
 
-def describe_environment(device, dtype):
-    """Return the machine, the versions and the commit, for a result file."""
-    return {
-        "machine": {
-            "device": cpu_name() if device.type == "cpu" else device_name(device),
-            "threads": torch.get_num_threads(),
-            "dtype": str(dtype).removeprefix("torch."),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "commit": current_commit(),
-    }
-
-
-def result_name(state):
+def file_stem(result):
     """Return the name of a study's files: NAME_PRESET, or NAME_PRESET_DATASET."""
-    parts = [state["experiment"], state["preset"], state.get("dataset", "")]
+    parts = [result["name"], result["options"]["preset"], result["options"]["dataset"]]
     return "_".join(part for part in parts if part)
 
 
-# Plots --------------------------------------------------------------------------------------
+# Values of a result ---------------------------------------------------------------------------
 
 
-def points_of_seeds(state, name):
-    """Return the points of a model, one for each seed of the study."""
-    return [state["points"][f"{name}, seed {seed}"] for seed in state["config"]["seeds"]]
+def seed_key(row, seed):
+    return f"{row}, seed {seed}"
 
 
-def has_all_seeds(state, name):
-    """Return whether a model was measured with each seed: a long study may be unfinished."""
-    return all(f"{name}, seed {seed}" in state["points"] for seed in state["config"]["seeds"])
+def values_of_seeds(result, row):
+    """Return the values of a row, one for each seed; None if one is missing."""
+    values = [result["values"].get(seed_key(row, seed)) for seed in result["config"]["seeds"]]
+    return None if None in values else values
 
 
-def save_plot(state, draw):
-    """Draw a study's state into the PNG file beside its result file.
-
-    draw   function of the state and of one or more panels (matplotlib Axes, side by side); its
-           number of parameters says how many
-    """
-    from matplotlib.figure import Figure  # see tools/plot_loss.py
-
-    count = len(inspect.signature(draw).parameters) - 1
-    width = 8 if count < 3 else 11
-    figure = Figure(figsize=(width, 4), layout="constrained")
-    panels = figure.subplots(1, count, squeeze=False)[0]
-    draw(state, *panels)
-    for panel in panels:
-        panel.margins(y=0.12)
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(DOCS / f"{result_name(state)}.png", dpi=110)
+def complete_rows(result, rows):
+    """Return {row: values of all seeds}: a study may be unfinished."""
+    complete = {row: values_of_seeds(result, row) for row in rows}
+    return {row: values for row, values in complete.items() if values is not None}
 
 
-def label_points(panel, *points, offset=(6, -3)):
-    """Write a text beside each point (text, x, y, colour), offset by typographic points.
-
-    A text that would overlap the one below it is moved up.
-    """
-    panel.get_ylim()  # updates transData, which maps data to pixels
-    lowest = float("-inf")
-    for text, x, y, colour in sorted(points, key=lambda point: point[2]):
-        height = panel.transData.transform((x, y))[1] * 72 / panel.figure.dpi
-        lowest = max(height, lowest + LINE_HEIGHT)
-        panel.annotate(
-            text,
-            xy=(x, y),
-            xytext=(offset[0], offset[1] + lowest - height),
-            textcoords="offset points",
-            color=colour,
-            fontsize="small",
-        )
+def texts(result):
+    """Return the values of a study whose values are texts, in Markdown."""
+    blocks = []
+    for key, text in result["values"].items():
+        blocks.append(f"{key}:\n\n```\n{text.rstrip()}\n```")
+    return "\n\n".join(blocks)

@@ -13,16 +13,18 @@ from statistics import mean
 from common.errors import run_program
 from configurator import configure
 from experiments.intervals import format_difference, format_mean
-from experiments.runs import PRESETS, train_run, train_variant, val_losses, variants
-from experiments.study import (
-    COLOURS,
-    Study,
-    StudyConfig,
-    label_points,
-    points_of_seeds,
+from experiments.runs import (
+    PRESETS,
+    mean_curve,
+    train_run,
+    train_variant,
+    val_losses,
+    variants,
 )
-from tools.bench.results import markdown_table
+from experiments.study import Study, StudyConfig, complete_rows
 from tools.plot_loss import read_log
+from tools.results.plot import COLORS, draw_line, label_points
+from tools.results.table import markdown_table
 
 NAMES = ("base", "GQA 1/2", "GQA 1/4", "MQA")
 STEPS_DIVISOR = 5  # uptraining takes 1 / 5 of the steps from scratch
@@ -50,32 +52,29 @@ def uptrain(config, name, seed):
     )
 
 
-def train_from_scratch(config, name, seed):
-    """Train a variant; return its last validation loss."""
-    return read_log(train_variant(config, name, seed))[-1]["val_loss"]
+def measure(config, name, seed):
+    """Return the last validation loss from scratch, and the curve of uptraining."""
+    from_scratch = read_log(train_variant(config, name, seed))[-1]["val_loss"]
+    return {"from_scratch": from_scratch, "uptrained": uptrain(config, name, seed)}
 
 
-def mean_curve(curves):
-    """Return the steps of curves that were evaluated at the same steps, and their mean losses."""
-    steps = [step for step, _ in curves[0]]
-    mean_losses = [mean(curve[i][1] for curve in curves) for i in range(len(steps))]
-    return steps, mean_losses
-
-
-def losses(state):
+def losses(result):
     """Return a table of losses: from scratch, after the conversion, at the end of uptraining.
 
     The differences are paired by seed.
     """
-    base = last_losses(state, "base")
+    measured = complete_rows(result, NAMES)
+    uptrained = {
+        name: [value["uptrained"][-1][1] for value in values] for name, values in measured.items()
+    }
     rows = []
-    for name in NAMES:
-        from_scratch = points_of_seeds(state, f"{name}, from scratch")
-        uptrained = last_losses(state, name)
-        converted = [curve[0][1] for curve in points_of_seeds(state, f"{name}, trained on")]
-        row = [name, format_mean(from_scratch), format_mean(converted), format_mean(uptrained)]
-        row.append(format_difference(uptrained, from_scratch))
-        row.append("" if name == "base" else format_difference(uptrained, base))
+    for name, values in measured.items():
+        from_scratch = [value["from_scratch"] for value in values]
+        converted = [value["uptrained"][0][1] for value in values]
+        row = [name, *map(format_mean, (from_scratch, converted, uptrained[name]))]
+        row.append(format_difference(uptrained[name], from_scratch))
+        if name != "base":
+            row.append(format_difference(uptrained[name], uptrained.get("base")))
         rows.append(row)
     header = [
         "",
@@ -88,36 +87,24 @@ def losses(state):
     return markdown_table(header, rows)
 
 
-def last_losses(state, name):
-    """Return the last loss of uptraining, of each seed."""
-    return [curve[-1][1] for curve in points_of_seeds(state, f"{name}, trained on")]
-
-
-def draw(state, panel):
+def draw(result, panel):
     """Plot the mean loss over the steps after the conversion; dotted, the loss from scratch."""
     ends = []
-    for name, colour in zip(NAMES, COLOURS, strict=False):
-        steps, uptrained = mean_curve(points_of_seeds(state, f"{name}, trained on"))
-        panel.plot(steps, uptrained, color=colour, marker="o", markersize=4)
-        ends.append((name, steps[-1], uptrained[-1], colour))
-        from_scratch = mean(points_of_seeds(state, f"{name}, from scratch"))
-        panel.hlines(from_scratch, 0, steps[-1], color=colour, linestyle=":", linewidth=1.2)
+    for (name, values), color in zip(complete_rows(result, NAMES).items(), COLORS, strict=False):
+        steps, uptrained = mean_curve([value["uptrained"] for value in values])
+        ends.append(draw_line(panel, name, steps, uptrained, color))
+        from_scratch = mean(value["from_scratch"] for value in values)
+        panel.hlines(from_scratch, 0, steps[-1], color=color, linestyle=":", linewidth=1.2)
     label_points(panel, *ends)
-    panel.set_xlim(right=1.3 * steps[-1])  # room for the labels
+    panel.set_xlim(right=1.3 * ends[0][1])  # room for the labels
     panel.set_xlabel("steps of uptraining (dotted: the final loss from scratch)")
     panel.set_ylabel("validation loss (nats per token)")
 
 
 def main(argv):
     study = Study("uptraining", configure(StudyConfig, argv, __doc__), PRESETS)
-    config = study.config
-    for seed in config.seeds:
-        for name in NAMES:
-            key = f"{name}, from scratch, seed {seed}"
-            study.measure_once(key, train_from_scratch, config, name, seed)
-            key = f"{name}, trained on, seed {seed}"
-            study.measure_once(key, uptrain, config, name, seed)
-    study.finish(draw)
+    study.add_seeds(NAMES, measure)
+    study.run(losses, draw=draw)
 
 
 if __name__ == "__main__":

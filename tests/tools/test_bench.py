@@ -1,7 +1,6 @@
-"""tools/bench: each benchmark at a tiny size, peers, budgets, result files, goals, the document."""
+"""tools/bench and tools/results: each benchmark at a tiny size, peers, budgets, files, plots."""
 
 import itertools
-import json
 import os
 import platform
 import sys
@@ -15,31 +14,15 @@ import torch.nn.functional as F
 from conftest import refused, write_dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-import prepare_data
 from common.dataloader import Loader
 from common.errors import UserError
 from common.models import model_module
-from common.tokenizer import byte_tokenizer
 from tools.bench import __main__ as bench
-from tools.bench import (
-    attention,
-    data,
-    document,
-    goals,
-    ladder,
-    limits,
-    nanogpt,
-    overhead,
-    results,
-    sampling,
-    training,
-    turns,
-)
+from tools.bench import attention, ladder, limits, nanogpt, overhead, sampling, training
+from tools.bench.sizes import TINY, TINY_MODEL, Bench
+from tools.results import plot, result_file, table, turns
 
-ROOT = Path(__file__).parents[2]
-SHAPE = {"n_layer": 1, "n_head": 4, "n_embd": 16, "block_size": 32, "vocab_size": 64}
 CPU = torch.device("cpu")
-RECIPE = training.Recipe("ours, AdamW", ("--max_steps=2", "--n_layer=1", "--eval_tokens=64"))
 SHAKESPEARE = "ROMEO: to be, or not?\n" * 40
 REAL_RUN_RECIPE = training.run_recipe
 
@@ -105,46 +88,35 @@ def call_in_this_process(function, *arguments):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A working directory with data sets, in which the benchmarks have tiny sizes."""
+    """A working directory with a dataset, in which benchmarks take two rounds and one process."""
     monkeypatch.chdir(tmp_path)
     chars = sorted(set(SHAKESPEARE))
     ids = [chars.index(char) for char in SHAKESPEARE]
     meta = {"tokenizer": "char", "chars": chars}
     write_dataset(tmp_path / "data" / "shakespeare_char", ids[:800], ids[800:], meta)
-    (tmp_path / "source.py").write_text("print('hello, world')\n" * 100)
-
-    monkeypatch.setitem(limits.WORKLOADS, "cpu", limits.Workload(2, SHAPE))
-    monkeypatch.setattr(limits, "BANDWIDTH_BYTES", 1 << 16)
-    monkeypatch.setattr(limits, "SHORT_SECONDS", 0)
     monkeypatch.setattr(turns, "MOST_ROUNDS", 2)
-    monkeypatch.setattr(attention, "WINDOW", 32)
-    monkeypatch.setattr(attention, "CASES", [(1, 128, 32)])
-    monkeypatch.setattr(attention, "SHORT", 128)
-    monkeypatch.setattr(attention, "LONG", 192)
-    monkeypatch.setattr(sampling, "MODEL", SHAPE)
-    monkeypatch.setattr(sampling, "STREAMS", {1: 3, 2: 2})
-    monkeypatch.setattr(sampling, "SAMPLES_POSITION", 20)
-    monkeypatch.setattr(data, "CORPUS_BYTES", 10_000)
-    monkeypatch.setattr(data, "stdlib_files", lambda: ["source.py"])
-    for module in (data, prepare_data):
-        monkeypatch.setattr(module, "get_tokenizer", lambda meta: byte_tokenizer())
-    runs = [overhead.replace(run, steps=2) for run in overhead.SHORT_RUNS]
-    monkeypatch.setattr(overhead, "SHORT_RUNS", runs)
-    monkeypatch.setattr(training, "RECIPES", [RECIPE])
     monkeypatch.setattr(training, "run_recipe", lambda *arguments: (10.0, 2, 1.8))  # seconds
     for module in (attention, ladder, sampling):  # a new process takes seconds
         monkeypatch.setattr(module, "run_in_new_process", call_in_this_process)
     monkeypatch.setattr(ladder, "apply_process_settings", lambda *arguments: None)
-    monkeypatch.setattr(document, "save_plot", lambda *arguments: False)  # tested below
+    monkeypatch.setattr(bench, "save_bars", lambda *arguments: None)  # tested below
     return tmp_path
 
 
 def run_bench(*argv):
-    bench.main([*argv, "--device=cpu", "--budget_seconds=1"])
+    bench.main([*argv, "--device=cpu", "--budget_seconds=1", "--tiny=True"])
+
+
+def result_of(name):
+    return result_file.read_result(f"out/bench/{name}-cpu.json")
 
 
 def rows_of(name):
-    return results.read_results(f"docs/bench/{name}-cpu.json")["rows"]
+    return result_of(name)["values"]
+
+
+def tiny_bench():
+    return Bench(CPU, seconds=0, sizes=TINY)
 
 
 def error_of(capsys, *argv):
@@ -175,16 +147,15 @@ def test_the_ladder_has_a_row_for_each_rung(tiny, monkeypatch):
 
 def test_a_result_file_says_how_it_was_made_and_names_no_place(tiny, peer):
     run_bench("train", f"--nanogpt={peer}")
-    path = tiny / "docs" / "bench" / "train-cpu.json"
-    head = results.read_results(path)
-    assert head["benchmark"] == "train"
+    head = result_of("train")
+    assert head["name"] == "train"
+    assert head["command"] == "python -m tools.bench train"
     assert head["machine"]["device"] == "cpu"
     assert head["machine"]["cores"] >= 1
     assert head["versions"]["torch"] == torch.__version__
     assert head["commit"] and head["date"]
     assert head["options"]["nanogpt"] is True
-    assert set(head["goals"]) <= {goal.name for goal in goals.GOALS}
-    text = path.read_text()
+    text = (tiny / "out/bench/train-cpu.json").read_text()
     assert str(tiny) not in text
     assert platform.node() not in text
 
@@ -216,7 +187,7 @@ def test_all_goes_on_after_a_benchmark_that_failed(tiny, monkeypatch, capsys):
     failing = bench.Benchmark(fail, {"cpu": 1})
     fake = bench.Benchmark(lambda what: [{"value": 1}], {"cpu": 1})
     monkeypatch.setattr(bench, "BENCHMARKS", {"limits": failing, "train": fake})
-    bench.main(["all", "--device=cpu", "--budget_seconds=100"])
+    bench.main(["all", "--device=cpu", "--budget_seconds=100", "--tiny=True"])
     assert rows_of("train") == [{"value": 1}]
     assert "no data" in capsys.readouterr().out
 
@@ -242,11 +213,7 @@ def test_a_wrong_option_is_an_error_of_one_line(tiny, capsys, argument, named):
 @pytest.mark.parametrize("name", ["train", "loss", "sample"])
 def test_a_benchmark_without_nanogpt_says_so(tiny, name, capsys):
     run_bench(name)
-    (note,) = [
-        note
-        for note in results.read_results(f"docs/bench/{name}-cpu.json")["notes"]
-        if "nanogpt" in note
-    ]
+    (note,) = [note for note in result_of(name)["notes"] if "nanogpt" in note]
     assert note in capsys.readouterr().out.splitlines()
 
 
@@ -286,7 +253,8 @@ def test_nanogpt_prepares_its_data_from_the_text_that_ours_has(tiny, peer):
 
 def test_a_recipe_is_a_whole_program_of_ours(tiny):
     dataset = tiny / "data" / "shakespeare_char"
-    seconds, steps, loss = REAL_RUN_RECIPE(RECIPE, dataset, CPU)
+    [recipe] = training.TINY_RECIPES
+    seconds, steps, loss = REAL_RUN_RECIPE(recipe, dataset, CPU)
     assert seconds > 0.5  # imports alone take longer
     assert steps == 2
     assert 1 < loss < 4
@@ -312,7 +280,7 @@ def test_the_directory_of_nanogpt_is_left_as_it_was(tiny, peer):
 
 def test_a_program_of_nanogpt_that_fails_is_an_error_of_one_line(tiny, peer, capsys):
     (peer / "train.py").write_text("raise SystemExit('no such luck')")
-    line = error_of(capsys, "train", "--device=cpu", "--budget_seconds=1", f"--nanogpt={peer}")
+    line = error_of(capsys, "train", "--device=cpu", "--tiny=True", f"--nanogpt={peer}")
     assert "no such luck" in line
 
 
@@ -359,18 +327,17 @@ def test_a_process_that_dies_is_an_error_and_no_hang():
 
 
 def test_the_products_of_a_step_are_those_of_the_model(tiny):
-    size = limits.workload(CPU)
-    model = model_module("model").GPT(size.config())
+    model = model_module("model").GPT(TINY.config())
     idx = torch.zeros(2, 32, dtype=torch.int64)
     counter = FlopCounterMode(display=False)
     with counter:
         model(idx, idx).backward()
     counts = counter.get_flop_counts()["Global"]
     linear = sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
-    assert limits.products_flops(size) == linear
+    assert limits.products_flops(TINY) == linear
     counter = FlopCounterMode(display=False)
     with counter:
-        limits.step_products(size, CPU, torch.float32)()
+        limits.step_products(TINY, CPU, torch.float32)()
     assert counter.get_total_flops() == linear
 
 
@@ -426,7 +393,7 @@ def test_a_step_with_the_flash_kernel_is_compared_with_the_models_own(tiny, monk
         return varlen_by_brute_force(*arguments, **options)
 
     monkeypatch.setattr(attention, "varlen_attn", counting)
-    monkeypatch.setattr(attention, "STEP_MODEL", SHAPE | {"block_size": 300})
+    monkeypatch.setattr(attention, "STEP_MODEL", TINY_MODEL | {"block_size": 300})
     monkeypatch.setattr(attention, "STEP_BATCH", 2)
     row = attention.step_speed(CPU, seconds=0)
     assert set(calls) == {(row["window"] - 1, 0)}
@@ -436,10 +403,10 @@ def test_a_step_with_the_flash_kernel_is_compared_with_the_models_own(tiny, monk
 
 
 def test_a_decode_step_reads_all_weights_but_the_positions(tiny):
-    shape = model_module("model").GPTConfig(**SHAPE)
+    shape = model_module("model").GPTConfig(**TINY_MODEL)
     weights = model_module("model").GPT(shape).parameters()
     expected = sum(p.numel() for p in weights) - shape.block_size * shape.n_embd
-    _, bytes_read = sampling.default_model("model", CPU, torch.bfloat16, rows=1)
+    _, bytes_read = sampling.sampling_model(tiny_bench(), "model", torch.bfloat16, rows=1)
     assert bytes_read == 2 * expected
 
 
@@ -451,7 +418,7 @@ def test_overhead_includes_the_time_of_the_loader(tiny, monkeypatch):
         return train_batch(*arguments)
 
     monkeypatch.setattr(Loader, "train_batch", slow_batch)
-    parts = overhead.measure_run(overhead.SHORT_RUNS[1], CPU)
+    parts = overhead.measure_run(overhead.short_runs(tiny_bench())[1], tiny_bench())
     assert 0.05 <= parts["loader"] < 0.2
     assert parts["fraction"] > 0.5
     assert parts["step"] > parts["loader"]
@@ -467,10 +434,10 @@ def test_overhead_leaves_out_the_forward_passes_of_an_evaluation(tiny, monkeypat
         return forward(self, *arguments)
 
     monkeypatch.setattr(GPT, "forward", slow_in_evaluation)
-    run = overhead.SHORT_RUNS[1]
-    config, _ = overhead.read_config(run, CPU)
+    run = overhead.short_runs(tiny_bench())[1]
+    config, _ = overhead.read_config(run, tiny_bench())
     batches_per_step = config.eval_tokens / (2 * 32) / config.eval_interval
-    assert overhead.measure_run(run, CPU)["evaluation"] < 0.05 * batches_per_step
+    assert overhead.measure_run(run, tiny_bench())["evaluation"] < 0.05 * batches_per_step
 
 
 def test_a_rung_keeps_the_changes_of_the_kept_rungs_before_it():
@@ -488,113 +455,74 @@ def test_a_rung_keeps_the_changes_of_the_kept_rungs_before_it():
 
 def test_the_fused_loss_of_the_ladder_is_the_loss_of_the_model():
     module = model_module("model")
-    model = module.GPT(module.GPTConfig(**SHAPE))
+    model = module.GPT(module.GPTConfig(**TINY_MODEL))
     idx = torch.randint(model.config.vocab_size, (2, 16))
     expected = model(idx, idx.roll(-1, dims=1))
     torch.testing.assert_close(ladder.fused_loss(model)(idx, idx.roll(-1, dims=1)), expected)
 
 
-# Result files and goals -----------------------------------------------------------------------
+# Results --------------------------------------------------------------------------------------
 
 
-def made_up(name, rows, device="cpu", instructions=()):
-    """Return results as a result file has them."""
-    machine = {"device": device, "cpu": "a CPU", "threads": 2, "instructions": list(instructions)}
+def made_up(name, rows, device="cpu"):
+    """Return a result as a result file has it."""
     return {
-        "benchmark": name,
-        "date": "2026-01-01",
+        "name": name,
+        "command": f"python -m tools.bench {name}",
         "commit": "0123456789abcdef",
-        "machine": machine,
+        "machine": {"device": device, "cpu": "a CPU", "threads": 2, "instructions": ["avx2"]},
         "versions": {"torch": "2.13.0", "python": "3.11.7"},
-        "rows": rows,
-        "notes": ["nanoGPT is skipped"],
+        "values": rows,
     }
 
 
-def test_a_result_file_is_named_after_benchmark_and_device(tmp_path):
-    written = made_up("train", [{"ms": 1.5}], "NVIDIA H100 80GB HBM3")
-    path = results.write_results(tmp_path, written)
-    assert path == tmp_path / "train-nvidia-h100-80gb-hbm3.json"
-    assert results.read_results(path) == written
-    assert results.read_all(tmp_path) == [written]
+def test_a_result_file_is_named_after_the_device():
+    assert bench.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+@pytest.mark.parametrize("device, named", [("cpu", "a CPU, 2 threads"), ("NVIDIA A10", "A10, 2")])
+def test_the_source_of_a_result_names_command_commit_file_and_machine(device, named):
+    text = result_file.describe_source(made_up("train", [], device), Path("docs/bench/x.json"))
+    assert "`python -m tools.bench train`" in text
+    assert "`0123456789`" in text
+    assert "[x.json](bench/x.json)" in text
+    assert named in text and "avx2, torch 2.13.0, Python 3.11.7" in text
 
 
 def test_a_measured_value_is_shown_with_its_range():
-    assert results.cell({"median": 12.345, "min": 0.5, "max": 2000.4}) == "12.35 (0.5 to 2000)"
-    assert results.cell(None) == ""
+    assert table.cell({"median": 12.345, "min": 0.5, "max": 2000.4}) == "12.35 (0.5 to 2000)"
+    assert table.cell(None) == ""
 
 
-SPEED = {"contestant": "ours", "dtype": "bfloat16", "nanogpt_over_this": 2.5}
-
-
-@pytest.mark.parametrize(
-    "instructions, verdict", [((), "reaches its floor"), (("amx_bf16",), "misses its floor")]
-)
-def test_a_goal_is_that_of_the_machine(instructions, verdict):
-    measured = made_up("train", [SPEED], instructions=instructions)
-    (goal,) = [
-        goal for goal in goals.GOALS if goal.applies(measured) and goal.column == goals.NANOGPT
+def test_rows_with_the_same_columns_share_a_table():
+    rows = [{"a": 1, "two_words": 0.123456}, {"b": 3}, {"a": 2, "two_words": 5.0}]
+    first, second = table.markdown_rows(rows).split("\n\n")
+    assert first.splitlines() == [
+        "| a | two words |",
+        "| --- | ---: |",
+        "| 1 | 0.1235 |",
+        "| 2 | 5 |",
     ]
-    assert goals.describe_goal(goal, goal.value(measured))[-1] == verdict
+    assert second.splitlines()[2] == "| 3 |"
 
 
-def test_a_goal_takes_the_best_row():
-    rows = [{"contestant": "nanoGPT"}, {goals.NANOGPT: 2.0}, {goals.NANOGPT: {"median": 3.0}}]
-    assert set(goals.goal_values(made_up("loss", rows)).values()) == {3.0}
+def test_a_short_row_ends_in_empty_cells():
+    assert table.markdown_table(["a", "b"], [["x"]]).splitlines()[2] == "| x |  |"
 
 
-def test_goals_below_the_floor_or_not_measured_fall_short():
-    lines = goals.shortfalls(
-        [
-            made_up("overhead", [{"config": "quickstart", "fraction": 0.03}]),
-            made_up("loss", [{goals.NANOGPT: 2.3}]),
-        ]
-    )
-    assert len(lines) == 2
-    assert "quickstart" in lines[0] and "misses its floor" in lines[0]
-    assert "GPT-2 124M" in lines[1] and "not measured" in lines[1]
+def test_tiny_results_do_not_replace_measured_ones(tiny):
+    run_bench("limits")
+    assert not Path("docs/bench").exists()
 
 
-def test_a_low_overhead_reaches_its_aim():
-    goal = goals.overhead_goal("quickstart")
-    assert goals.describe_goal(goal, 0.005)[-1] == "reaches its aim"
-
-
-# The document ---------------------------------------------------------------------------------
-
-
-def test_the_document_has_a_plot_and_tables_for_each_result_file(tmp_path):
+def test_plots_are_drawn_again_from_the_result_files(tmp_path):
     value = {"median": 2.0, "min": 1.5, "max": 2.5}
-    row = {"contestant": "ours", "dtype": "float32", "tokens_per_second": value, "tiny": 0.123456}
-    for device in ("cpu", "NVIDIA A10"):
-        results.write_results(tmp_path / "bench", made_up("train", [row], device))
-    text = document.write_document(tmp_path / "bench").read_text(encoding="utf-8")
-    assert text == (tmp_path / "BENCHMARKS.md").read_text(encoding="utf-8")
-    for device in ("cpu", "nvidia-a10"):
-        assert f"(bench/train-{device}.png)" in text
-        assert (tmp_path / "bench" / f"train-{device}.png").stat().st_size > 5000
-    assert "| ours | float32 | 2 (1.5 to 2.5) | 0.1235 |" in text
-    assert "commit `0123456789`" in text
-    assert "nanoGPT is skipped." in text
-    assert "| 124M step: products / step | cpu |  | >= 0.78 | >= 0.88 | not measured |" in text
+    rows = [{"contestant": "ours", "dtype": "float32", "tokens_per_second": value}, {"other": 1}]
+    result_file.write_result(tmp_path / "train-cpu.json", made_up("train", rows))
+    bench.main(["plots", f"--out_dir={tmp_path}"])
+    assert (tmp_path / "train-cpu.png").stat().st_size > 5000
 
 
-def test_the_document_describes_every_benchmark():
-    assert {question.benchmark for question in document.QUESTIONS} == set(bench.BENCHMARKS)
-
-
-def test_the_committed_document_is_that_of_the_result_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(document, "save_plot", lambda *arguments: bool(arguments[2]))
-    folder = tmp_path / "bench"
-    folder.mkdir()
-    for path in (ROOT / "docs" / "bench").glob("*.json"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    text = document.write_document(folder).read_text(encoding="utf-8")
-    assert text == (ROOT / "docs" / "BENCHMARKS.md").read_text(encoding="utf-8")
-
-
-def test_document_writes_nothing_but_the_document(tiny, capsys):
-    results.write_results("docs/bench", made_up("data", [{"contestant": "ours"}]))
-    bench.main(["document"])
-    assert capsys.readouterr().out == "docs/BENCHMARKS.md\n"
-    assert json.loads(Path("docs/bench/data-cpu.json").read_text())["rows"]
+def test_a_bar_is_named_by_its_labels():
+    row = {"contestant": "ours", "streams": 10, "T": 8}
+    assert [plot.label(row, name) for name in row] == ["ours", "10 streams", "T 8"]

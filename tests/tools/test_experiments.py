@@ -1,6 +1,5 @@
 """experiments/: each runs in full at a tiny size, resumes, and measures what it says."""
 
-import dataclasses
 import importlib
 import json
 import re
@@ -11,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, refused, write_tiny
 
-import train
-from common import models
 from common.dataloader import Loader
 from common.errors import UserError
 from common.pretrained import load_model
@@ -34,7 +31,8 @@ from experiments import (
     steps,
     study,
 )
-from tools.bench.turns import run_in_new_process
+from tools.results import result_file
+from tools.results.turns import run_in_new_process
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = [
@@ -52,7 +50,7 @@ EXPERIMENTS = [
     "associative",
     "full_layers",
 ]
-REAL_SAVE_PLOT = study.save_plot
+REAL_SAVE_LINES = study.save_lines
 WITHOUT_PLOT = ("samples", "look", "costs")  # their results are texts or a table
 SHAPE = {"n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": 32}
 OTHER_SHAPE = SHAPE | {"n_head": 8}  # for size and speed, with another number of heads
@@ -68,6 +66,7 @@ RUN = {
     "muon_learning_rate": 0.01,
 }
 del RUN["out_dir"]
+DOCUMENTS = [path.relative_to(ROOT) for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))]
 each_experiment = pytest.mark.parametrize("name", EXPERIMENTS)
 each_program = pytest.mark.parametrize("name", [*EXPERIMENTS, "report", "drawings"])
 
@@ -88,8 +87,8 @@ def tiny(folder, monkeypatch):
     """The working directory of the experiments, whose cpu presets become tiny."""
     monkeypatch.chdir(folder)
     run_config = runs.Config("tiny", run=RUN, seeds=(1, 2), shape=OTHER_SHAPE, rounds=1)
-    schedule = steps.Schedule(2)
-    recall_config = recall.Config(shape=SHAPE, windows=(4, 8), schedule=schedule, tested=256)
+    training = steps.TRAINING | {"max_steps": 2}
+    recall_config = recall.Config(shape=SHAPE, windows=(4, 8), training=training, tested=256)
     associative_config = associative.Config(
         shape=SHAPE,
         keys=8,
@@ -98,10 +97,10 @@ def tiny(folder, monkeypatch):
         tested=256,
         distances=(16, 32),
         seeds=(1, 2),
-        schedule=schedule,
+        training=training,
     )
     local_run = {"dataset": "tiny", "batch_size": 2, **SHAPE, "n_layer": 4, "n_kv_head": 4}
-    local_config = full_layers.Config(local_run, schedule, eval_tokens=128, seeds=(1, 2))
+    local_config = full_layers.Config(local_run, training, eval_tokens=128, seeds=(1, 2))
     long_config = long_sequences.Config(n_embd=32, lengths=(512, 1024), rounds=1)
     monkeypatch.setitem(runs.PRESETS, "cpu", run_config)
     monkeypatch.setitem(recall.PRESETS, "cpu", recall_config)
@@ -113,7 +112,7 @@ def tiny(folder, monkeypatch):
     optimizers_config = optimizers.Config(run=RUN, sizes={"tiny": {"max_steps": 4}}, **rates)
     monkeypatch.setitem(optimizers.PRESETS, "cpu", optimizers_config)
     monkeypatch.setitem(samples.PROMPTS, "tiny", "def ")
-    monkeypatch.setattr(study, "save_plot", lambda *arguments: None)  # tested below
+    monkeypatch.setattr(study, "save_lines", lambda *arguments: None)  # tested below
     for module in (costs, long_sequences):  # a new process takes seconds; one test below starts one
         monkeypatch.setattr(module, "run_in_new_process", call_in_this_process)
     return folder
@@ -123,8 +122,12 @@ def call_in_this_process(function, *arguments):
     return 0.001 + function(*arguments)  # the peak of this process may not grow; a plot needs > 0
 
 
-def run_experiment(name):
-    importlib.import_module(f"experiments.{name}").main(["--preset=cpu"])
+def run_experiment(name, *argv):
+    importlib.import_module(f"experiments.{name}").main(["--preset=cpu", *argv])
+
+
+def published(name):
+    return result_file.read_result(f"docs/experiments/{name}_cpu.json")
 
 
 # Every experiment -----------------------------------------------------------------------------
@@ -134,25 +137,35 @@ def run_experiment(name):
 def test_an_experiment_writes_a_result_file_with_points(tiny, name):
     run_experiment(name)
     text = (tiny / "docs" / "experiments" / f"{name}_cpu.json").read_text(encoding="utf-8")
-    assert json.loads(text)["points"]
+    assert json.loads(text)["values"]
     assert "NaN" not in text
 
 
 @each_experiment
 def test_a_result_file_says_how_it_was_made(tiny, name):
     run_experiment(name)
-    state = json.loads((tiny / "docs" / "experiments" / f"{name}_cpu.json").read_text())
-    assert state["experiment"] == name
-    assert state["preset"] == "cpu"
-    assert state["config"]
-    assert state["machine"]["device"]
-    assert state["versions"]["torch"] == torch.__version__
-    assert state["commit"]
+    result = published(name)
+    assert result["name"] == name
+    assert result["command"] == f"python -m experiments.{name} --preset=cpu"
+    assert result["config"]
+    assert result["machine"]["device"]
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["commit"]
+
+
+@each_experiment
+def test_an_experiment_prints_its_tables_at_the_end(tiny, capsys, name):
+    run_experiment(name)
+    capsys.readouterr()
+    run_experiment(name)  # nothing is left to measure
+    table, path = capsys.readouterr().out.rstrip().rsplit("\n\n", 1)
+    assert path == f"docs/experiments/{name}_cpu.json"
+    assert "| --- |" in table or "```" in table
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in WITHOUT_PLOT])
 def test_an_experiment_draws_a_plot(tiny, name, monkeypatch):
-    monkeypatch.setattr(study, "save_plot", REAL_SAVE_PLOT)
+    monkeypatch.setattr(study, "save_lines", REAL_SAVE_LINES)
     run_experiment(name)
     assert (tiny / "docs" / "experiments" / f"{name}_cpu.png").stat().st_size > 10_000
 
@@ -174,7 +187,7 @@ def test_a_study_has_the_dtype_of_its_preset_and_its_file_says_so(tiny, dtype):
     presets = {"cpu": recall.Config(dtype=dtype)}
     some_study = study.Study("some", study.StudyConfig(), presets)
     assert some_study.dtype == getattr(torch, dtype)
-    assert some_study.state["machine"]["dtype"] == dtype
+    assert some_study.result["machine"]["dtype"] == dtype
 
 
 def test_the_same_command_again_measures_no_point(tiny, monkeypatch):
@@ -184,24 +197,59 @@ def test_the_same_command_again_measures_no_point(tiny, monkeypatch):
     run_experiment("costs")
 
 
-def measured_keys(keys):
-    """Take up a study, measure these points; return the keys for which a function was called."""
-    some_study = study.Study("some", study.StudyConfig(), {"cpu": runs.Config("tiny", run={})})
+def measured_keys(keys, **options):
+    """Run a study of these rows; return the keys for which a function was called."""
+    config = runs.Config("tiny", run={}, seeds=(1, 2))
+    some_study = study.Study("some", study.StudyConfig(**options), {"cpu": config})
     calls = []
-    for key in keys:
-        some_study.measure_once(key, calls.append, key)
+
+    def measure(config, row, seed):
+        calls.append(f"{row}{seed}")
+        return seed
+
+    some_study.add_seeds(keys, measure)
+    some_study.run(list_rows)
     return calls
 
 
+def list_rows(result):
+    """Return the rows that the tables of a study would have."""
+    return f"rows: {study.complete_rows(result, 'abcdefxy')}"
+
+
 def test_an_interrupted_study_resumes_with_the_next_point(tiny):
-    assert measured_keys("ab") == ["a", "b"]
-    assert measured_keys("abc") == ["c"]
+    assert measured_keys("ab") == ["a1", "a2", "b1", "b2"]
+    assert measured_keys("abc") == ["c1", "c2"]
+
+
+def test_a_study_says_what_it_measures_and_how_many_points_remain(tiny, capsys):
+    measured_keys("d", overwrite=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert "0 of 2 points are stored" in lines
+    assert "measuring d, seed 1; after it 1 remain" in lines
+    assert "measuring d, seed 2; after it 0 remain" in lines
+
+
+def test_only_and_seeds_choose_points_and_leave_docs_alone(tiny, capsys):
+    assert measured_keys("ef", only="f", seeds="2", overwrite=True) == ["f2"]
+    assert "rows: {'f': [2]}" in capsys.readouterr().out
+    assert "f, seed 2" not in published("some")["values"]
+    assert measured_keys("ef") == ["e1", "e2", "f1"]  # f2 is stored
+    assert "f, seed 2" in published("some")["values"]
+
+
+@pytest.mark.parametrize("options, named", [({"only": "z"}, "only=z"), ({"seeds": "1,3"}, "1,3")])
+def test_a_row_or_a_seed_that_the_study_lacks_is_refused(tiny, options, named):
+    with pytest.raises(UserError, match=named):
+        measured_keys("ab", **options)
 
 
 def measure_number_of_seeds(seeds, **options):
     presets = {"cpu": runs.Config("tiny", run={}, seeds=seeds)}
     changed_study = study.Study("changed", study.StudyConfig(**options), presets)
-    return changed_study.measure_once("a", len, seeds)
+    changed_study.add("a", "a", len, seeds)
+    changed_study.run()
+    return changed_study.result["values"]["a"]
 
 
 def test_points_of_another_config_are_measured_again(tiny, capsys):
@@ -211,41 +259,31 @@ def test_points_of_another_config_are_measured_again(tiny, capsys):
 
 
 def test_points_of_another_commit_are_kept_and_reported(tiny, capsys, monkeypatch):
-    assert measured_keys("x") == ["x"]
-    monkeypatch.setattr(study, "current_commit", lambda: "another")
-    assert measured_keys("xy") == ["y"]
-    state = json.loads((tiny / "out/experiments/some_cpu.json").read_text())
-    assert state["commits"]["y"] == "another"
-    assert state["commits"]["x"] != "another"
-    assert state["commits"]["x"][:10] in capsys.readouterr().out
-
-
-def test_a_file_with_one_commit_for_all_points_is_resumed(tiny):
-    assert measured_keys("p") == ["p"]
-    path = tiny / "out/experiments/some_cpu.json"
-    state = json.loads(path.read_text())
-    del state["commits"]
-    path.write_text(json.dumps(state))
-    assert measured_keys("pq") == ["q"]
-    assert json.loads(path.read_text())["commits"]["p"] == state["commit"]
+    assert measured_keys("x", overwrite=True) == ["x1", "x2"]
+    monkeypatch.setattr(result_file, "current_commit", lambda: "another")
+    assert measured_keys("xy") == ["y1", "y2"]
+    commits = published("some")["commits"]
+    assert commits["y, seed 1"] == "another"
+    assert commits["x, seed 1"] != "another"
+    assert commits["x, seed 1"][:10] in capsys.readouterr().out
 
 
 def test_another_dataset_gets_a_result_file_of_its_own(tiny, monkeypatch):
     monkeypatch.setattr(quality, "variants", lambda shape: {"base": {"model": "model"}})
     (tiny / "data" / "other").symlink_to(tiny / "data" / "tiny")
     quality.main(["--preset=cpu", "--dataset=other"])
-    state = json.loads((tiny / "docs/experiments/quality_cpu_other.json").read_text())
-    assert state["config"]["run"]["dataset"] == "other"
+    result = result_file.read_result("docs/experiments/quality_cpu_other.json")
+    assert result["config"]["run"]["dataset"] == "other"
+    assert result["command"].endswith("--dataset=other")
 
 
 def test_the_comparisons_are_paired_differences_of_the_final_losses(tiny):
     run_experiment("quality")
-    state = json.loads((tiny / "docs/experiments/quality_cpu.json").read_text())
-    rows = quality.comparisons(state).splitlines()[2:]
+    result = published("quality")
+    rows = quality.comparisons(result).splitlines()[2:]
     assert len(rows) == len(quality.COMPARISONS)
-    points = state["points"]
-    values = [points[f"MQA, seed {s}"]["val_loss"] for s in (1, 2)]
-    others = [points[f"GQA 1/4, seed {s}"]["val_loss"] for s in (1, 2)]
+    values = [result["values"][f"MQA, seed {s}"]["val_loss"] for s in (1, 2)]
+    others = [result["values"][f"GQA 1/4, seed {s}"]["val_loss"] for s in (1, 2)]
     difference = (values[0] - others[0] + values[1] - others[1]) / 2
     (row,) = [row for row in rows if row.startswith("| MQA | GQA 1/4 |")]
     assert f"{difference:+.4f}" in row
@@ -253,9 +291,9 @@ def test_the_comparisons_are_paired_differences_of_the_final_losses(tiny):
 
 def test_the_last_difference_over_the_steps_is_that_of_the_final_losses(tiny):
     run_experiment("quality")
-    state = json.loads((tiny / "docs/experiments/quality_cpu.json").read_text())
-    rows = quality.differences_over_steps(state).splitlines()[2:]
-    final = quality.losses(state).splitlines()[3:]  # after the base
+    result = published("quality")
+    rows = quality.differences_over_steps(result).splitlines()[2:]
+    final = quality.losses(result).splitlines()[3:]  # after the base
     assert len(rows) == len(final) == 9
     for row, final_row in zip(rows, final, strict=True):
         assert row.split(" | ")[-1].removesuffix(" |") == final_row.split(" | ")[3]
@@ -279,9 +317,9 @@ def test_an_unfinished_study_is_published_without_the_models_that_lack_seeds(tin
     monkeypatch.setattr(quality, "measure_quality", stop_at_the_third_run)
     with pytest.raises(UserError):
         quality.main(["--preset=cpu", "--overwrite=True"])
-    state = json.loads((tiny / "docs/experiments/quality_cpu.json").read_text())
-    assert quality.measured_variants(state) == ["base"]
-    assert "RoPE" not in quality.losses(state)
+    result = published("quality")
+    assert list(quality.measured_variants(result)) == ["base"]
+    assert "RoPE" not in quality.losses(result)
     (tiny / "out/experiments/quality_cpu.json").unlink()  # for the other tests
 
 
@@ -360,48 +398,51 @@ def test_all_other_tokens_of_a_sequence_are_noise():
     assert x.max() < 3 * K
 
 
+def test_a_variant_without_the_base_has_no_difference_from_it(tiny):
+    run_experiment("quality", "--only=RoPE")
+    values = result_file.read_result("out/experiments/quality_cpu.json")["values"]
+    alone = {key: value for key, value in values.items() if key.startswith("RoPE, seed")}
+    result = {"config": {"run": RUN, "seeds": [1, 2]}, "values": alone}
+    [row] = quality.losses(result).splitlines()[2:]
+    assert row.startswith("| RoPE | ") and row.endswith(" |  |  |")
+
+
+def local_model(**options):
+    shape = {"model": "model_rope_gqa_swa", **SHAPE, "n_kv_head": 4, "vocab_size": 9, **options}
+    return steps.build_model(shape)
+
+
 def test_every_fourth_layer_of_the_local_model_is_full():
-    shape = {**SHAPE, "n_layer": 8, "n_kv_head": 4, "window": 8, "vocab_size": 9}
-    model = full_layers.LocalGlobalGPT(full_layers.MODEL.GPTConfig(**shape))
+    model = local_model(n_layer=8, window=8)
+    full_layers.widen_every_fourth_layer(model)
     windows = [block.attn.window for block in model.transformer.h]
     assert windows == 2 * [8, 8, 8, SHAPE["block_size"]]
 
 
 def test_a_full_layer_lets_the_last_token_depend_on_the_first():
-    shape = {**SHAPE, "n_layer": 4, "n_kv_head": 4, "window": 2, "vocab_size": 9}
     torch.manual_seed(0)
     x = torch.randint(9, (1, 32))
     changed = x.clone()
     changed[0, 0] = (x[0, 0] + 1) % 9
-    local = full_layers.MODEL.GPT(full_layers.MODEL.GPTConfig(**shape))
-    mixed = full_layers.LocalGlobalGPT(full_layers.MODEL.GPTConfig(**shape))
-    assert torch.equal(local(x)[:, -1], local(changed)[:, -1])
-    assert not torch.allclose(mixed(x)[:, -1], mixed(changed)[:, -1], atol=1e-7)
+    model = local_model(n_layer=4, window=2)
+    assert torch.equal(model(x)[:, -1], model(changed)[:, -1])
+    full_layers.widen_every_fourth_layer(model)
+    assert not torch.allclose(model(x)[:, -1], model(changed)[:, -1], atol=1e-7)
 
 
-def test_train_on_equals_train_py(tiny):
-    """The loop for data made on the spot takes the same steps as train.py on the same batches."""
-    config = runs.PRESETS["cpu"]
-    options = config.run | {"grad_clip": 1.0, "dropout": 0.0, "seed": 5}
-    out_dir = runs.train_run("train-on", options)
-    model, _ = load_model(out_dir)
-    torch.manual_seed(5)
-    start = models.model_module("model").GPT(model.config)
-    fields = [field.name for field in dataclasses.fields(steps.Schedule)]
-    defaults = train.TrainConfig
-    schedule = steps.Schedule(
-        **{name: options.get(name, getattr(defaults, name)) for name in fields}
-    )
-    loader = Loader(Path("data/tiny"), options["block_size"], 257, seed=5)
-    B = options["total_batch_size"] // options["block_size"]
-    steps.train_on(
-        start,
-        lambda step: loader.train_batch(step * B, B),
-        schedule,
-        torch.device("cpu"),
-        torch.float32,
-    )
-    for p, q in zip(start.parameters(), model.parameters(), strict=True):
+def test_a_run_on_batches_made_on_the_spot_trains_as_train_py_on_a_dataset(tiny):
+    training = steps.TRAINING | {"max_steps": 16, "seed": 5, "warmup_steps": 3}
+    options = runs.PRESETS["cpu"].run | training | {"grad_clip": 1.0, "dropout": 0.0}
+    expected, _ = load_model(runs.train_run("on-the-spot", options))
+    shape = {name: options.pop(name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    shape |= {"model": "model", "vocab_size": 257}
+    loader = Loader(Path("data/tiny"), shape["block_size"], 257, seed=5)
+    B = options["total_batch_size"] // shape["block_size"]
+    cpu = torch.device("cpu")
+    with steps.open_run(shape, B, cpu, torch.float32, **training) as run:
+        run.loader = steps.Task(shape["block_size"], lambda step: loader.train_batch(step * B, B))
+        steps.train_to_end(run)
+    for p, q in zip(run.model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
 
 
@@ -430,7 +471,7 @@ def test_step_memory_grows_by_weights_gradients_and_optimizer_state():
         "block_size": 64,
         "vocab_size": 257,
     }
-    arguments = (1, 64, torch.device("cpu"), torch.float32)
+    arguments = (1, torch.device("cpu"), torch.float32)
     small = steps.measure_step_memory(shape, *arguments)
     wide = {**shape, "n_embd": 1024}
     large = run_in_new_process(steps.measure_step_memory, wide, *arguments)
@@ -450,7 +491,7 @@ def test_a_loss_that_a_curve_never_reaches_has_no_step():
 # The report -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", report.DOCUMENTS, ids=str)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=str)
 def test_the_tables_are_those_of_the_result_files(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = path.read_text(encoding="utf-8")
@@ -463,31 +504,53 @@ def test_a_table_without_its_result_file_names_the_command_that_makes_it(tmp_pat
         report.fill("<!-- begin quality.losses gpu -->\n<!-- end -->")
 
 
-def test_the_table_of_times_sums_the_seconds_of_all_points(tiny):
+def times_of_quality(**changes):
+    """Return the row of quality in the table of times, after changing its seconds."""
     run_experiment("quality")
-    path = tiny / "docs/experiments/quality_cpu.json"
-    state = json.loads(path.read_text())
-    assert state["seconds"].keys() == state["points"].keys()
-    state["seconds"] = dict.fromkeys(state["points"], 3.0)
-    path.write_text(json.dumps(state))
-    minutes = len(state["points"]) * 3 / 60
+    result = published("quality")
+    assert result["seconds"].keys() == result["values"].keys()
+    result["seconds"] = dict.fromkeys(result["values"], 3.0) | changes
+    result["seconds"] = {key: value for key, value in result["seconds"].items() if value}
+    result_file.write_result(Path("docs/experiments/quality_cpu.json"), result)
     [row] = [line for line in report.times("cpu").splitlines() if "quality" in line]
-    assert row.split("|")[-2].strip() == f"{minutes:.1f}"
+    return row, len(result["values"])
+
+
+def test_the_table_of_times_sums_the_seconds_of_all_points(tiny):
+    row, count = times_of_quality()
+    assert row.split("|")[-2].strip() == f"{count * 3 / 60:.1f}"
 
 
 def test_the_table_of_times_says_which_times_are_unknown(tiny):
-    run_experiment("quality")
-    path = tiny / "docs/experiments/quality_cpu.json"
-    state = json.loads(path.read_text())
-    del state["seconds"]["base, seed 1"]
-    path.write_text(json.dumps(state))
-    [row] = [line for line in report.times("cpu").splitlines() if "quality" in line]
+    row, _ = times_of_quality(**{"base, seed 1": None})
     assert "not recorded" in row
 
 
-def test_every_result_file_is_of_one_commit_without_changes():
-    files = sorted((ROOT / "docs" / "experiments").glob("*.json"))
+def test_a_document_has_plot_tables_notes_and_source_of_each_benchmark(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for device in ("cpu", "NVIDIA A10"):
+        result = {
+            "name": "train",
+            "command": "python -m tools.bench train",
+            "commit": "0123456789abcdef",
+            "machine": {"device": device, "cpu": "a CPU", "threads": 2},
+            "versions": {"torch": "2.13.0", "python": "3.11.7"},
+            "values": [{"contestant": "ours", "ms": {"median": 2.0, "min": 1.5, "max": 2.5}}],
+            "notes": ["nanoGPT is skipped"],
+        }
+        result_file.write_result(Path(f"docs/bench/train-{device[:3]}.json".lower()), result)
+    Path("docs/bench/train-cpu.png").touch()
+    text = report.fill("<!-- begin bench train -->\n<!-- end -->")
+    assert "![train](bench/train-cpu.png)" in text
+    assert text.count("| ours | 2 (1.5 to 2.5) |") == 2
+    assert text.count("nanoGPT is skipped.") == 2
+    assert "NVIDIA A10, 2 threads" in text
+
+
+@pytest.mark.parametrize("folder", ["experiments", "bench"])
+def test_every_result_file_is_of_one_commit_without_changes(folder):
+    files = sorted((ROOT / "docs" / folder).glob("*.json"))
     assert files
     for file in files:
-        state = json.loads(file.read_text(encoding="utf-8"))
-        assert re.fullmatch("[0-9a-f]{40}", state["commit"]), file
+        result = result_file.read_result(file)
+        assert re.fullmatch("[0-9a-f]{40}", result["commit"]), file

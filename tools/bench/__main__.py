@@ -6,15 +6,15 @@
     python -m tools.bench sample      generating, one stream and ten, beside transformers
     python -m tools.bench attention   sliding windows, full causal attention and a dense mask
     python -m tools.bench decode      time per token and cache bytes of windows and of KV heads
-    python -m tools.bench data        tokenizing, beside tiktoken
     python -m tools.bench overhead    what a run does besides computing
     python -m tools.bench ladder      from torch's defaults to our settings, one change at a time
-    python -m tools.bench all         all of these, then which of the project's goals fall short
-    python -m tools.bench document    only write docs/BENCHMARKS.md from the result files
+    python -m tools.bench all         all of these
+    python -m tools.bench plots       only draw the plots of the result files again
 
 Contestants take turns, round after round, until the budget is used. Median and range are printed
-and written to docs/bench/NAME-DEVICE.json, from which docs/BENCHMARKS.md is made. nanoGPT takes
-part with --nanogpt=PATH, transformers where it is installed.
+and written to docs/bench/NAME-DEVICE.json, with a plot; python -m experiments.report then writes
+the tables of docs/BENCHMARKS.md. nanoGPT takes part with --nanogpt=PATH, transformers where it is
+installed.
 """
 
 import sys
@@ -24,9 +24,11 @@ if __name__ == "__main__" and not __package__:
 
 import gc
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 
@@ -36,44 +38,95 @@ from common.device import is_out_of_memory, keep_freed_memory, pick_device
 from common.errors import UserError, run_program
 from configurator import check_minimum, configure
 from tools.bench.attention import measure_attention
-from tools.bench.data import measure_data
-from tools.bench.document import write_document
-from tools.bench.goals import goal_values, shortfalls
 from tools.bench.ladder import measure_ladder
-from tools.bench.limits import limits
+from tools.bench.limits import measure_limits
 from tools.bench.nanogpt import check_nanogpt
 from tools.bench.overhead import measure_overhead
-from tools.bench.results import FOLDER, Bench, describe, write_results
 from tools.bench.sampling import measure_decode, measure_sample
+from tools.bench.sizes import CPU, CUDA, TINY, Bench
 from tools.bench.training import measure_loss, measure_train
+from tools.results.plot import save_bars
+from tools.results.result_file import describe, read_result, write_result
+from tools.results.table import markdown_rows
 
 
 @dataclass
 class BenchConfig:
-    what: str = "all"  # the benchmark, all of them, or document
+    what: str = "all"  # the benchmark, all of them, or plots
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     budget_seconds: int | None = None  # of the whole call; None: the benchmarks' own
     nanogpt: str | None = None  # directory with nanoGPT's train.py and model.py, a peer
     position: int = 100_000  # decode: timed here and at position = window
-    out_dir: str = FOLDER  # for the result files; BENCHMARKS.md is written beside it
+    tiny: bool = False  # tiny models and tensors: shows that the benchmarks run, measures nothing
+    out_dir: str | None = None  # for result files and plots; None: docs/bench, if tiny out/bench
 
 
 @dataclass
 class Benchmark:
     measure: Callable  # function from a Bench to rows
     seconds: dict  # the budget of its rounds on a CPU and on a GPU
+    column: str = ""  # of the rows, to plot
+    unit: str = ""
+    labels: tuple = ()  # columns that name a bar
 
 
 BENCHMARKS = {
-    "limits": Benchmark(limits, {"cpu": 60, "cuda": 20}),
-    "train": Benchmark(measure_train, {"cpu": 240, "cuda": 90}),
-    "sample": Benchmark(measure_sample, {"cpu": 180, "cuda": 60}),
-    "loss": Benchmark(measure_loss, {"cpu": 240, "cuda": 120}),
-    "attention": Benchmark(measure_attention, {"cpu": 90, "cuda": 20}),
-    "decode": Benchmark(measure_decode, {"cpu": 60, "cuda": 20}),
-    "data": Benchmark(measure_data, {"cpu": 60, "cuda": 30}),
-    "overhead": Benchmark(measure_overhead, {"cpu": 120, "cuda": 40}),
-    "ladder": Benchmark(measure_ladder, {"cpu": 240, "cuda": 180}),
+    "limits": Benchmark(
+        measure_limits,
+        {"cpu": 60, "cuda": 20},
+        "forward_gflops",
+        "GFLOP/s of the forward product",
+        ("layer", "dtype"),
+    ),
+    "train": Benchmark(
+        measure_train,
+        {"cpu": 240, "cuda": 90},
+        "tokens_per_second",
+        "tokens per second",
+        ("contestant", "dtype"),
+    ),
+    "sample": Benchmark(
+        measure_sample,
+        {"cpu": 180, "cuda": 60},
+        "tokens_per_second",
+        "tokens per second, all streams",
+        ("contestant", "streams", "dtype"),
+    ),
+    "loss": Benchmark(
+        measure_loss,
+        {"cpu": 240, "cuda": 120},
+        "seconds",
+        "seconds to validation loss 1.885",
+        ("contestant",),
+    ),
+    "attention": Benchmark(
+        measure_attention,
+        {"cpu": 90, "cuda": 20},
+        "full_over_sliding",
+        "time of full causal attention / time of sliding windows",
+        ("T", "dtype"),
+    ),
+    "decode": Benchmark(
+        measure_decode,
+        {"cpu": 60, "cuda": 20},
+        "ms",
+        "ms per decode step",
+        ("model", "batch", "position", "dtype"),
+    ),
+    "overhead": Benchmark(
+        measure_overhead,
+        {"cpu": 120, "cuda": 40},
+        "fraction",
+        "fraction of the step time",
+        ("config",),
+    ),
+    "ladder": Benchmark(
+        measure_ladder,
+        {"cpu": 240, "cuda": 180},
+        "tokens_per_second",
+        "tokens per second",
+        ("rung",),
+    ),
 }
 SMALLEST_PART = 0.3  # of its own budget, below which a benchmark is left out of `all`
 
@@ -83,7 +136,7 @@ def chosen_benchmarks(what):
     if what == "all":
         return list(BENCHMARKS)
     if what not in BENCHMARKS:
-        raise UserError(f"what={what} must be one of {', '.join(BENCHMARKS)}, all or document")
+        raise UserError(f"what={what} must be one of {', '.join(BENCHMARKS)}, all or plots")
     return [what]
 
 
@@ -106,36 +159,50 @@ class Plan:
 
 
 def run_benchmark(name, config, device, seconds):
-    """Run one benchmark and write its result file; return the results."""
-    bench = Bench(device, seconds, config.nanogpt, config.position)
+    """Run one benchmark; print its tables, and write its result file and its plot."""
+    sizes = TINY if config.tiny else CUDA if device.type == "cuda" else CPU
+    bench = Bench(device, seconds, sizes, config.nanogpt, config.position)
     options = {
         "device": config.device,
         "budget_seconds": config.budget_seconds,
         "nanogpt": config.nanogpt is not None,  # without its path
         "position": config.position,
     }
-    results = describe(name, device, options)
-    print(f"{name}: {seconds:.0f} s, {results['machine']}, {results['versions']}", flush=True)
+    result = describe(name, f"python -m tools.bench {name}", options, device)
+    print(f"{name}: {seconds:.0f} s, {result['machine']}, {result['versions']}", flush=True)
     torch.manual_seed(0)
-    results["rows"] = BENCHMARKS[name].measure(bench)
-    results["notes"] = bench.notes
-    results["goals"] = goal_values(results)
-    if results["rows"]:
-        print(write_results(config.out_dir, results))
-    return results
+    result["values"] = BENCHMARKS[name].measure(bench)
+    result["notes"] = bench.notes
+    if result["values"]:
+        path = Path(config.out_dir) / f"{name}-{slug(result['machine']['device'])}.json"
+        write_result(path, result)
+        draw_plot(path)
+        print(f"\n{markdown_rows(result['values'])}\n\n{path}", flush=True)
+
+
+def slug(text):
+    """Return a device's name as a part of a file name: lower case, words joined by "-"."""
+    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def draw_plot(path):
+    """Draw the plot of a result file beside it."""
+    result = read_result(path)
+    benchmark = BENCHMARKS[result["name"]]
+    plot = path.with_suffix(".png")
+    save_bars(result["values"], benchmark.column, benchmark.labels, benchmark.unit, plot)
 
 
 def run_all(names, config, device):
-    """Run benchmarks within the budget, whatever becomes of the others; return their results."""
+    """Run benchmarks within the budget; if there are several, one that fails does not end them."""
     plan = Plan(names, device, config.budget_seconds)
-    all_results = []
     for name in names:
         seconds = plan.seconds(name)
         if seconds is None:
             print(f"{name} is skipped: too little is left of {plan.budget} s (--budget_seconds)")
             continue
         try:
-            all_results.append(run_benchmark(name, config, device, seconds))
+            run_benchmark(name, config, device, seconds)
         except Exception as error:  # of any kind: the other benchmarks still run
             if len(names) == 1 and not is_users(error):
                 raise
@@ -144,7 +211,6 @@ def run_all(names, config, device):
                 raise UserError(message) from error
             print(f"{name} failed: {message}", flush=True)
         release_memory(device)
-    return all_results
 
 
 def is_users(error):
@@ -172,21 +238,18 @@ def release_memory(device):
 def main(argv):
     config = configure(BenchConfig, argv, __doc__, positional="what")
     check_minimum(config, 1, "budget_seconds", "position")
-    if config.what == "document":
-        print(write_document(config.out_dir))
+    if config.out_dir is None:
+        config.out_dir = "out/bench" if config.tiny else "docs/bench"
+    if config.what == "plots":
+        for path in sorted(Path(config.out_dir).glob("*.json")):
+            draw_plot(path)
         return
     names = chosen_benchmarks(config.what)
     if config.nanogpt is not None:
         check_nanogpt(config.nanogpt)
     device = pick_device(config.device)
     keep_freed_memory()
-    all_results = run_all(names, config, device)
-    print(write_document(config.out_dir))
-    lines = shortfalls(all_results)
-    if lines:
-        print("goals that fall short:")
-    for line in lines:
-        print(f"  {line}")
+    run_all(names, config, device)
 
 
 if __name__ == "__main__":

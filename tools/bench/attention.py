@@ -17,27 +17,13 @@ from torch.nn.attention.varlen import varlen_attn
 
 from common.device import peak_memory, pick_dtype
 from common.models import model_module
-from tools.bench.limits import dtype_name, matmul_rates
-from tools.bench.training import prepare_run, take_step
-from tools.bench.turns import compare, milliseconds, ratio, run_in_new_process, stopwatch
-from training import parallel
+from tools.bench.limits import matmul_rates
+from tools.bench.runs import compile_run, prepare_run, take_step
+from tools.bench.sizes import dtype_name
+from tools.results.turns import compare, milliseconds, ratio, run_in_new_process, stopwatch
 
 N_HEAD, HEAD_DIM = 12, 64
-WINDOW = 256  # of most cases; a shorter one needs blocks from fewer tokens on
-CASES = [  # B, T, window
-    (2, 256, 64),
-    (2, 320, 64),
-    (2, 512, 64),
-    (2, 256, WINDOW),
-    (2, 384, WINDOW),
-    (2, 512, WINDOW),
-    (2, 768, WINDOW),
-    (2, 1000, WINDOW),
-    (2, 1024, WINDOW),
-    (1, 8192, WINDOW),
-]
 LONGEST_DENSE = 1024  # a dense mask beyond this many tokens takes too long
-SHORT, LONG = 4096, 16384  # tokens between which the growth of memory is measured
 # A training step of GPT-2 124M with windows and long sequences, on CUDA.
 STEP_MODEL = {"block_size": 4096, "vocab_size": 50304}
 STEP_BATCH = 8
@@ -68,7 +54,7 @@ def dense(window):
     return attend
 
 
-def sliding(window=WINDOW):
+def sliding(window):
     """Return the attention function of model_swa."""
     module = model_module("model_swa")
     config = module.GPTConfig(n_head=N_HEAD, n_embd=N_HEAD * HEAD_DIM, window=window)
@@ -96,15 +82,16 @@ def forward_backward(attend, q, k, v, gradient):
     return torch.autograd.grad(attend(q, k, v), (q, k, v), gradient)
 
 
-def extra_memory(T, device, dtype):
+def extra_memory(T, window, device, dtype):
     """Return the GB by which a forward and backward pass raises the peak memory.
 
     Must run in a process of its own, because a process's peak never falls.
     """
-    forward_backward(sliding(), *random_inputs(1, 2 * WINDOW, device, dtype))  # loads the kernels
+    attend = sliding(window)
+    forward_backward(attend, *random_inputs(1, 2 * window, device, dtype))  # loads the kernels
     inputs = random_inputs(1, T, device, dtype)
     before = peak_memory(device)
-    forward_backward(sliding(), *inputs)
+    forward_backward(attend, *inputs)
     return None if before is None else peak_memory(device) - before
 
 
@@ -122,16 +109,16 @@ def measure_attention(bench):
     "of_product_limit" is the fraction of the rate at which a large matrix product runs in the same
     dtype.
     """
-    rates = matmul_rates(bench.device)
+    rates = matmul_rates(bench)
     rows = []
-    total_cost = len(rates) * sum(B * T * T for B, T, _ in CASES)
+    total_cost = len(rates) * sum(B * T * T for B, T, _ in bench.sizes.attention)
     for dtype in rates:
-        for B, T, window in CASES:
+        for B, T, window in bench.sizes.attention:
             seconds = bench.seconds * B * T * T / total_cost
             inputs = random_inputs(B, T, bench.device, dtype)
             rows.append(bench.show(attention_speed(inputs, window, seconds, rates[dtype])))
     for dtype in rates:
-        rows.append(bench.show(attention_memory(bench.device, dtype)))
+        rows.append(bench.show(attention_memory(bench, dtype)))
     if bench.device.type == "cuda" and bench.seconds >= STEP_SECONDS:
         rows.append(bench.show(step_speed(bench.device, bench.seconds / 4)))
     elif bench.device.type == "cuda":
@@ -168,13 +155,15 @@ def attention_speed(inputs, window, seconds, rate):
     return row
 
 
-def attention_memory(device, dtype):
+def attention_memory(bench, dtype):
     """Return one row: the memory of sliding windows over short and long sequences."""
-    short_gb = run_in_new_process(extra_memory, SHORT, device, dtype)
-    long_gb = run_in_new_process(extra_memory, LONG, device, dtype)
-    row = {"dtype": dtype_name(dtype), "batch": 1, "window": WINDOW}
-    row |= {f"gb_at_{SHORT}": short_gb, f"gb_at_{LONG}": long_gb}
-    return row | {"ratio": long_gb / short_gb if short_gb else None}
+    short, long = bench.sizes.memory_lengths
+    *_, (_, _, window) = bench.sizes.attention
+    row = {"dtype": dtype_name(dtype), "batch": 1, "window": window}
+    for T in (short, long):
+        row[f"gb_at_{T}"] = run_in_new_process(extra_memory, T, window, bench.device, dtype)
+    before, after = row[f"gb_at_{short}"], row[f"gb_at_{long}"]
+    return row | {"ratio": after / before if before else None}
 
 
 def step_speed(device, seconds):
@@ -191,7 +180,7 @@ def step_speed(device, seconds):
                 for block in run.model.transformer.h:
                     block.attn.attend = flash(block.attn.window)
             if device.type == "cuda":
-                parallel.compile_forward(run)
+                compile_run(run)
             contestants[name] = stopwatch(device, take_step, run)
         times = compare(seconds, contestants)
     row = {"dtype": dtype_name(dtype), "batch": STEP_BATCH, "T": STEP_MODEL["block_size"]}

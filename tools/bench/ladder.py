@@ -1,25 +1,26 @@
 """The ladder: one thing at a time, from torch's defaults to our settings, on the reader's machine.
 
-Each rung is a training step of GPT-2 124M with the settings of the rungs above it and one more;
-what is tried and not used is no part of the rungs after it. A rung is measured in a process of its
-own, because some settings last as long as a process.
+Each rung is a training step of GPT-2 124M with the settings of the rungs above it and one more; a
+rung that was tried and is not used changes nothing for those after it. A rung is measured in a
+process of its own, because some settings last as long as a process.
 """
 
 import functools
 import statistics
+import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from common.cpu import use_float32_attention
 from common.device import keep_freed_memory, pick_dtype
-from common.models import model_module
-from tools.bench.limits import matmul_rates, products_flops, workload
-from tools.bench.turns import Budget, milliseconds, run_in_new_process, synchronize, time_turns
-from train import TrainConfig
-from training.optimizer import make_optimizer
+from tools.bench.limits import matmul_rates, products_flops
+from tools.bench.runs import prepare_run, take_step
+from tools.results.turns import Budget, milliseconds, run_in_new_process, synchronize, time_turns
 
 
 @dataclass
@@ -83,7 +84,7 @@ def settings_of_rungs(ladder):
 
 
 def apply_process_settings(settings, device):
-    """Set what holds for the whole process."""
+    """Set what holds for the whole process, also where train.py has set it already."""
     if settings.keep_freed_memory:
         keep_freed_memory()
     if device.type != "cuda":  # the switches below would change attention on a CPU too
@@ -110,70 +111,74 @@ def fused_loss(model):
     return forward
 
 
-def make_step(settings, model_options, device):
-    """Return a function that takes one training step on random tokens."""
-    module = model_module("model")
-    config = module.GPTConfig(**{"vocab_size": settings.vocab_size} | model_options)
-    model = module.GPT(config).to(device)
-    optimizer = make_optimizer(model, TrainConfig())
+def prepare_rung(settings, model_options, device, folder, stack):
+    """Return a Run of train.py with a rung's settings."""
+    model_options = {"vocab_size": settings.vocab_size} | model_options
+    run = prepare_run(
+        folder,
+        stack,
+        model_options,
+        batch_size=settings.batch_size,
+        total_batch_size=settings.batch_size * model_options["block_size"],
+        device=str(device),
+        dtype=settings.dtype,
+        compile=False,  # below, because the rungs before it compile nothing
+    )
+    apply_process_settings(settings, device)
     if not settings.fused_adamw:
-        for param_group in optimizer.param_groups:
+        for param_group in run.optimizer.param_groups:
             param_group["fused"] = None
     if settings.float32_attention:
-        for block in model.transformer.h:
-            use_float32_attention(block, config.block_size)
-    forward = fused_loss(model) if settings.fused_loss else model
+        for block in run.model.transformer.h:
+            use_float32_attention(block, run.loader.block_size)
+    if settings.fused_loss:
+        run.forward = fused_loss(run.model)
     if settings.compile:
-        forward = torch.compile(forward)
-    size = (settings.batch_size, config.block_size + 1)
-    tokens = torch.randint(config.vocab_size, size, device=device)
-    dtype = getattr(torch, settings.dtype)
-
-    def step():
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = forward(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+        run.forward = torch.compile(run.forward)
+    return run
 
 
 def measure_rung(settings, model_options, device, steps):
     """Return the seconds of a step. Must run in a process of its own."""
-    apply_process_settings(settings, device)
-    step = make_step(settings, model_options, device)
-    for _ in range(steps):
-        step()
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    synchronize(device)
-    return (time.perf_counter() - start) / steps
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        run = prepare_rung(settings, model_options, device, Path(folder), stack)
+        for _ in range(steps):
+            take_step(run)
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            take_step(run)
+        synchronize(device)
+        return (time.perf_counter() - start) / steps
+
+
+def possible_rungs(bench):
+    """Return the rungs that work with this torch and on this device; note which do not."""
+    ladder = LADDERS.get(bench.device.type, LADDERS["cpu"])
+    if not hasattr(F, "linear_cross_entropy"):
+        bench.note(f"torch {torch.__version__} has no linear_cross_entropy: no rung with it")
+        ladder = [rung for rung in ladder if "fused_loss" not in rung.changes]
+    if pick_dtype("auto", bench.device) != torch.bfloat16:
+        bench.note("bfloat16 is not fast on this device: the rungs with it are left out")
+        ladder = [r for r in ladder if not {"dtype", "float32_attention"} & r.changes.keys()]
+    return ladder
 
 
 def measure_ladder(bench):
     """Return one row per rung: the time of a step, and its factor over the rungs before it."""
-    device = bench.device
-    kind = device.type if device.type in LADDERS else "cpu"
-    ladder = LADDERS[kind]
-    if not hasattr(F, "linear_cross_entropy"):
-        bench.note(f"torch {torch.__version__} has no linear_cross_entropy: no rung with it")
-        ladder = [rung for rung in ladder if "fused_loss" not in rung.changes]
-    if pick_dtype("auto", device) != torch.bfloat16:
-        bench.note("bfloat16 is not fast on this device: the rungs with it are left out")
-        ladder = [r for r in ladder if not {"dtype", "float32_attention"} & r.changes.keys()]
+    device, sizes = bench.device, bench.sizes
+    ladder = possible_rungs(bench)
     rungs = settings_of_rungs(ladder)
-    model_options = {k: v for k, v in workload(device).model.items() if k != "vocab_size"}
+    T = sizes.config().block_size
+    model_options = {key: value for key, value in sizes.model.items() if key != "vocab_size"}
+    model_options["block_size"] = T
+    steps = STEPS.get(device.type, STEPS["cpu"])
     contestants = {}
     for name, settings in rungs.items():
-        arguments = (measure_rung, settings, model_options, device, STEPS[kind])
+        arguments = (measure_rung, settings, model_options, device, steps)
         contestants[name] = functools.partial(run_in_new_process, *arguments)
     times = time_turns(contestants, Budget(bench.seconds, least=1).allows)
-    T = workload(device).config().block_size
-    limit_rate = max(matmul_rates(device).values())
+    limit_rate = max(matmul_rates(bench).values())
     per_token = statistics.median(times["float32"]) / (rungs["float32"].batch_size * T)
     previous = per_token
     rows = []
@@ -184,7 +189,7 @@ def measure_ladder(bench):
         row["tokens_per_second"] = tokens / seconds
         row["first_over_this"] = per_token / (seconds / tokens)
         row["previous_over_this"] = previous / (seconds / tokens)
-        flops = products_flops(workload(device)) * tokens / workload(device).tokens
+        flops = products_flops(sizes) * tokens / sizes.tokens
         row["of_product_limit"] = flops / limit_rate / seconds
         if rung.kept:
             previous = seconds / tokens

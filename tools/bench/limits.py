@@ -6,56 +6,18 @@ Shapes: B batch, T tokens, C channels, V vocabulary.
 """
 
 import statistics
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
-from common.device import pick_dtype
-from common.models import model_module
-from tools.bench.turns import compare, spread, stopwatch
-
-
-@dataclass
-class Workload:
-    """The training step that is measured: the model is GPT-2 small with these options changed."""
-
-    batch_size: int
-    model: dict = field(default_factory=dict)
-
-    def config(self):
-        return model_module("model").GPTConfig(**self.model)
-
-    @property
-    def tokens(self):
-        return self.batch_size * self.config().block_size
-
-
-# 124M parameters, 1024 tokens, and the padded vocabulary of config/gpt2.py, as nanoGPT has it too.
-PADDED = {"vocab_size": 50304}
-WORKLOADS = {"cpu": Workload(2, PADDED), "cuda": Workload(32, PADDED)}
-BANDWIDTH_BYTES = 1 << 29  # of the tensor that is read: larger than the caches
-SHORT_SECONDS = 3  # for a limit that another benchmark needs
-
-
-def workload(device):
-    return WORKLOADS.get(device.type, WORKLOADS["cpu"])
+from tools.bench.sizes import dtype_name, dtypes
+from tools.results.turns import compare, spread, stopwatch
 
 
 def limit_stopwatch(device, run, *arguments):
     """Return a contestant for a limit; on a GPU, where a call takes microseconds, of 20 calls."""
     calls = 1 if device.type == "cpu" else 20
     return stopwatch(device, run, *arguments, calls=calls)
-
-
-def dtype_name(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
-def dtypes(device):
-    """Return float32 and, where the hardware computes it fast, bfloat16."""
-    fast = pick_dtype("auto", device)
-    return [torch.float32] if fast == torch.float32 else [torch.float32, fast]
 
 
 # Matrix products ------------------------------------------------------------------------------
@@ -98,16 +60,16 @@ PRODUCTS = {
 }
 
 
-def step_products(size, device, dtype):
+def step_products(sizes, device, dtype):
     """Return a function that does the matrix products of a step's weights, and nothing else.
 
     Forward product, gradient of the input and gradient of the weight of every Linear layer and of
     the head, each with tensors of its own as in the step. attention_products() has the others.
     """
     operands = []
-    for n_in, n_out, count in linear_layers(size.config()).values():
+    for n_in, n_out, count in linear_layers(sizes.config()).values():
         for _ in range(count):
-            operands.append(random_operands(size.tokens, n_in, n_out, device, dtype))
+            operands.append(random_operands(sizes.tokens, n_in, n_out, device, dtype))
 
     def run():
         for x, weight, gradient in operands:
@@ -117,14 +79,18 @@ def step_products(size, device, dtype):
     return run
 
 
-def attention_products(size, device, dtype):
+def attention_products(sizes, device, dtype):
     """Return a function that does the matrix products of a step's attention, and nothing else.
 
     In each layer two in the forward pass (scores, weighted values) and four in the backward pass.
     A causal mask leaves half of the T x T scores; T / 2 queries by T keys is the same work.
     """
-    config = size.config()
-    heads, T, D = size.batch_size * config.n_head, config.block_size, config.n_embd // config.n_head
+    config = sizes.config()
+    heads, T, D = (
+        sizes.batch_size * config.n_head,
+        config.block_size,
+        config.n_embd // config.n_head,
+    )
     q = torch.randn(heads, T // 2, D, device=device, dtype=dtype)
     k = torch.randn(heads, T, D, device=device, dtype=dtype)
     scores = torch.randn(heads, T // 2, T, device=device, dtype=dtype)
@@ -141,11 +107,11 @@ def attention_products(size, device, dtype):
     return run
 
 
-def products_flops(size):
+def products_flops(sizes):
     """Return the FLOPs of step_products: 2 per weight, row and product."""
-    layers = linear_layers(size.config()).values()
+    layers = linear_layers(sizes.config()).values()
     weights = sum(n_in * n_out * count for n_in, n_out, count in layers)
-    return 2 * len(PRODUCTS) * size.tokens * weights
+    return 2 * len(PRODUCTS) * sizes.tokens * weights
 
 
 def with_precision(precision, function, *arguments):
@@ -163,12 +129,12 @@ def precisions(device):
 
 def matmul_rows(bench, seconds):
     """Return one row per precision and layer: the rates of its three products."""
-    size, device = workload(bench.device), bench.device
-    layers = linear_layers(size.config())
+    sizes, device = bench.sizes, bench.device
+    layers = linear_layers(sizes.config())
     contestants = {}
     for kind, (dtype, precision) in precisions(device).items():
         for layer, (n_in, n_out, _) in layers.items():
-            operands = random_operands(size.tokens, n_in, n_out, device, dtype)
+            operands = random_operands(sizes.tokens, n_in, n_out, device, dtype)
             for name, product in PRODUCTS.items():
                 turn = limit_stopwatch(device, with_precision, precision, product, *operands)
                 contestants[kind, layer, name] = turn
@@ -176,45 +142,45 @@ def matmul_rows(bench, seconds):
     rows = []
     for kind in precisions(device):
         for layer, (n_in, n_out, _) in layers.items():
-            row = {"dtype": kind, "layer": layer, "rows": size.tokens, "in": n_in, "out": n_out}
-            gigaflops = 2 * size.tokens * n_in * n_out / 1e9
+            row = {"dtype": kind, "layer": layer, "rows": sizes.tokens, "in": n_in, "out": n_out}
+            gigaflops = 2 * sizes.tokens * n_in * n_out / 1e9
             for name in PRODUCTS:
                 rates = [gigaflops / t for t in times[kind, layer, name]]
                 row[f"{name}_gflops"] = spread(rates)
             rows.append(bench.show(row))
-        rows.append(bench.show(whole_step_row(kind, size, times)))
+        rows.append(bench.show(whole_step_row(kind, sizes, times)))
     return rows
 
 
-def whole_step_row(kind, size, times):
+def whole_step_row(kind, sizes, times):
     """Return the rate of all products of a step together, each layer as often as it occurs."""
     seconds = 0.0
-    for layer, (_, _, count) in linear_layers(size.config()).items():
+    for layer, (_, _, count) in linear_layers(sizes.config()).items():
         for name in PRODUCTS:
             seconds += count * statistics.median(times[kind, layer, name])
-    row = {"dtype": kind, "layer": "all products of a step", "rows": size.tokens}
-    return row | {"gflops": products_flops(size) / seconds / 1e9, "seconds": seconds}
+    row = {"dtype": kind, "layer": "all products of a step", "rows": sizes.tokens}
+    return row | {"gflops": products_flops(sizes) / seconds / 1e9, "seconds": seconds}
 
 
-def matmul_rates(device):
+def matmul_rates(bench):
     """Return {dtype: FLOP/s} of the forward product of mlp.c_fc: a short measurement."""
-    size = workload(device)
-    n_in, n_out, _ = linear_layers(size.config())["mlp.c_fc"]
+    sizes, device = bench.sizes, bench.device
+    n_in, n_out, _ = linear_layers(sizes.config())["mlp.c_fc"]
     contestants = {}
     for dtype in dtypes(device):
-        operands = random_operands(size.tokens, n_in, n_out, device, dtype)
+        operands = random_operands(sizes.tokens, n_in, n_out, device, dtype)
         contestants[dtype] = limit_stopwatch(device, forward_product, *operands)
-    times = compare(SHORT_SECONDS, contestants)
-    flops = 2 * size.tokens * n_in * n_out
+    times = compare(bench.sizes.limit_seconds, contestants)
+    flops = 2 * sizes.tokens * n_in * n_out
     return {dtype: flops / statistics.median(times[dtype]) for dtype in contestants}
 
 
 # Memory ---------------------------------------------------------------------------------------
 
 
-def read_contestants(device):
+def read_contestants(bench):
     """Return the functions that read a large tensor once; the fastest one gives the limit."""
-    x = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    x = torch.ones(bench.sizes.read_bytes // 4, device=bench.device)
     readers = {
         "sum of float32": x.sum,
         "maximum of float32": x.amax,
@@ -222,43 +188,42 @@ def read_contestants(device):
         "maximum of int32": x.view(torch.int32).amax,
         "maximum of int64": x.view(torch.int64).amax,
     }
-    return {name: limit_stopwatch(device, read) for name, read in readers.items()}
+    return {name: limit_stopwatch(bench.device, read) for name, read in readers.items()}
 
 
-def fastest_reader(device):
-    """Return the contestant that reads BANDWIDTH_BYTES fastest, on all threads.
+def fastest_reader(bench):
+    """Return the contestant that reads sizes.read_bytes fastest, on all threads.
 
     It can take part in a comparison: the bandwidth of a shared machine varies over time.
     """
-    contestants = read_contestants(device)
-    times = compare(SHORT_SECONDS, contestants)
+    contestants = read_contestants(bench)
+    times = compare(bench.sizes.limit_seconds, contestants)
     return contestants[min(times, key=lambda name: statistics.median(times[name]))]
 
 
-def bandwidth(times):
+def bandwidth(bench, times):
     """Return the bytes/s of a reader from the seconds of its rounds."""
-    return BANDWIDTH_BYTES / statistics.median(times)
+    return bench.sizes.read_bytes / statistics.median(times)
 
 
 def memory_rows(bench, seconds):
     """Return a row for the fastest way to read memory, and one for a copy."""
-    device = bench.device
-    contestants = read_contestants(device)
-    source = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    device, size = bench.device, bench.sizes.read_bytes
+    contestants = read_contestants(bench)
+    source = torch.ones(size // 4, device=device)
     contestants["copy"] = limit_stopwatch(device, torch.empty_like(source).copy_, source)
     times = compare(seconds, contestants)
     copy_times = times.pop("copy")
     fastest = min(times, key=lambda name: statistics.median(times[name]))
-    gigabytes = BANDWIDTH_BYTES / 1e9
-    read = spread([gigabytes / t for t in times[fastest]])
-    copy = spread([2 * gigabytes / t for t in copy_times])
+    read = spread([size / 1e9 / t for t in times[fastest]])
+    copy = spread([2 * size / 1e9 / t for t in copy_times])
     return [
         bench.show({"what": "read", "by": fastest, "gb_per_second": read}),
         bench.show({"what": "copy, read + written bytes", "by": "copy_", "gb_per_second": copy}),
     ]
 
 
-def limits(bench):
+def measure_limits(bench):
     """Return rows with the rates of matrix products and the bandwidth of memory."""
     precision = torch.get_float32_matmul_precision()
     rows = matmul_rows(bench, 0.8 * bench.seconds)

@@ -4,6 +4,7 @@ Nothing is written into that directory, and nothing of it is part of this projec
 with nanoGPT's own settings; what differs from its defaults is on their command lines here.
 """
 
+import json
 import re
 import shutil
 import statistics
@@ -22,6 +23,25 @@ NEEDED = (
 )
 TIME = re.compile(r"^iter (\d+): .*time ([\d.]+)ms", re.MULTILINE)
 VAL_LOSS = re.compile(r"^step (\d+): .*val loss ([\d.]+)", re.MULTILINE)
+# nanoGPT's sample.py needs a checkpoint; this calls the generate() behind it on random weights, in
+# the dtypes of that program: one sample after another, drawn at random, without a KV cache.
+GENERATE = """
+import contextlib, json, sys, time
+import torch
+from model import GPT, GPTConfig
+options, device, prompt_tokens, new_tokens = json.loads(sys.argv[1])
+context = contextlib.nullcontext()
+if device.startswith("cuda"):
+    torch.backends.cuda.matmul.allow_tf32 = True
+    context = torch.autocast("cuda", torch.bfloat16)
+model = GPT(GPTConfig(**options)).to(device).eval()
+prompt = torch.zeros(1, prompt_tokens, dtype=torch.long, device=device)
+with torch.no_grad(), context:
+    model.generate(prompt, 2).tolist()
+    start = time.perf_counter()
+    model.generate(prompt, new_tokens).tolist()  # waits for a GPU
+print("seconds", time.perf_counter() - start)
+"""
 
 
 def check_nanogpt(path):
@@ -31,6 +51,14 @@ def check_nanogpt(path):
         raise UserError(
             f"nanogpt={path} has no {missing[0]}: give the directory of a clone of nanoGPT"
         )
+
+
+def copy_given_nanogpt(bench, folder):
+    """Return the path of a copy of the user's nanoGPT; None, and a note, if it is not given."""
+    if bench.nanogpt is None:
+        bench.note("nanoGPT is skipped: --nanogpt=PATH names a directory with its programs")
+        return None
+    return copy_nanogpt(bench.nanogpt, folder)
 
 
 def copy_nanogpt(path, folder):
@@ -83,3 +111,11 @@ def last_val_loss(output):
         raise UserError("nanoGPT's train.py printed no validation loss")
     iteration, loss = evaluations[-1]
     return int(iteration), float(loss)
+
+
+def generating_seconds(copy, model_options, device, prompt_tokens, new_tokens):
+    """Return the seconds of one sample by nanoGPT's generate()."""
+    options = {"bias": True, "vocab_size": 50257} | model_options
+    call = json.dumps([options, str(device), prompt_tokens, new_tokens])
+    output = run_nanogpt(copy, "-c", GENERATE, call)
+    return float(output.split()[-1])

@@ -30,11 +30,10 @@ from common.device import pick_dtype
 from common.distributed import ProcessGroup
 from common.models import ROOT, model_module, models_with_option
 from configurator import configure_with_model
-from tools.bench.limits import workload
-from tools.bench.training import prepare_run, workload_options
-from tools.bench.turns import Budget, spread, synchronize, time_turns
+from tools.bench.runs import prepare_run, step_options
+from tools.results.turns import Budget, spread, synchronize, time_turns
 
-BYTES = 257  # the vocabulary of quickstart's data set
+BYTES = 257  # the vocabulary of quickstart's dataset
 
 # What train_step calls that is not computation.
 IN_STEP = {
@@ -62,10 +61,12 @@ class ShortRun:
     eval_batches: int
 
 
-SHORT_RUNS = [
-    ShortRun("quickstart", "config/quickstart.py", steps=200, eval_batches=8),
-    ShortRun("GPT-2 124M", "config/gpt2.py", steps=3, eval_batches=1),
-]
+def short_runs(bench):
+    quickstart, gpt2 = bench.sizes.run_steps
+    return [
+        ShortRun("quickstart", "config/quickstart.py", steps=quickstart, eval_batches=8),
+        ShortRun("GPT-2 124M", "config/gpt2.py", steps=gpt2, eval_batches=1),
+    ]
 
 
 class Clock:
@@ -126,7 +127,7 @@ def forward_and_wait(run, clock):
     return call
 
 
-def read_config(short, device):
+def read_config(short, bench):
     """Return the filled TrainConfig and the model options of a config file."""
     config, model_options = configure_with_model(
         train.TrainConfig,
@@ -135,16 +136,16 @@ def read_config(short, device):
         lambda config: model_module(config.model).GPTConfig,
         models_with_option,
     )
-    if short.name != "quickstart":  # the workload of the other benchmarks
-        size = workload(device)
-        options = workload_options(size, device, pick_dtype("auto", device))
-        return replace(config, **options), size.model
+    device = bench.device
+    if short.name != "quickstart":  # the batch of the other benchmarks
+        options = step_options(bench.sizes, device, pick_dtype("auto", device))
+        return replace(config, **options), bench.sizes.model
     return replace(config, device=str(device)), model_options | {"vocab_size": BYTES}
 
 
-def time_run(short, device):
+def time_run(short, bench):
     """Train a short run; return its Clock, the seconds of its loop, its Run and its config."""
-    config, model_options = read_config(short, device)
+    config, model_options = read_config(short, bench)
     changed = vars(config) | {
         "max_steps": short.steps,
         "eval_interval": short.steps,
@@ -167,9 +168,9 @@ def time_run(short, device):
     return clock, seconds, run, config
 
 
-def measure_run(short, device):
+def measure_run(short, bench):
     """Return the parts of the overhead of one step, in seconds, and their fraction of its time."""
-    clock, seconds, run, config = time_run(short, device)
+    clock, seconds, run, config = time_run(short, bench)
     spent = clock.seconds
     in_step = {name: spent[f"step/{name}"] / short.steps for name in IN_STEP}
     outside = seconds - spent["step"] - spent["evaluate"] - spent["save"]
@@ -183,9 +184,8 @@ def measure_run(short, device):
         "evaluation": eval_batch * eval_batches / config.eval_interval,
         "checkpoints": save / min(config.eval_interval, config.checkpoint_interval),
     }
-    computation = spent["step"] / short.steps - sum(spent[f"step/{name}"] for name in IN_STEP) / (
-        short.steps
-    )
+    not_computation = sum(spent[f"step/{name}"] for name in IN_STEP)
+    computation = (spent["step"] - not_computation) / short.steps
     overhead = sum(parts.values())
     return parts | {"step": computation + overhead, "fraction": overhead / (computation + overhead)}
 
@@ -193,7 +193,7 @@ def measure_run(short, device):
 def measure_overhead(bench):
     """Return one row per config: milliseconds per step of each part, and the whole fraction."""
     contestants = {
-        short.name: functools.partial(measure_run, short, bench.device) for short in SHORT_RUNS
+        short.name: functools.partial(measure_run, short, bench) for short in short_runs(bench)
     }
     turns = time_turns(contestants, Budget(bench.seconds, least=1).allows)
     rows = []

@@ -6,7 +6,6 @@ The models have the size of GPT-2 small, 124M parameters, and random weights.
 import contextlib
 import functools
 import itertools
-import json
 import os
 import statistics
 import tempfile
@@ -17,9 +16,10 @@ import sample
 from common.cpu import prepare_for_sampling
 from common.device import keep_freed_memory, use_cudnn_attention
 from common.models import model_module
-from tools.bench.limits import bandwidth, dtype_name, dtypes, fastest_reader
-from tools.bench.nanogpt import copy_nanogpt, run_nanogpt
-from tools.bench.turns import (
+from tools.bench.limits import bandwidth, fastest_reader
+from tools.bench.nanogpt import copy_given_nanogpt, generating_seconds
+from tools.bench.sizes import dtype_name, dtypes
+from tools.results.turns import (
     compare,
     milliseconds,
     ratio,
@@ -31,40 +31,20 @@ from tools.bench.turns import (
 # Generating ----------------------------------------------------------------------------------
 
 PROMPT_TOKENS = 16
-STREAMS = {1: 200, 10: 100}  # streams of one batch: new tokens of each
-MODEL = {}  # options of model.GPTConfig that differ from GPT-2 small
-# nanoGPT's sample.py needs a checkpoint; this calls the generate() behind it on random weights, in
-# the dtypes of that program: one sample after another, drawn at random, without a KV cache.
-NANOGPT_DRIVER = """
-import contextlib, json, sys, time
-import torch
-from model import GPT, GPTConfig
-options, device, prompt_tokens, new_tokens = json.loads(sys.argv[1])
-context = contextlib.nullcontext()
-if device.startswith("cuda"):
-    torch.backends.cuda.matmul.allow_tf32 = True
-    context = torch.autocast("cuda", torch.bfloat16)
-model = GPT(GPTConfig(**options)).to(device).eval()
-prompt = torch.zeros(1, prompt_tokens, dtype=torch.long, device=device)
-with torch.no_grad(), context:
-    model.generate(prompt, 2).tolist()
-    start = time.perf_counter()
-    model.generate(prompt, new_tokens).tolist()  # waits for a GPU
-print("seconds", time.perf_counter() - start)
-"""
 
 
-def default_model(name, device, dtype, rows):
+def sampling_model(bench, name, dtype, rows):
     """Return a model of GPT-2 small's size with random weights, and the bytes of the weights read.
 
     On a CPU its layers are packed for so many rows, as by sample.py. A decode step reads all
     weights but the position embeddings.
     """
     module = model_module(name)
-    model = module.GPT(module.GPTConfig(**MODEL)).to(device, dtype).eval()
+    model = module.GPT(module.GPTConfig(**bench.sizes.sampled_model))
+    model = model.to(bench.device, dtype).eval()
     weights = [p for name, p in model.named_parameters() if not name.endswith("wpe.weight")]
     bytes_read = sum(p.nbytes for p in weights)
-    use_cudnn_attention(device, False)  # as sample.py
+    use_cudnn_attention(bench.device, False)  # as sample.py
     prepare_for_sampling(model, rows)
     return model, bytes_read
 
@@ -76,11 +56,11 @@ def our_contestant(model, prompt, streams, new_tokens):
         pass
 
 
-def transformers_model(device, dtype):
+def transformers_model(bench, dtype):
     """Return transformers' GPT-2 of the same size with random weights."""
     import transformers
 
-    ours = model_module("model").GPTConfig(**MODEL)
+    ours = model_module("model").GPTConfig(**bench.sizes.sampled_model)
     config = transformers.GPT2Config(
         vocab_size=ours.vocab_size,
         n_positions=ours.block_size,
@@ -90,7 +70,7 @@ def transformers_model(device, dtype):
         bos_token_id=None,
         eos_token_id=None,  # no sample ends early
     )
-    return transformers.GPT2LMHeadModel(config).to(device, dtype).eval()
+    return transformers.GPT2LMHeadModel(config).to(bench.device, dtype).eval()
 
 
 def transformers_contestant(model, prompt, streams, new_tokens):
@@ -116,27 +96,19 @@ def has_transformers(bench):
     return True
 
 
-def nanogpt_seconds(copy, device):
-    """Return the seconds of one sample by nanoGPT's generate()."""
-    options = {"bias": True, "vocab_size": 50257} | MODEL
-    call = json.dumps([options, str(device), PROMPT_TOKENS, STREAMS[1]])
-    output = run_nanogpt(copy, "-c", NANOGPT_DRIVER, call)
-    return float(output.split()[-1])
-
-
-def generating_rows(bench, dtype, streams, new_tokens, reader, programs):
+def generating_rows(bench, dtype, streams, reader, programs, with_transformers):
     """Return one row per contestant for a number of streams in one dtype."""
-    device = bench.device
-    model, bytes_read = default_model("model", device, dtype, streams)
+    device, new_tokens = bench.device, bench.sizes.streams[streams]
+    model, bytes_read = sampling_model(bench, "model", dtype, streams)
     prompt = torch.arange(PROMPT_TOKENS, device=device)[None]
     arguments = (prompt, streams, new_tokens)
     contestants = {"ours": stopwatch(device, our_contestant, model, *arguments), "read": reader}
-    if bench.has_transformers:
-        peer = transformers_model(device, dtype)
+    if with_transformers:
+        peer = transformers_model(bench, dtype)
         contestants["transformers"] = stopwatch(device, transformers_contestant, peer, *arguments)
-    seconds = bench.seconds / (len(dtypes(device)) * len(STREAMS))
+    seconds = bench.seconds / (len(dtypes(device)) * len(bench.sizes.streams))
     times = compare(seconds, contestants, programs)
-    read_limit = new_tokens * bytes_read / bandwidth(times.pop("read"))
+    read_limit = new_tokens * bytes_read / bandwidth(bench, times.pop("read"))
     rows = []
     for name, values in times.items():
         row = {"streams": streams, "dtype": dtype_name(dtype), "contestant": name}
@@ -179,30 +151,29 @@ def measure_sample(bench):
 def sample_rows(bench):
     """Return the rows of measure_sample, and notes."""
     keep_freed_memory()  # as sample.py
-    reader = fastest_reader(bench.device)
-    bench.has_transformers = has_transformers(bench)
+    reader = fastest_reader(bench)
+    with_transformers = has_transformers(bench)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        programs = {}
-        if bench.nanogpt is None:
-            bench.note("nanoGPT is skipped: --nanogpt=PATH names a directory with its programs")
-        else:
-            copy = copy_nanogpt(bench.nanogpt, folder)
-            programs["nanoGPT"] = functools.partial(nanogpt_seconds, copy, bench.device)
-        for dtype, streams in itertools.product(dtypes(bench.device), STREAMS):
+        copy = copy_given_nanogpt(bench, folder)
+        for dtype, streams in itertools.product(dtypes(bench.device), bench.sizes.streams):
+            programs = {}
             # nanoGPT samples in float32, one stream after another: one comparison is enough.
-            peers = programs if (dtype, streams) == (torch.float32, 1) else {}
-            arguments = (dtype, streams, STREAMS[streams], reader, peers)
-            rows += generating_rows(bench, *arguments)
+            if copy is not None and (dtype, streams) == (torch.float32, 1):
+                new_tokens = bench.sizes.streams[streams]
+                options = (bench.sizes.sampled_model, bench.device, PROMPT_TOKENS, new_tokens)
+                programs["nanoGPT"] = functools.partial(generating_seconds, copy, *options)
+            rows += generating_rows(bench, dtype, streams, reader, programs, with_transformers)
     return rows, bench.notes
 
 
 # Decode --------------------------------------------------------------------------------------
 
 PREFILL_CHUNK = 1024  # tokens
-SAMPLES, SAMPLES_POSITION = 10, 512  # of the comparison between models
+SAMPLES = 10  # streams of the comparison between models
 
 
+@torch.inference_mode()
 def fill_cache(model, cache, length):
     """Prefill a cache with random tokens up to `length` of them, in chunks."""
     while cache.pos < length:
@@ -210,24 +181,31 @@ def fill_cache(model, cache, length):
         model(torch.randint(model.config.vocab_size, size, device=cache.k.device), cache=cache)
 
 
-def decode_contestant(device, name, dtype, streams, position):
-    """Return a contestant that decodes one token per stream, always at the same position.
-
-    Returns (contestant, bytes of the KV cache, bytes that a step reads); it reads the weights, and
-    all keys and values in the cache.
-    """
-    model, bytes_read = default_model(name, device, dtype, streams)
-    cache = model.make_cache(streams, None if "wpe" in model.transformer else position + 1)
+def make_decode_step(model, cache, position):
+    """Return a function that decodes one token of each sample, always at the same position."""
     window = getattr(model.config, "window", position)
     fill_cache(model, cache, min(position, window))  # a ring buffer holds no more than the window
-    token = torch.zeros(streams, 1, dtype=torch.int64, device=device)
+    samples = cache.k.size(1)
+    token = torch.zeros(samples, 1, dtype=torch.int64, device=cache.k.device)
 
+    @torch.inference_mode()
     def step():
         cache.pos = position
         model(token, cache=cache)
 
+    return step
+
+
+def decode_contestant(bench, name, dtype, streams, position):
+    """Return a contestant that decodes, the bytes of its KV cache, and the bytes that a step reads.
+
+    A step reads the weights, and all keys and values in the cache.
+    """
+    model, bytes_read = sampling_model(bench, name, dtype, streams)
+    cache = model.make_cache(streams, None if "wpe" in model.transformer else position + 1)
+    step = make_decode_step(model, cache, position)
     bytes_read += cache.nbytes * min(1, position / cache.k.size(3))
-    return stopwatch(device, step), cache.nbytes, bytes_read
+    return stopwatch(bench.device, step), cache.nbytes, bytes_read
 
 
 def measure_decode(bench):
@@ -235,12 +213,11 @@ def measure_decode(bench):
     return in_process_of_sample(decode_rows, bench)
 
 
-@torch.inference_mode()
 def decode_rows(bench):
     """Return the rows of measure_decode, and notes."""
     keep_freed_memory()  # as sample.py
     rows = []
-    reader = fastest_reader(bench.device)
+    reader = fastest_reader(bench)
     kinds = dtypes(bench.device)
     for dtype in kinds:
         seconds = bench.seconds / (2 * len(kinds))
@@ -251,36 +228,33 @@ def decode_rows(bench):
 
 def decode_positions(bench, dtype, seconds, reader):
     """Return two rows: model_rope_gqa_swa at position = window and at a far position."""
-    name, device = "model_rope_gqa_swa", bench.device
-    window = model_module(name).GPTConfig(**MODEL).window
-    positions = (window, bench.position)
-    made = {p: decode_contestant(device, name, dtype, 1, p) for p in positions}
-    turns = {position: turn for position, (turn, *_) in made.items()}
-    times = compare(seconds, turns | {"read": reader})
+    name = "model_rope_gqa_swa"
+    window = model_module(name).GPTConfig(**bench.sizes.sampled_model).window
+    made = {p: decode_contestant(bench, name, dtype, 1, p) for p in (window, bench.position)}
+    times = compare(seconds, {p: turn for p, (turn, *_) in made.items()} | {"read": reader})
     rows = []
     for position, (_, cache_bytes, read) in made.items():
         row = {"dtype": dtype_name(dtype), "model": name, "batch": 1, "position": position}
         row |= {"ms": milliseconds(times[position]), "cache_bytes": cache_bytes}
         row["this_over_window"] = ratio(times[position], times[window])
-        row["of_read_limit"] = ratio([read / bandwidth(times["read"])], times[position])
+        row["of_read_limit"] = ratio([read / bandwidth(bench, times["read"])], times[position])
         rows.append(bench.show(row))
     return rows
 
 
 def decode_models(bench, dtype, seconds, reader):
     """Return one row per model: a decode step of several samples, KV heads and windows compared."""
-    device = bench.device
+    position = bench.sizes.samples_position
     made = {}
     for name in ("model", "model_gqa", "model_swa"):
-        made[name] = decode_contestant(device, name, dtype, SAMPLES, SAMPLES_POSITION)
-    turns = {name: turn for name, (turn, *_) in made.items()}
-    times = compare(seconds, turns | {"read": reader})
+        made[name] = decode_contestant(bench, name, dtype, SAMPLES, position)
+    times = compare(seconds, {name: turn for name, (turn, *_) in made.items()} | {"read": reader})
     rows = []
     for name, (_, cache_bytes, read) in made.items():
         row = {"dtype": dtype_name(dtype), "model": name, "batch": SAMPLES}
-        row |= {"position": SAMPLES_POSITION, "cache_bytes": cache_bytes}
+        row |= {"position": position, "cache_bytes": cache_bytes}
         row["ms"] = milliseconds(times[name])
         row["model_over_this"] = ratio(times["model"], times[name])
-        row["of_read_limit"] = ratio([read / bandwidth(times["read"])], times[name])
+        row["of_read_limit"] = ratio([read / bandwidth(bench, times["read"])], times[name])
         rows.append(bench.show(row))
     return rows

@@ -13,30 +13,23 @@ from pathlib import Path
 
 import numpy as np
 
-import train
 from common.device import peak_flops
-from common.distributed import ProcessGroup
 from common.errors import UserError
-from common.files import write_json
 from common.flops import mfu_flops_per_token
 from common.models import ROOT
 from common.tokenizer import get_tokenizer
 from prepare_data import open_dataset
-from tools.bench.limits import (
-    attention_products,
-    dtype_name,
-    dtypes,
-    step_products,
-    workload,
-)
+from tools.bench.limits import attention_products, step_products
 from tools.bench.nanogpt import (
-    copy_nanogpt,
+    copy_given_nanogpt,
     device_options,
     iteration_seconds,
     last_val_loss,
     run_nanogpt,
 )
-from tools.bench.turns import (
+from tools.bench.runs import prepare_run, step_options, take_step, write_random_dataset
+from tools.bench.sizes import dtype_name, dtypes
+from tools.results.turns import (
     Budget,
     compare,
     milliseconds,
@@ -45,64 +38,22 @@ from tools.bench.turns import (
     stopwatch,
     time_turns,
 )
-from training import parallel
 
-RANDOM_TOKENS = 1 << 18  # of a data set that is only there to be read
 NANOGPT_ITERATIONS = {"cpu": 2, "cuda": 40}  # of one turn, after the first one
 
 # A step --------------------------------------------------------------------------------------
 
 
-def write_random_dataset(folder, vocab_size):
-    """Write train.bin, val.bin and meta.json of random token ids below vocab_size."""
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
-    for split in ("train", "val"):
-        random.integers(vocab_size, size=RANDOM_TOKENS).astype("<u2").tofile(
-            folder / f"{split}.bin"
-        )
-    write_json(folder / "meta.json", {"tokenizer": "gpt2", "vocab_size": vocab_size})
-
-
-def prepare_run(folder, stack, model_options, **options):
-    """Return a Run of train.py on random tokens, compiled where train.py compiles.
-
-    stack   ExitStack that holds the lock on the run's directory
-    """
-    vocab_size = train.make_config(train.model_module("model"), model_options).vocab_size
-    write_random_dataset(folder / "data", vocab_size)
-    options = {"dataset": str(folder / "data"), "out_dir": str(folder / "out")} | options
-    config = train.TrainConfig(**options)
-    run = train.setup(config, model_options, [], ProcessGroup(timeout=60), stack)
-    parallel.prepare_forward(run)
-    return run
-
-
-def workload_options(size, device, dtype):
-    """Return the options of train.py for a workload."""
-    return {
-        "batch_size": size.batch_size,
-        "total_batch_size": size.tokens,
-        "device": str(device),
-        "dtype": dtype_name(dtype),
-    }
-
-
-def take_step(run):
-    train.train_step(run)
-    run.step += 1
-
-
-def nanogpt_step(copy, size, device):
-    """Return the seconds of an iteration of nanoGPT's train.py, with the workload's batch."""
-    config = size.config()
+def nanogpt_step(copy, sizes, device):
+    """Return the seconds of an iteration of nanoGPT's train.py, with the same batch as ours."""
+    config = sizes.config()
     output = run_nanogpt(
         copy,
         "train.py",
         *device_options(device),
         "--dataset=random",
         "--gradient_accumulation_steps=1",
-        f"--batch_size={size.batch_size}",
+        f"--batch_size={sizes.batch_size}",
         f"--block_size={config.block_size}",
         f"--n_layer={config.n_layer}",
         f"--n_head={config.n_head}",
@@ -114,15 +65,14 @@ def nanogpt_step(copy, size, device):
     return iteration_seconds(output)
 
 
-def nanogpt_contestants(bench, size, folder):
+def nanogpt_contestants(bench, folder):
     """Return {"nanoGPT": function}, or {} and a note if its directory is not given."""
-    if bench.nanogpt is None:
-        bench.note("nanoGPT is skipped: --nanogpt=PATH names a directory with its programs")
+    copy = copy_given_nanogpt(bench, folder)
+    if copy is None:
         return {}
-    copy = copy_nanogpt(bench.nanogpt, folder)
     # Without a meta.pkl beside the bins, nanoGPT takes its default vocabulary, GPT-2's padded.
-    write_random_dataset(copy / "data" / "random", size.config().vocab_size)
-    return {"nanoGPT": functools.partial(nanogpt_step, copy, size, bench.device)}
+    write_random_dataset(copy / "data" / "random", bench.sizes.config().vocab_size)
+    return {"nanoGPT": functools.partial(nanogpt_step, copy, bench.sizes, bench.device)}
 
 
 def measure_train(bench):
@@ -133,45 +83,45 @@ def measure_train(bench):
     products of the step alone, measured in the same rounds: those of the weights ("linear"), and
     with them those of attention.
     """
-    device, size = bench.device, workload(bench.device)
+    device, sizes = bench.device, bench.sizes
     kinds = dtypes(device)[-1:] if device.type == "cuda" else dtypes(device)
     contestants, runs = {}, {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for dtype in kinds:
-            options = workload_options(size, device, dtype)
+            options = step_options(sizes, device, dtype)
             place = Path(folder) / dtype_name(dtype)
-            runs[dtype] = prepare_run(place, stack, size.model, **options)
+            runs[dtype] = prepare_run(place, stack, sizes.model, **options)
             contestants["step", dtype] = stopwatch(device, take_step, runs[dtype])
-            linear = step_products(size, device, dtype)
+            linear = step_products(sizes, device, dtype)
             contestants["linear", dtype] = stopwatch(device, linear)
-            attention = attention_products(size, device, dtype)
+            attention = attention_products(sizes, device, dtype)
             contestants["attention", dtype] = stopwatch(device, attention)
-        programs = nanogpt_contestants(bench, size, folder)
+        programs = nanogpt_contestants(bench, folder)
         times = compare(bench.seconds, contestants, programs)
-    rows = [bench.show(step_row(size, runs[dtype], dtype, times)) for dtype in kinds]
+    rows = [bench.show(step_row(sizes, runs[dtype], dtype, times)) for dtype in kinds]
     if programs:
         row = {"contestant": "nanoGPT", "dtype": "its own"}
-        rows.append(bench.show(row | speed(size, times["nanoGPT"])))
+        rows.append(bench.show(row | speed(sizes, times["nanoGPT"])))
     return rows
 
 
-def speed(size, times):
-    tokens_per_second = spread([size.tokens / t for t in times])
+def speed(sizes, times):
+    tokens_per_second = spread([sizes.tokens / t for t in times])
     return {"step_ms": milliseconds(times), "tokens_per_second": tokens_per_second}
 
 
-def step_row(size, run, dtype, times):
+def step_row(sizes, run, dtype, times):
     """Return the row of our step in one dtype."""
     step, linear = times["step", dtype], times["linear", dtype]
     products = [a + b for a, b in zip(linear, times["attention", dtype], strict=True)]
-    row = {"contestant": "ours", "dtype": dtype_name(dtype)} | speed(size, step)
+    row = {"contestant": "ours", "dtype": dtype_name(dtype)} | speed(sizes, step)
     row |= {"products_ms": milliseconds(products), "products_over_step": ratio(products, step)}
     row |= {"linear_ms": milliseconds(linear), "linear_over_step": ratio(linear, step)}
     if "nanoGPT" in times:
         row["nanogpt_over_this"] = ratio(times["nanoGPT"], step)
     peak = peak_flops(run.device, dtype)
     if peak is not None:
-        flops = size.tokens * mfu_flops_per_token(run.model, run.loader.block_size)
+        flops = sizes.tokens * mfu_flops_per_token(run.model, run.loader.block_size)
         row["mfu"] = flops / statistics.median(step) / peak
     return row
 
@@ -203,6 +153,7 @@ RECIPES = [
         ),
     ),
 ]
+TINY_RECIPES = [Recipe("ours, AdamW", ("--max_steps=2", "--n_layer=1", "--eval_tokens=64"))]
 # nanoGPT's README, "i only have a macbook"
 NANOGPT_RECIPE = (
     "--eval_iters=20",
@@ -262,13 +213,11 @@ def run_nanogpt_recipe(copy, device):
 def loss_contestants(bench, dataset, meta, folder):
     """Return {name: function} of the recipes that can run here."""
     contestants = {}
-    if bench.nanogpt is None:
-        bench.note("nanoGPT is skipped: --nanogpt=PATH names a directory with its programs")
-    else:
-        copy = copy_nanogpt(bench.nanogpt, folder)
+    copy = copy_given_nanogpt(bench, folder)
+    if copy is not None:
         write_shakespeare(copy, dataset, meta)
         contestants["nanoGPT"] = functools.partial(run_nanogpt_recipe, copy, bench.device)
-    for recipe in RECIPES:
+    for recipe in TINY_RECIPES if bench.sizes.is_tiny else RECIPES:
         contestants[recipe.name] = functools.partial(run_recipe, recipe, dataset, bench.device)
     return contestants
 

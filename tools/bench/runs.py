@@ -1,0 +1,62 @@
+"""Runs of train.py in this process, taken step by step."""
+
+import numpy as np
+
+import train
+from common.distributed import ProcessGroup
+from common.files import write_json
+from common.models import make_config, model_module
+from tools.bench.sizes import dtype_name
+from training import parallel
+
+RANDOM_TOKENS = 1 << 18  # of a dataset that is only there to be read
+
+
+def write_random_dataset(folder, vocab_size):
+    """Write train.bin, val.bin and meta.json of random token ids below vocab_size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        ids = random.integers(vocab_size, size=RANDOM_TOKENS)
+        ids.astype("<u2").tofile(folder / f"{split}.bin")
+    write_json(folder / "meta.json", {"tokenizer": "gpt2", "vocab_size": vocab_size})
+
+
+def prepare_run(folder, stack, model_options, **options):
+    """Return a Run of train.py, compiled where train.py compiles.
+
+    folder          for its data, which are random tokens unless the options name a dataset
+    stack           ExitStack that holds the lock on the run's directory
+    model_options   of GPTConfig
+    options         of TrainConfig
+    """
+    if "dataset" not in options:
+        module = model_module(options.get("model", "model"))
+        write_random_dataset(folder / "data", make_config(module, model_options).vocab_size)
+        options["dataset"] = str(folder / "data")
+    config = train.TrainConfig(**options, out_dir=str(folder / "out"))
+    run = train.setup(config, model_options, [], ProcessGroup(timeout=60), stack)
+    if parallel.uses_compile(config, run.device):
+        compile_run(run)
+    return run
+
+
+def compile_run(run):
+    """Compile the forward and backward pass of a run, as train.py does before its first step."""
+    parallel.compile_forward(run)
+
+
+def step_options(sizes, device, dtype):
+    """Return the options of train.py for a training step of a benchmark: one micro-step."""
+    return {
+        "batch_size": sizes.batch_size,
+        "total_batch_size": sizes.tokens,
+        "device": str(device),
+        "dtype": dtype_name(dtype),
+    }
+
+
+def take_step(run):
+    """Take one optimizer step."""
+    train.train_step(run)
+    run.step += 1

@@ -1,0 +1,1 @@
+"""Measured results: taking turns, result files, tables, plots; for tools.bench and experiments."""
