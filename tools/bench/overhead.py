@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import train
-from common import checkpoint
+from common import run_dir
 from common.dataloader import Loader
 from common.device import pick_dtype
 from common.distributed import ProcessGroup
@@ -47,7 +47,7 @@ IN_STEP = {
 IN_LOOP = {
     "step": (train, "train_step"),
     "evaluate": (train, "evaluate"),
-    "save": (checkpoint, "save_checkpoint"),
+    "save": (run_dir, "save_step"),
 }
 
 
