@@ -144,7 +144,7 @@ def measure_accuracies(config, name, seed, device, dtype):
 # Tables and plot ------------------------------------------------------------------------------
 
 
-def accuracies_of_seeds(values, pairs):
+def mean_accuracies(values, pairs):
     """Return, for each seed, the mean accuracy over the classes of distances.
 
     So each class counts alike.
@@ -152,12 +152,17 @@ def accuracies_of_seeds(values, pairs):
     return [mean(value[str(pairs)]) for value in values]
 
 
+def accuracies_over_distance(values, pairs):
+    """Return, for each class of distances, the accuracies of the seeds."""
+    return list(zip(*(value[str(pairs)] for value in values), strict=True))
+
+
 def by_pairs(result):
     """Return a table of the fraction looked up, by model and number of pairs."""
     config = Config(**result["config"])
     rows = []
     for name, values in complete_rows(result, variants(config)).items():
-        of_pairs = [accuracies_of_seeds(values, pairs) for pairs in config.pairs]
+        of_pairs = [mean_accuracies(values, pairs) for pairs in config.pairs]
         rows.append([name, *(format_mean(accuracies, digits=2) for accuracies in of_pairs)])
     return markdown_table(["pairs", *config.pairs], rows)
 
@@ -168,7 +173,7 @@ def by_distance(result):
     most = config.pairs[-1]
     rows = []
     for name, values in complete_rows(result, variants(config)).items():
-        of_distances = zip(*(value[str(most)] for value in values), strict=True)
+        of_distances = accuracies_over_distance(values, most)
         rows.append([name, *(format_mean(accuracies, digits=2) for accuracies in of_distances)])
     lowers = (1, *[upper + 1 for upper in config.distances[:-1]])
     spans = [f"{low} to {high}" for low, high in zip(lowers, config.distances, strict=True)]
@@ -178,12 +183,12 @@ def by_distance(result):
 def draw(result, over_pairs, over_distance):
     """Plot the fraction looked up over the number of pairs, and over the distance."""
     config = Config(**result["config"])
-    most = str(config.pairs[-1])
+    most = config.pairs[-1]
     measured = complete_rows(result, variants(config))
     for (name, values), color in zip(measured.items(), COLORS, strict=False):
-        means = [mean(accuracies_of_seeds(values, pairs)) for pairs in config.pairs]
+        means = [mean(mean_accuracies(values, pairs)) for pairs in config.pairs]
         draw_line(over_pairs, name, config.pairs, means, color, markersize=3, label=name)
-        means = list(map(mean, zip(*(value[most] for value in values), strict=True)))
+        means = [mean(accuracies) for accuracies in accuracies_over_distance(values, most)]
         draw_line(over_distance, name, config.distances, means, color, markersize=3)
     for panel in (over_pairs, over_distance):
         panel.set_xscale("log", base=2)

@@ -105,7 +105,10 @@ def farthest_distance(shape, window):
 def mean_accuracies(result):
     """Return {name: accuracies by distance}, each the mean over the seeds."""
     measured = complete_rows(result, variants(result["config"]["windows"]))
-    return {name: list(map(mean, zip(*values, strict=True))) for name, values in measured.items()}
+    means = {}
+    for name, values in measured.items():
+        means[name] = [mean(of_seeds) for of_seeds in zip(*values, strict=True)]
+    return means
 
 
 def fractions(result):

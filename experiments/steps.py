@@ -52,9 +52,13 @@ def open_run(shape, B, device, dtype, **options):
     options   further options of train.py; without a dataset it trains on random tokens
     """
     model_options = dict(shape)
-    options |= {"model": model_options.pop("model"), "batch_size": B}
-    options |= {"total_batch_size": B * shape["block_size"]}
-    options |= {"device": str(device), "dtype": dtype_name(dtype)}
+    options |= {
+        "model": model_options.pop("model"),
+        "batch_size": B,
+        "total_batch_size": B * shape["block_size"],
+        "device": str(device),
+        "dtype": dtype_name(dtype),
+    }
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         yield prepare_run(Path(folder), stack, model_options, **options)
 

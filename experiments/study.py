@@ -1,8 +1,9 @@
 """A study: points that are measured once, row by row, and the tables and the plot made of them.
 
 Each point is stored in out/experiments/NAME_PRESET.json as soon as it is measured, so the same
-command resumes an interrupted study. After each complete row the file is copied to
-docs/experiments/, where its plot is drawn beside it, unless --only or --seeds left something out.
+command resumes an interrupted study. The file of a finished study is copied to docs/experiments/,
+where its plot is drawn beside it; so is that of an unfinished one after each row, unless docs have
+more points. With --only or --seeds nothing is written into docs.
 """
 
 import json
@@ -87,6 +88,8 @@ class Study:
         for key in ("device", "cpu", "threads", "dtype"):
             if stored["machine"].get(key) != self.result["machine"][key]:
                 changed.append(key)
+        if "values" not in stored:
+            changed.append("format")
         if changed:
             names = " and ".join(changed)
             print(f"{self.path} was measured with another {names}: measuring all points again")
@@ -114,21 +117,9 @@ class Study:
         tables   functions from a result to a text
         draw     function from a result, and the panels of the plot
         """
-        only = self.options.only
-        rows = list(dict.fromkeys(point.row for point in self.points))
-        if only and only not in rows:
-            raise UserError(f"only={only} must be one of the rows: {', '.join(rows)}")
-        chosen = [point for point in self.points if only in ("", point.row)]
-        waiting = [point for point in chosen if point.key not in self.result["values"]]
-        print(f"{len(chosen) - len(waiting)} of {len(chosen)} points are stored", flush=True)
-        is_part = bool(only or self.options.seeds)
-        for row in [only] if only else rows:
-            of_row = [point for point in waiting if point.row == row]
-            for point in of_row:
-                remaining = len(waiting) - waiting.index(point) - 1
-                print(f"\nmeasuring {point.key}; after it {remaining} remain", flush=True)
-                self._measure(point)
-            if of_row and not is_part:
+        is_part = bool(self.options.only or self.options.seeds)
+        for _ in self._measure_rows():
+            if not is_part and not self._is_published_further():
                 self._publish(draw)
         shown = self.result
         if self.seeds:
@@ -141,6 +132,25 @@ class Study:
             self._publish(draw)
             print(f"\n{DOCS / self.path.name}")
 
+    def _measure_rows(self):
+        """Measure the points that are not stored; yield after each row of which some were not."""
+        only = self.options.only
+        rows = list(dict.fromkeys(point.row for point in self.points))
+        if only and only not in rows:
+            raise UserError(f"only={only} must be one of the rows: {', '.join(rows)}")
+        chosen = [point for point in self.points if only in ("", point.row)]
+        waiting = [point for point in chosen if point.key not in self.result["values"]]
+        print(f"{len(chosen) - len(waiting)} of {len(chosen)} points are stored", flush=True)
+        remaining = len(waiting)
+        for row in rows:
+            of_row = [point for point in waiting if point.row == row]
+            for point in of_row:
+                remaining -= 1
+                print(f"\nmeasuring {point.key}; after it {remaining} remain", flush=True)
+                self._measure(point)
+            if of_row:
+                yield row
+
     def _measure(self, point):
         """Measure a point and store its value."""
         start = time.perf_counter()
@@ -150,6 +160,11 @@ class Study:
         self.result["commits"][point.key] = self.result["commit"]
         write_result(self.path, self.result)
         print(f"{point.key}: {json.dumps(value)}"[:300], flush=True)
+
+    def _is_published_further(self):
+        """Return whether docs have more points than this study, which is unfinished, has so far."""
+        path = DOCS / self.path.name
+        return path.exists() and len(read_result(path)["values"]) > len(self.result["values"])
 
     def _publish(self, draw):
         """Write the result file into docs and, with a draw function, its plot."""

@@ -71,7 +71,8 @@ def losses(result):
     for name, values in measured.items():
         from_scratch = [value["from_scratch"] for value in values]
         converted = [value["uptrained"][0][1] for value in values]
-        row = [name, *map(format_mean, (from_scratch, converted, uptrained[name]))]
+        row = [name]
+        row += [format_mean(column) for column in (from_scratch, converted, uptrained[name])]
         row.append(format_difference(uptrained[name], from_scratch))
         if name != "base":
             row.append(format_difference(uptrained[name], uptrained.get("base")))

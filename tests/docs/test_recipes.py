@@ -18,8 +18,9 @@ from test_variants import close, feed, last_logits, make, make_vivid, tokens
 import model_rope
 from common.pretrained import load_model
 from common.tokenizer import get_tokenizer
-from experiments import length, runs, study
+from experiments import length, runs
 from sample import generate_text
+from tools.results.plot import COLORS
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("RECIPES", "EXPORTS", "YOUR_OWN_VARIANT")
@@ -353,4 +354,4 @@ def test_the_csv_of_pandas_has_the_values_of_the_log(quickstart):
 
 def test_the_names_to_extend_for_the_experiments_exist():
     assert "base" in runs.variants(runs.PRESETS["cpu"].run)
-    assert len(length.NAMES) < len(study.COLOURS)  # a model of the reader's needs one, too
+    assert len(length.NAMES) < len(COLORS)  # a model of the reader's needs one, too

@@ -214,7 +214,7 @@ def measured_keys(keys, **options):
 
 def list_rows(result):
     """Return the rows that the tables of a study would have."""
-    return f"rows: {study.complete_rows(result, 'abcdefxy')}"
+    return f"rows: {study.complete_rows(result, 'abcdefghxy')}"
 
 
 def test_an_interrupted_study_resumes_with_the_next_point(tiny):
@@ -236,6 +236,18 @@ def test_only_and_seeds_choose_points_and_leave_docs_alone(tiny, capsys):
     assert "f, seed 2" not in published("some")["values"]
     assert measured_keys("ef") == ["e1", "e2", "f1"]  # f2 is stored
     assert "f, seed 2" in published("some")["values"]
+
+
+def test_an_unfinished_study_does_not_replace_a_published_one_with_more_points(tiny):
+    measured_keys("gh", overwrite=True)
+    before = published("some")["values"]
+    config = runs.Config("tiny", run={}, seeds=(1, 2))
+    again = study.Study("some", study.StudyConfig(overwrite=True), {"cpu": config})
+    again.add_seeds("g", lambda config, row, seed: "new")
+    again.add("i", "i", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        again.run()
+    assert published("some")["values"] == before
 
 
 @pytest.mark.parametrize("options, named", [({"only": "z"}, "only=z"), ({"seeds": "1,3"}, "1,3")])
@@ -315,6 +327,7 @@ def test_an_unfinished_study_is_published_without_the_models_that_lack_seeds(tin
 
     measure_quality = quality.measure_quality
     monkeypatch.setattr(quality, "measure_quality", stop_at_the_third_run)
+    Path("docs/experiments/quality_cpu.json").unlink(missing_ok=True)
     with pytest.raises(UserError):
         quality.main(["--preset=cpu", "--overwrite=True"])
     result = published("quality")

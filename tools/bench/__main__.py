@@ -158,9 +158,15 @@ class Plan:
         return seconds if self.is_only or seconds >= SMALLEST_PART * own else None
 
 
+def choose_sizes(config, device):
+    if config.tiny:
+        return TINY
+    return CUDA if device.type == "cuda" else CPU
+
+
 def run_benchmark(name, config, device, seconds):
     """Run one benchmark; print its tables, and write its result file and its plot."""
-    sizes = TINY if config.tiny else CUDA if device.type == "cuda" else CPU
+    sizes = choose_sizes(config, device)
     bench = Bench(device, seconds, sizes, config.nanogpt, config.position)
     options = {
         "device": config.device,

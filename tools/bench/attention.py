@@ -158,7 +158,7 @@ def attention_speed(inputs, window, seconds, rate):
 def attention_memory(bench, dtype):
     """Return one row: the memory of sliding windows over short and long sequences."""
     short, long = bench.sizes.memory_lengths
-    *_, (_, _, window) = bench.sizes.attention
+    window = bench.sizes.attention[-1][2]
     row = {"dtype": dtype_name(dtype), "batch": 1, "window": window}
     for T in (short, long):
         row[f"gb_at_{T}"] = run_in_new_process(extra_memory, T, window, bench.device, dtype)
