@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import sys
 
 
@@ -27,20 +26,35 @@ def prefix_errors(path):
         raise type(error)(f"{path}: {error}") from error
 
 
+@contextlib.contextmanager
+def explain_malformed(path):
+    """Raise DamagedError if the `with` block, which reads a file's content, meets another content.
+
+    That is what Python raises for a missing key or a value of another type.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise DamagedError(f"{path} is damaged ({reason})") from error
+
+
+def one_line(error):
+    """Return the message of an exception without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def run_program(main, argv, encoding=None, errors="backslashreplace"):
     """Call main(argv) as a program: an error becomes one line on stderr and an exit status.
 
     encoding, errors   how stdout writes text; encoding None: as it does already
 
     For `if __name__ == "__main__":` only. Called from Python, as in a notebook, a main() raises its
-    errors, and leaves stdout, stderr and the signal handlers as they were.
+    errors, and leaves stdout and stderr as they were.
 
     Exit status 2 is a UserError or an OSError, 1 a closed pipe, 130 Ctrl-C. Any other exception is
     a bug and keeps its traceback.
     """
-    # Before this, while Python imports, a program leaves SIGINT to the system.
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _prepare_output(encoding, errors)
         main(argv)

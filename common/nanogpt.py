@@ -1,4 +1,4 @@
-"""Exchange models and datasets with nanoGPT: its ckpt.pt and its meta.pkl.
+"""Read models and datasets of nanoGPT: its ckpt.pt and its meta.pkl.
 
 nanoGPT's model has the parameters of model.py, by the same names and in the same orientation, and
 lm_head.weight, which is wte. It computes GELU exactly, and model.py in its tanh approximation.
@@ -7,16 +7,15 @@ Both files are pickles, which can hold code. They are read so that only tensors,
 and numbers can come out of them.
 """
 
-import io
 import os
 import pickle
 import zipfile
 
 import torch
 
-from common.errors import DamagedError, UserError
+from common.errors import DamagedError, UserError, one_line
 from common.files import check_regular
-from common.tokenizer import EOT, VOCAB_SIZES, check_meta, read_meta
+from common.tokenizer import VOCAB_SIZES, check_meta, read_meta
 
 SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "dropout")
 OLD_SHAPE = {"bias": True, "dropout": 0.0}  # what checkpoints without these fields have
@@ -39,19 +38,25 @@ def read_checkpoint(path):
     Raises UserError if the file is damaged, or not a checkpoint of nanoGPT's model.
     """
     checkpoint = _load(path)
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} is not a checkpoint of nanoGPT: it holds no dict")
-    model_args, stored = checkpoint.get("model_args"), checkpoint.get("model")
-    if not isinstance(model_args, dict) or not isinstance(stored, dict):
-        raise UserError(f"{path} is not a checkpoint of nanoGPT: it lacks model_args or model")
-    shape = OLD_SHAPE | model_args
-    is_number = [isinstance(value, (int, float)) for value in shape.values()]
-    if shape.keys() != set(SHAPE) or not all(is_number):
+    try:
+        shape = OLD_SHAPE | checkpoint["model_args"]
+        weights = _float32_weights(checkpoint["model"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a checkpoint of nanoGPT ({type(error).__name__}: {one_line(error)})"
+        ) from error
+    if shape.keys() != set(SHAPE):
         raise UserError(
             f"{path} is not a checkpoint of nanoGPT's model: model_args has "
-            f"{', '.join(map(str, shape))}, and must have the numbers {', '.join(SHAPE)}"
+            f"{', '.join(map(str, shape))}, and must have {', '.join(SHAPE)}"
         )
-    return shape, _read_weights(path, stored), _read_tokenizer(path, shape["vocab_size"])
+    head, wte = weights.pop("lm_head.weight", None), weights.get("transformer.wte.weight")
+    if head is None or wte is None or not torch.equal(head, wte):
+        raise UserError(
+            f"{path} has an lm_head.weight that differs from transformer.wte.weight; nanoGPT and "
+            "model.py tie them"
+        )
+    return shape, weights, _read_tokenizer(path, shape["vocab_size"])
 
 
 def _load(path):
@@ -59,54 +64,33 @@ def _load(path):
     check_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-            is_damaged = size > os.path.getsize(path) or archive.testzip()
+            is_damaged = archive.testzip() is not None  # torch.load does not verify the CRCs
+        if not is_damaged:
+            # Mapped, because the optimizer state, two thirds of the file, is not needed.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError:
         raise
-    except Exception as error:  # zipfile raises many kinds
-        raise _damaged(path) from error
-    if is_damaged:
-        raise _damaged(path)
-    try:
-        # Mapped, because the optimizer state, two thirds of the file, is not needed.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds other objects than tensors, strings and numbers, which can be code, and "
             "is not loaded: save it again without them"
         ) from error
-    except OSError:
-        raise
-    except Exception as error:  # torch.load raises many kinds
+    except Exception as error:  # zipfile and torch.load raise many kinds
         raise _damaged(path) from error
+    raise _damaged(path)
 
 
 def _damaged(path):
     return DamagedError(f"{path} is truncated or damaged, or not a file that torch.save wrote")
 
 
-def _read_weights(path, stored):
-    """Return the weights by our names, in float32."""
-    weights, size = {}, 0
+def _float32_weights(stored):
+    """Return copies of nanoGPT's weights, by our names."""
+    weights = {}
     for key, value in stored.items():
-        key = str(key).removeprefix("_orig_mod.")  # of a compiled model
-        if key.endswith(".attn.bias"):  # the attention mask, with old versions of torch
-            continue
-        is_dense = torch.is_tensor(value) and value.is_cpu and value.layout == torch.strided
-        if not is_dense or not value.is_floating_point():
-            raise UserError(f"{path}: {key} is not a tensor of floating-point numbers")
-        weights[key] = value.detach()
-        size += value.nbytes
-    if size > 2 * os.path.getsize(path):  # before they are copied; wte is there twice
-        raise DamagedError(f"{path} has {os.path.getsize(path)} bytes, but weights of {size}")
-    for key, value in weights.items():
-        weights[key] = value.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    head, wte = weights.pop("lm_head.weight", None), weights.get("transformer.wte.weight")
-    if head is None or wte is None or not torch.equal(head, wte):
-        raise UserError(
-            f"{path} has not the same lm_head.weight and transformer.wte.weight, which nanoGPT and "
-            "model.py tie"
-        )
+        key = key.removeprefix("_orig_mod.")  # of a compiled model
+        if not key.endswith(".attn.bias"):  # the attention mask, with old versions of torch
+            weights[key] = value.detach().to(torch.float32, copy=True)  # the file may change
     return weights
 
 
@@ -125,38 +109,11 @@ def _read_tokenizer(path, vocab_size):
     )
 
 
-def write_checkpoint(path, weights, config, dataset):
-    """Write a ckpt.pt, from which nanoGPT can sample and train.
-
-    weights   a state dict of model.py
-    config    its GPTConfig, or one that has the same fields
-    dataset   nanoGPT looks for the tokenizer in data/DATASET/meta.pkl
-    """
-    matrices = [w for w in weights.values() if w.dim() >= 2]
-    vectors = [w for w in weights.values() if w.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    checkpoint = {
-        "model": weights | {"lm_head.weight": weights["transformer.wte.weight"]},
-        "model_args": {name: getattr(config, name) for name in SHAPE},
-        "optimizer": torch.optim.AdamW(groups, betas=(0.9, 0.95)).state_dict(),  # no moments yet
-        "iter_num": 0,
-        "best_val_loss": 1e9,
-        "config": {"dataset": dataset},
-    }
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    path.write_bytes(buffer.getbuffer())
-
-
 # Tokenizers -----------------------------------------------------------------------------------
 
 
-class PlainUnpickler(pickle._Unpickler):
-    """Loads containers, strings and numbers, and nothing that has to be imported.
-
-    It is the one that is written in Python: the one in C reserves as much memory as a file asks
-    for.
-    """
+class PlainUnpickler(pickle.Unpickler):
+    """Loads containers, strings and numbers, and nothing that has to be imported."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it imports {module}.{name}, which can be code")
@@ -172,23 +129,14 @@ def read_meta_pkl(path):
     """Return the meta.json that corresponds to a meta.pkl: a char tokenizer's."""
     check_regular(path)
     try:
-        itos = PlainUnpickler(io.BytesIO(path.read_bytes())).load()["itos"]
+        with open(path, "rb") as file:
+            itos = PlainUnpickler(file).load()["itos"]
         chars = [itos[token_id] for token_id in range(len(itos))]
-        "".join(chars).encode()
     except OSError:
         raise
-    except Exception as error:  # of anything that is not as nanoGPT writes it
-        reason = " ".join(str(error).split())
+    except Exception as error:  # pickle raises many kinds
         raise DamagedError(
             f"{path} has no itos that gives a character for each token id from 0 on "
-            f"({type(error).__name__}: {reason})"
+            f"({type(error).__name__}: {one_line(error)})"
         ) from error
     return check_meta({"tokenizer": "char", "chars": chars}, path)
-
-
-def write_meta_pkl(path, meta):
-    """Write the meta.pkl of a tokenizer; a byte is the character with its number."""
-    chars = meta.get("chars", [*map(chr, range(256)), EOT])
-    itos = dict(enumerate(chars))
-    stoi = {char: token_id for token_id, char in itos.items()}
-    path.write_bytes(pickle.dumps({"vocab_size": len(chars), "itos": itos, "stoi": stoi}))

@@ -1,16 +1,12 @@
-"""Export a model to transformers' format, or to nanoGPT's.
+"""Export a model to transformers' format.
 
     python -m tools.export --init_from=out/quickstart --out_dir=exported
-    python -m tools.export --init_from=out/quickstart --out_dir=exported --format=nanogpt
 
 `model` becomes a GPT2LMHeadModel, and so does `model_gqa`, with each KV head repeated for its group
 of query heads. `model_rope` and `model_rope_gqa_swa` become a Starcoder2ForCausalLM. `model_swa`
 becomes a GPTNeoForCausalLM, if it was trained with --bias=False. The directory also gets the files
 of its tokenizer, for AutoTokenizer, and meta.json, which names it for this project, whose
 --init_from=DIR reads the model back.
-
---format=nanogpt writes a ckpt.pt, and for byte and char models a meta.pkl, for nanoGPT's sample.py
-and train.py. `model` and `model_gqa` can be exported to it.
 """
 
 import sys
@@ -27,10 +23,9 @@ from tiktoken.load import read_file_cached
 
 from common.errors import UserError, prefix_errors, run_program
 from common.files import fsync, lock, name_in_errors, write_json
-from common.nanogpt import GELU, write_checkpoint, write_meta_pkl
 from common.pretrained import load_model
 from common.tokenizer import EOT, get_tokenizer
-from common.transformers_format import repeat_kv_heads, to_gpt2, to_gpt_neo, to_starcoder2
+from common.transformers_format import to_gpt2, to_gpt_neo, to_starcoder2
 from configurator import configure
 
 FORMATS = {
@@ -61,14 +56,13 @@ class ExportConfig:
         None  # a run, one of its checkpoints, or what train.py's init_from takes
     )
     out_dir: str | None = None  # the directory to make
-    format: str = "transformers"  # transformers, or nanogpt
 
 
-def export(source, out_dir, file_format="transformers"):
+def export(source, out_dir):
     """Write the model of `source`, anything that load_model takes, to a new directory.
 
     The directory appears only when it is complete. Raises UserError if it exists already or if
-    transformers, or nanoGPT, has no such model.
+    transformers has no such model.
     """
     out_dir = Path(out_dir)
 
@@ -80,9 +74,7 @@ def export(source, out_dir, file_format="transformers"):
             raise UserError(f"{out_dir} exists already: choose a new directory")
         model, meta = load_model(source)
         name = type(model).__module__
-        if file_format == "nanogpt":
-            check_nanogpt_has(source, name)
-        elif name not in FORMATS:
+        if name not in FORMATS:
             raise UserError(
                 f"{source} is a {name}, which is not among the models of transformers: only "
                 f"{', '.join(FORMATS)} can be exported"
@@ -92,10 +84,7 @@ def export(source, out_dir, file_format="transformers"):
         part.mkdir()
         try:
             with name_in_errors(part), prefix_errors(source):
-                if file_format == "nanogpt":
-                    write_nanogpt(part, model, meta, dataset=out_dir.name)
-                else:
-                    write_model(part, model, meta)
+                write_model(part, model, meta)
             for path in (*part.iterdir(), part):
                 fsync(path)
             part.replace(out_dir)
@@ -117,24 +106,6 @@ def write_model(folder, model, meta):
     write_json(folder / "generation_config.json", generation_config(model, eot))
     write_json(folder / "meta.json", exported_meta(meta))
     write_tokenizer(folder, meta, eot, model.config.block_size)
-
-
-def check_nanogpt_has(source, name):
-    """Raise UserError unless nanoGPT can compute what this model file computes."""
-    if name not in ("model", "model_gqa"):
-        raise UserError(
-            f"{source} is a {name}, which cannot be exported to nanoGPT: it has GPT-2's attention "
-            "and positions only; model and model_gqa can"
-        )
-
-
-def write_nanogpt(folder, model, meta, dataset):
-    """Write all files of a model for nanoGPT, which looks for meta.pkl in data/DATASET."""
-    weights = repeat_kv_heads(model.state_dict(), model.config)
-    write_checkpoint(folder / "ckpt.pt", weights, model.config, dataset)
-    if meta["tokenizer"] != "gpt2":  # nanoGPT uses that one if there is no meta.pkl
-        write_meta_pkl(folder / "meta.pkl", meta)
-    write_json(folder / "meta.json", exported_meta(meta))
 
 
 def exported_meta(meta):
@@ -233,27 +204,13 @@ def added_token(token_id):
     return {"id": token_id, "content": EOT, "special": True} | flags
 
 
-def print_nanogpt_command(out_dir):
-    """Print the commands with which nanoGPT samples from an export, and what differs there."""
-    print(GELU, file=sys.stderr)
-    if (out_dir / "meta.pkl").exists():
-        data = f"data/{out_dir.name}"
-        print(f"in nanoGPT: mkdir -p {data} && cp {out_dir.resolve()}/meta.pkl {data}")
-    print(f"in nanoGPT: python sample.py --out_dir={out_dir.resolve()}")
-
-
 def main(argv):
     config = configure(ExportConfig, argv, __doc__)
     if not config.init_from or not config.out_dir:
         raise UserError(
             "name a model and a new directory: python -m tools.export --init_from=RUN --out_dir=DIR"
         )
-    if config.format not in ("transformers", "nanogpt"):
-        raise UserError(f"format={config.format} must be transformers or nanogpt")
-    export(config.init_from, config.out_dir, config.format)
-    if config.format == "nanogpt":
-        print_nanogpt_command(Path(config.out_dir))
-        return
+    export(config.init_from, config.out_dir)
     load = f'transformers.AutoModelForCausalLM.from_pretrained("{config.out_dir}")'
     print(f"{config.out_dir}: {load}")
 

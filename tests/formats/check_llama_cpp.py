@@ -22,6 +22,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for conftest
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import gguf

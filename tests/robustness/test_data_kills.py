@@ -61,10 +61,6 @@ def export_run():
     export.main(["--init_from=out/tiny", "--out_dir=data/exported"])
 
 
-def export_for_nanogpt():
-    export.main(["--init_from=out/tiny", "--out_dir=data/exported", "--format=nanogpt"])
-
-
 def make_text(folder):
     (folder / "a.txt").write_text(TEXT)
     (folder / "b.txt").write_text(TEXT[::-1])
@@ -181,17 +177,14 @@ def test_a_killed_fineweb_has_whole_shards_or_is_refused(hub, tmp_path, name, co
     assert failed_cases(killed, has_right_result) == []
 
 
-@pytest.mark.parametrize("export_call", [export_run, export_for_nanogpt])
 @pytest.mark.parametrize("count", EFFORTS)
-def test_a_killed_export_is_complete_or_can_be_repeated(
-    tiny_run, workdir, tmp_path_factory, count, export_call
-):
-    killed = kill(export_call, "data", workdir, tmp_path_factory.mktemp("killed"), count)
+def test_a_killed_export_is_complete_or_can_be_repeated(tiny_run, workdir, tmp_path_factory, count):
+    killed = kill(export_run, "data", workdir, tmp_path_factory.mktemp("killed"), count)
     expected = files_of(killed.finished)
 
     def has_right_result(folder):
         was_complete = (folder / "data/exported").exists()
-        outcome = Forked(export_call, folder).finish()
+        outcome = Forked(export_run, folder).finish()
         assert outcome.status == (2 if was_complete else 0), outcome.err
         return files_of(folder) == expected
 
