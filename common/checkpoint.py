@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from common.errors import DamagedError, UserError
+from common.errors import DamagedError, UserError, explain_malformed
 from common.files import fsync, read_json, write_json
 
 FILE_BYTES = 64e6  # size of a file, unless it holds a single, larger tensor
@@ -190,11 +190,9 @@ def read_record(path):
     file = Path(path) / "config.json"
     if Path(path).is_dir() and not file.exists():
         raise DamagedError(f"{file} is missing")
-    record = read_json(file, {})
-    try:
+    record = read_json(file)
+    with explain_malformed(file):  # here only: a record with the right checksum is one of ours
         expected = record.pop("crc32")
-    except (AttributeError, KeyError, TypeError) as error:
-        raise DamagedError(f"{file} is damaged: it has no crc32") from error
     actual = _record_crc32(record)
     if actual != expected:
         raise DamagedError(f"{file} is damaged (CRC-32 {actual}, expected {expected})")

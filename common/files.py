@@ -1,9 +1,8 @@
-"""Files that are either complete or not there, also after a crash; locks; and checked JSON."""
+"""Atomic files that survive a crash, locks, and text and JSON."""
 
 import contextlib
 import errno
 import json
-import math
 import os
 import shutil
 import stat
@@ -12,8 +11,6 @@ from pathlib import Path
 
 from common.errors import DamagedError, UserError
 
-FOLDER_ATTEMPTS = 100  # to open a file in a folder that other processes make and remove
-DEEPEST = 50  # levels of a JSON value; ours have five
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of file systems that have no locks
 
 # Write ----------------------------------------------------------------------------------------
@@ -89,7 +86,7 @@ def remove_tree(path):
 def lock(path, on_busy):
     """Hold the lock file `path` inside a `with` block, whose value says whether it had to wait.
 
-    Its folders are made if need be; those that stay empty are removed at the end, as is the file.
+    Its folder is made if need be; the lock file is removed at the end.
 
     on_busy   called before waiting for another process that holds the lock; may raise instead
 
@@ -97,33 +94,20 @@ def lock(path, on_busy):
     some network file systems) nothing is locked.
     """
     path = Path(path)
-    missing = [folder for folder in path.parents if not folder.exists()]  # the innermost is first
-    file, waited = None, False
-    while file is None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    waited = False
+    while True:
         check_regular(path)
-        file = _open_in_folder(path)
+        file = open(path, "w")
         waited |= _wait_for_lock(file, on_busy)
-        if not _is_same_file(file, path):  # the process that held the lock has removed it
-            file.close()
-            file = None
+        if _is_same_file(file, path):
+            break
+        file.close()  # the process that held the lock has removed it: lock the new file
     try:
         yield waited
     finally:
         path.unlink(missing_ok=True)  # before it is unlocked
         file.close()
-        with contextlib.suppress(OSError):  # not empty
-            for folder in missing:
-                folder.rmdir()
-
-
-def _open_in_folder(path):
-    """Open a file for writing, and make its folders, which others may remove at the same time."""
-    for _ in range(FOLDER_ATTEMPTS):
-        with contextlib.suppress(FileNotFoundError, FileExistsError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return open(path, "w")
-    path.parent.mkdir(parents=True, exist_ok=True)  # it is something else: a file in the way
-    return open(path, "w")
 
 
 def _wait_for_lock(file, on_busy):
@@ -163,7 +147,7 @@ def check_regular(path):
     """Raise UserError if the path is a folder or a pipe: opening a pipe would block."""
     try:
         mode = os.stat(path).st_mode  # one call: another process may remove the file between two
-    except (OSError, ValueError):
+    except OSError:
         return  # opening it will say why it cannot be opened
     if not stat.S_ISREG(mode):
         raise UserError(f"{path} is not a regular file")
@@ -182,72 +166,14 @@ def read_text(path, errors="strict"):
         raise DamagedError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
 
 
-def read_json(path, shape):
-    """Return the object in a JSON file; see parse_json for `shape` and read_text for errors."""
-    return parse_json(read_text(path), shape, path)
+def read_json(path):
+    """Return the value in a JSON file; see read_text and parse_json for errors."""
+    return parse_json(read_text(path), path)
 
 
-def parse_json(text, shape, where):
-    """Return the value of a JSON text. Raises DamagedError, which names `where`, for other shapes.
-
-    shape   a type, a tuple of types, [shape of all items], or {key: shape}. A key that ends in "?"
-            may be missing; "*" stands for all keys; float allows integers, too. Numbers must be
-            finite and have at most 64 bits, and strings must be valid Unicode.
-    """
+def parse_json(text, where):
+    """Return the value of a JSON text. Raises DamagedError, which names `where`, for other text."""
     try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # fails at half a surrogate pair
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise DamagedError(f"{where} is not JSON: {reason}") from error
-    if _is_nested(value, DEEPEST):
-        raise DamagedError(f"{where} is damaged: it is nested more than {DEEPEST} levels deep")
-    mismatch = _find_mismatch(value, shape, "it")
-    if mismatch:
-        raise DamagedError(f"{where} is damaged: {mismatch}")
-    return value
-
-
-def _is_nested(value, levels):
-    """Return whether a JSON value has more than so many lists and objects around a value."""
-    inner = value.values() if isinstance(value, dict) else value
-    if not isinstance(value, (dict, list)):
-        return False
-    return levels == 0 or any(_is_nested(item, levels - 1) for item in inner)
-
-
-def _find_mismatch(value, shape, name):
-    """Return what a value has that its shape does not allow, or None."""
-    if isinstance(shape, dict):
-        if type(value) is not dict:
-            return f"{name} is {_kind(value)}, not an object"
-        for key, part in shape.items():
-            keys = list(value) if key == "*" else [key.removesuffix("?")]
-            for k in keys:
-                if k in value:
-                    mismatch = _find_mismatch(value[k], part, k)
-                elif key.endswith("?"):
-                    mismatch = None
-                else:
-                    mismatch = f"{k} is missing"
-                if mismatch:
-                    return mismatch
-        return None
-    if isinstance(shape, list):
-        if type(value) is not list:
-            return f"{name} is {_kind(value)}, not a list"
-        mismatches = (_find_mismatch(item, shape[0], f"an item of {name}") for item in value)
-        return next(filter(None, mismatches), None)
-    types = shape if isinstance(shape, tuple) else (shape,)
-    if type(value) is int and not -(2**63) <= value < 2**63:
-        return f"{name} is beyond 64 bits"
-    if type(value) is float and not math.isfinite(value):
-        return f"{name} is {value}"
-    if type(value) in types or (float in types and type(value) is int):
-        return None
-    names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
-    return f"{name} is {_kind(value)}, not {names}"
-
-
-def _kind(value):
-    return "null" if value is None else type(value).__name__
+        return json.loads(text)
+    except ValueError as error:
+        raise DamagedError(f"{where} is not JSON: {error}") from error

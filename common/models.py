@@ -8,9 +8,6 @@ from pathlib import Path
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-# Beyond these a model could only exhaust time or memory.
-MAX_LAYERS = 1000  # the depth of DeepNet (Wang et al. 2022); building takes seconds
-MAX_SIZE = 10**8  # of any other number of a GPTConfig
 
 
 def model_names():
@@ -34,9 +31,6 @@ def make_config(module, fields):
         is_bool_for_int = kind is int and type(value) is bool
         if is_bool_for_int or not (isinstance(value, kind) or is_number):
             raise UserError(f"{field}={value!r}: expected {getattr(kind, '__name__', kind)}")
-        limit = MAX_LAYERS if field == "n_layer" else MAX_SIZE
-        if type(value) is int and value > limit:
-            raise UserError(f"{field}={value} must be at most {limit}")
     try:
         return module.GPTConfig(**fields)
     except (TypeError, ValueError) as error:

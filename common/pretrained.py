@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from common import checkpoint, hub, run_dir
-from common.errors import UserError, prefix_errors
+from common.errors import UserError, explain_malformed, prefix_errors
 from common.files import read_json, read_text
 from common.models import check_shapes, make_config, model_module
 from common.nanogpt import GELU, read_checkpoint
@@ -224,14 +224,17 @@ def _read_config(folder):
     path = folder / "config.json"
     if not path.exists():
         return {}
-    model_type = read_json(path, {"model_type?": str}).get("model_type")
-    if model_type not in FORMATS:
+    theirs = read_json(path)
+    with explain_malformed(path):
+        config = {key: value for key, value in theirs.items() if value is not None}
+        model_format = FORMATS.get(config.get("model_type"))
+    if model_format is None:
         raise UserError(
-            f"{path} describes a model of type {model_type}, not one of {', '.join(FORMATS)}"
+            f"{path} describes a model of type {config.get('model_type')}, not one of "
+            f"{', '.join(FORMATS)}"
         )
-    config = read_json(path, FORMATS[model_type].fields)
-    check_fields(folder, config, FORMATS[model_type].fixed)
-    return {key: value for key, value in config.items() if value is not None}
+    check_fields(folder, theirs, model_format.fixed)
+    return config
 
 
 def _read_tensors(folder, prefix, embedding):
@@ -293,12 +296,6 @@ def _read_checkpoint(path, record):
     with prefix_errors(path / "config.json"), torch.device("meta"):
         module = model_module(name)
         model = module.GPT(make_config(module, shape))
-    needed = sum(p.nbytes for p in model.parameters())
-    stored = sum(file["size"] for file in record["files"].values())
-    if needed > stored:  # before the memory is allocated
-        raise UserError(
-            f"{path} has {stored} bytes in all, but the weights of its configuration {needed}"
-        )
     model.to_empty(device="cpu")
     checkpoint.load_checkpoint(path, model)
     return Source(name, shape, model.state_dict(), meta)

@@ -237,7 +237,7 @@ def truncate_log(out_dir, step):
         if not line:
             continue
         try:
-            if parse_json(line, {}, path)["step"] < step:
+            if parse_json(line, path)["step"] < step:
                 kept.append(line + "\n")
         except (DamagedError, KeyError, TypeError):
             damaged.append(str(number))

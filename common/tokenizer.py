@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from common.errors import DamagedError, UserError
+from common.errors import DamagedError, UserError, explain_malformed
 from common.files import read_json
 
 EOT = "<|endoftext|>"
@@ -24,16 +24,6 @@ VOCAB_SIZES = {"gpt2": 50257, "byte": 257}  # char: the number of its characters
 MAX_VOCAB_SIZE = 1 << 16  # bins hold uint16
 LONGEST_WHITE_SPACE = 500_000  # characters; tiktoken fails at a million in a row
 LONG_WHITE_SPACE = re.compile(rf"(?<!\s)\s{{{LONGEST_WHITE_SPACE},}}")
-BIN_SHAPE = {"tokens?": int, "largest_id?": int, "sha256?": str, "bytes?": int}
-META_SHAPE = {  # what meta.json may hold; see common.files.parse_json
-    "tokenizer": str,
-    "chars?": [str],
-    "vocab_size?": int,
-    "source?": str,
-    "shards?": int,
-    "train?": BIN_SHAPE,
-    "val?": BIN_SHAPE,
-}
 
 
 class CharTokenizer:
@@ -150,7 +140,7 @@ def read_meta(directory):
     """
     path = Path(directory) / "meta.json"
     try:
-        meta = read_json(path, META_SHAPE)
+        meta = read_json(path)
     except FileNotFoundError:
         raise UserError(
             f'no {path}: for bins of GPT-2 tokens, a file with {{"tokenizer": "gpt2"}} is enough'
@@ -163,24 +153,31 @@ def check_meta(meta, path):
 
     Raises DamagedError, which names the file, if it makes no sense.
     """
+    with explain_malformed(path):
+        chars = meta.get("chars")
+        default_vocab_size = VOCAB_SIZES.get(meta["tokenizer"], len(chars or []))
+        meta = {"vocab_size": default_vocab_size} | meta
+        problem = _find_problem(meta, chars)
+    if problem:
+        raise DamagedError(f"{path}: {problem}")
+    return meta
+
+
+def _find_problem(meta, chars):
+    """Return what makes no sense in a meta.json, or None."""
     if meta["tokenizer"] not in NAMES:
-        raise DamagedError(
-            f"{path} has the tokenizer {meta['tokenizer']!r}: it must be one of {', '.join(NAMES)}"
-        )
-    chars = meta.get("chars")
+        return f"tokenizer={meta['tokenizer']!r} must be one of {', '.join(NAMES)}"
     if meta["tokenizer"] == "char" and not chars:
-        raise DamagedError(f'{path} has {{"tokenizer": "char"}} without "chars", its characters')
+        return '{"tokenizer": "char"} needs "chars", its characters'
     if chars and not all(len(char) == 1 or char == EOT for char in chars):
-        raise DamagedError(f'{path} is damaged: "chars" must be single characters')
+        return '"chars" must be single characters'
     if chars and (chars == [EOT] or len(set(chars)) < len(chars)):
-        raise DamagedError(f'{path} is damaged: "chars" must be characters, each once')
-    counts = [*meta.get("train", {}).items(), *meta.get("val", {}).items()]
-    for key, value in counts:
-        if type(value) is int and value < 0:
-            raise DamagedError(f"{path} is damaged: {key} is {value}")
-    vocab_size = meta.get("vocab_size", VOCAB_SIZES.get(meta["tokenizer"], len(chars or [])))
-    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise DamagedError(
-            f"{path} is damaged: vocab_size is {vocab_size}, not from 1 to {MAX_VOCAB_SIZE}"
-        )
-    return {"vocab_size": vocab_size} | meta
+        return '"chars" must be characters, each once'
+    for split in ("train", "val"):
+        for key in ("tokens", "largest_id", "bytes"):
+            count = meta.get(split, {}).get(key, 0)
+            if count < 0:
+                return f"{key} of {split} is {count}, below 0"
+    if not 1 <= meta["vocab_size"] <= MAX_VOCAB_SIZE:
+        return f"vocab_size={meta['vocab_size']} must be from 1 to {MAX_VOCAB_SIZE}"
+    return None

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from common.errors import UserError, prefix_errors
+from common.errors import UserError, explain_malformed, prefix_errors
 from common.models import check_shapes, make_config, model_module
-
-NULL = type(None)
 
 # What formats have in common ------------------------------------------------------------------
 
@@ -207,17 +205,6 @@ STARCODER2_FIXED = {
     "use_bias": True,
     "tie_word_embeddings": True,
 }
-STARCODER2_FIELDS = {
-    "vocab_size": int,
-    "max_position_embeddings": int,
-    "hidden_size": int,
-    "num_hidden_layers": int,
-    "num_attention_heads": int,
-    "num_key_value_heads": int,
-    "sliding_window?": (int, NULL),
-    "rope_theta?": float,  # before transformers 5
-    "rope_parameters?": {"rope_theta?": float, "rope_type?": str},
-}
 STARCODER2_NAMES = {
     "transformer.": "model.",
     ".wte.": ".embed_tokens.",
@@ -256,23 +243,26 @@ def from_starcoder2(tensors, theirs, folder):
 
     One with grouped queries and without a window gets one of block_size.
     """
-    n_embd, n_head = theirs["hidden_size"], theirs["num_attention_heads"]
-    window = theirs.get("sliding_window")
-    default_rope = {"rope_type": "default", "rope_theta": theirs.get("rope_theta", 10000.0)}
-    rope = default_rope | theirs.get("rope_parameters", {})
-    shape = {
-        "block_size": theirs["max_position_embeddings"],
-        "vocab_size": theirs["vocab_size"],
-        "n_layer": theirs["num_hidden_layers"],
-        "n_head": n_head,
-        "n_embd": n_embd,
-        "rope_theta": float(rope["rope_theta"]),
-        "dropout": 0.0,
-    }
+    with explain_malformed(folder / "config.json"):
+        n_embd, n_head = theirs["hidden_size"], theirs["num_attention_heads"]
+        n_kv_head = theirs["num_key_value_heads"]
+        window = theirs.get("sliding_window")
+        # transformers 5 has rope_parameters, earlier versions rope_theta.
+        default_rope = {"rope_type": "default", "rope_theta": theirs.get("rope_theta", 10000.0)}
+        rope = default_rope | theirs.get("rope_parameters", {})
+        shape = {
+            "block_size": theirs["max_position_embeddings"],
+            "vocab_size": theirs["vocab_size"],
+            "n_layer": theirs["num_hidden_layers"],
+            "n_head": n_head,
+            "n_embd": n_embd,
+            "rope_theta": float(rope["rope_theta"]),
+            "dropout": 0.0,
+        }
     name = "model_rope"
-    if theirs["num_key_value_heads"] != n_head or window is not None:
+    if n_kv_head != n_head or window is not None:
         name = "model_rope_gqa_swa"
-        shape["n_kv_head"] = theirs["num_key_value_heads"]
+        shape["n_kv_head"] = n_kv_head
         shape["window"] = shape["block_size"] if window is None else window
     expected = expected_tensors(to_starcoder2, name, shape, folder)
     supported = {
@@ -297,15 +287,6 @@ GPT_NEO_FIXED = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
-}
-GPT_NEO_FIELDS = {
-    "vocab_size": int,
-    "max_position_embeddings": int,
-    "hidden_size": int,
-    "num_layers": int,
-    "num_heads": int,
-    "window_size": int,
-    "attention_types": list,
 }
 GPT_NEO_NAMES = {".attn.c_proj.": ".attn.out_proj.", ".attn.": ".attn.attention."}
 
@@ -343,19 +324,21 @@ def to_gpt_neo(weights, config):
 
 def from_gpt_neo(tensors, theirs, folder):
     """Return the name, GPTConfig fields and weights of a GPTNeoForCausalLM."""
-    n_embd, n_head = theirs["hidden_size"], theirs["num_heads"]
-    shape = {
-        "block_size": theirs["max_position_embeddings"],
-        "vocab_size": theirs["vocab_size"],
-        "n_layer": theirs["num_layers"],
-        "n_head": n_head,
-        "n_embd": n_embd,
-        "window": theirs["window_size"],
-        "dropout": 0.0,
-    }
+    with explain_malformed(folder / "config.json"):
+        n_embd, n_head = theirs["hidden_size"], theirs["num_heads"]
+        shape = {
+            "block_size": theirs["max_position_embeddings"],
+            "vocab_size": theirs["vocab_size"],
+            "n_layer": theirs["num_layers"],
+            "n_head": n_head,
+            "n_embd": n_embd,
+            "window": theirs["window_size"],
+            "dropout": 0.0,
+        }
     expected = expected_tensors(to_gpt_neo, "model_swa", shape, folder)
     supported = {"intermediate_size": 4 * n_embd, "attention_types": all_local(shape["n_layer"])}
-    check_fields(folder, theirs, supported)
+    # Without attention_types, GPT-Neo has a window in every second layer only.
+    check_fields(folder, {"attention_types": None} | theirs, supported)
     check_shapes(folder, "model_swa", tensors, expected)
     tensors = scale_queries(tensors, (n_embd // n_head) ** 0.5)
     weights = join_qkv(rename(tensors, inverse(GPT_NEO_NAMES)))
@@ -384,7 +367,6 @@ class Format:
     """What common/pretrained.py needs to read one of transformers' model types."""
 
     fixed: dict  # fields of config.json with the only values that our models have
-    fields: dict  # other fields of config.json; see common.files.parse_json
     prefix: str  # of the names of tensors; some files leave it out
     embedding: str  # the token embedding, which is also the head
     convert: Callable  # from_...
@@ -392,9 +374,7 @@ class Format:
 
 # By model_type.
 FORMATS = {
-    "gpt2": Format(GPT2_FIXED, {"n_head?": (int, NULL)}, "transformer.", "wte.weight", from_gpt2),
-    "starcoder2": Format(
-        STARCODER2_FIXED, STARCODER2_FIELDS, "model.", "embed_tokens.weight", from_starcoder2
-    ),
-    "gpt_neo": Format(GPT_NEO_FIXED, GPT_NEO_FIELDS, "transformer.", "wte.weight", from_gpt_neo),
+    "gpt2": Format(GPT2_FIXED, "transformer.", "wte.weight", from_gpt2),
+    "starcoder2": Format(STARCODER2_FIXED, "model.", "embed_tokens.weight", from_starcoder2),
+    "gpt_neo": Format(GPT_NEO_FIXED, "transformer.", "wte.weight", from_gpt_neo),
 }

@@ -213,9 +213,9 @@ def test_an_error_in_the_text_leaves_the_existing_dataset_as_it_was(existing, un
     assert contents(folder) == before
 
 
-def test_an_error_in_the_text_of_a_new_dataset_leaves_nothing(undecodable, refused):
+def test_an_error_in_the_text_of_a_new_dataset_leaves_no_file(undecodable, refused):
     refused(*OWN_TEXT)
-    assert not Path("data/mine").exists()
+    assert list(Path("data/mine").iterdir()) == []
 
 
 def test_an_interrupt_while_meta_json_is_written_keeps_the_old_dataset(existing, monkeypatch):
@@ -282,7 +282,7 @@ def test_empty_text_is_refused_with_its_zero_tokens(refused, name):
     line = refused("mine", "--input=text.txt", f"--tokenizer={name}")
     assert "text.txt" in line
     assert re.search(r"\b0\b", line)
-    assert not Path("data/mine").exists()
+    assert list(Path("data/mine").iterdir()) == []
 
 
 def test_text_too_short_to_split_is_refused_with_the_numbers(refused):

@@ -80,8 +80,8 @@ def test_a_process_waits_for_the_one_that_prepares_the_dataset_and_says_so(tmp_p
 
 
 @pytest.mark.parametrize("times", [100, pytest.param(2000, marks=pytest.mark.slow)])
-def test_a_lock_in_a_folder_that_comes_and_goes_is_held_by_one_process_at_a_time(tmp_path, times):
-    """Each holder makes the folders of the lock file and removes them, while others wait."""
+def test_a_lock_is_held_by_one_process_at_a_time(tmp_path, times):
+    """Each holder makes the lock file and removes it, while others wait."""
     counter = tmp_path / "counter"
     counter.write_text("0")
 

@@ -3,7 +3,6 @@
 `pytest -m slow tests/robustness/test_odd_options.py` runs all cases and starts the real programs.
 """
 
-import json
 import os
 import random
 import subprocess
@@ -15,19 +14,19 @@ import numpy as np
 import pytest
 from conftest import TEXT, arguments
 from forked import run_forked
-from hub import use_hub
 from readers import copy_template, make_templates
 
 import prepare_data
 import sample
 import train
-from common.tokenizer import get_tokenizer
+from common.models import model_module
 from tools import estimate_memory, export, plot_loss
 
 ROOT = Path(train.__file__).parent
 SAMPLE = 10  # odd numbers that are tried by default
-INTS = [str(2**31), str(2**62), str(10**20), 21 * "9", 5000 * "9", "-1", "0"]
-FLOATS = ["1e-300", "5e-324", "1e300", "nan", "inf", "-inf", "-0.0", "1e999"]
+INTS = ["-1", "0"]
+FLOATS = ["-1.0", "0.0", "nan", "inf", "-inf"]
+PREPARE_ARGV = ["mine", "--input=text.txt", "--tokenizer=byte"]
 SAMPLE_ARGV = ["--init_from=out/tiny", "--prompt=def ", "--max_new_tokens=4", "--stop=e"]
 
 
@@ -44,50 +43,36 @@ def folder(templates, tmp_path):
 
 # Numbers --------------------------------------------------------------------------------------
 
-NUMBER_PROGRAMS = {  # program: (main, argv, its dataclasses of options)
-    "train": (train.main, arguments(out_dir="out/new", max_steps=1), [train.TrainConfig]),
-    "eval_only": (train.main, arguments(eval_only=True), [train.TrainConfig]),
-    "sample": (sample.main, SAMPLE_ARGV, [sample.SampleConfig]),
-    "prepare_data": (
-        prepare_data.main,
-        ["mine", "--input=text.txt", "--tokenizer=byte"],
-        [prepare_data.PrepareConfig],
+# program: (main, argv, the dataclass of its options, the model that has others)
+NUMBER_PROGRAMS = {
+    "train": (
+        train.main,
+        arguments(out_dir="out/new", max_steps=1),
+        train.TrainConfig,
+        "model",
     ),
-    "fineweb": (prepare_data.main, ["fineweb"], [prepare_data.PrepareConfig]),
+    "sample": (sample.main, SAMPLE_ARGV, sample.SampleConfig, None),
+    "prepare_data": (prepare_data.main, PREPARE_ARGV, prepare_data.PrepareConfig, None),
     "estimate_memory": (
         estimate_memory.main,
         ["--model=model_rope_gqa_swa", "--n_layer=2"],
-        [estimate_memory.EstimateConfig],
+        estimate_memory.EstimateConfig,
+        "model_rope_gqa_swa",
     ),
 }
-MODELS = {
-    "train": "model",
-    "eval_only": "model",
-    "estimate_memory": "model_rope_gqa_swa",
-}
-# With such a number these are right, but take longer than a test may.
-ENDLESS = {("train", "max_steps"), ("train", "total_batch_size"), ("train", "dist_timeout")}
 
 
 def number_cases():
     """Return [(program, option, value)] for every option that is a number."""
     cases = []
-    for program, (_, _, dataclass_list) in NUMBER_PROGRAMS.items():
-        types = {}
-        for options in dataclass_list:
-            types |= typing.get_type_hints(options)
-        if program in MODELS:
-            types |= typing.get_type_hints(train.model_module(MODELS[program]).GPTConfig)
+    for program, (_, _, options, model) in NUMBER_PROGRAMS.items():
+        types = typing.get_type_hints(options)
+        if model is not None:
+            types |= typing.get_type_hints(model_module(model).GPTConfig)
         for option, kind in types.items():
             kinds = typing.get_args(kind) or (kind,)
-            values = []
-            if int in kinds:
-                values = INTS
-            elif float in kinds:
-                values = FLOATS
-            for value in values:
-                if (program, option) not in ENDLESS or value in ("-1", "0", INTS[2], INTS[3]):
-                    cases.append((program, option, value))
+            values = INTS if int in kinds else FLOATS if float in kinds else []
+            cases += [(program, option, value) for value in values]
     return cases
 
 
@@ -96,51 +81,33 @@ def number_problems(cases, templates, tmp_path):
     problems = []
     for number, (program, option, value) in enumerate(cases):
         folder = copy_template(templates, "run", tmp_path / str(number))
-        main, argv, _ = NUMBER_PROGRAMS[program]
+        main, argv, _, _ = NUMBER_PROGRAMS[program]
         outcome = run_forked(main, [*argv, f"--{option}={value}"], folder)
-        names = (option, "out of memory", "not finite")
-        if program == "eval_only":
-            names = (*names, "out/tiny holds another run")
-        problem = outcome.problem(*names) if outcome.status != 0 else None
+        problem = outcome.problem(option, "not finite") if outcome.status != 0 else None
         if "Traceback" in outcome.err:
             problem = outcome.err[-1000:]
         if problem:
-            problems.append(f"{program} --{option}={value[:30]}: {problem}")
+            problems.append(f"{program} --{option}={value}: {problem}")
     print(*problems, sep="\n")
     return problems
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    """Let downloads fail at once."""
-    use_hub(monkeypatch, "http://127.0.0.1:9", "no cache", offline=True)
-
-
-def test_a_few_odd_numbers_succeed_or_are_refused_by_name(templates, tmp_path, offline):
+def test_a_few_odd_numbers_succeed_or_are_refused_by_name(templates, tmp_path):
     chosen = random.Random(0).sample(number_cases(), SAMPLE)
     assert not number_problems(chosen, templates, tmp_path)
 
 
 @pytest.mark.slow
-def test_all_odd_numbers_succeed_or_are_refused_by_name(templates, tmp_path, offline):
+def test_all_odd_numbers_succeed_or_are_refused_by_name(templates, tmp_path):
     cases = number_cases()
     print(f"\n{len(cases)} numbers")
     assert not number_problems(cases, templates, tmp_path)
 
 
-@pytest.mark.parametrize("value", ["10**5000", "-10**5000", "float('nan')", "10.0**308", "[1] * 3"])
-@pytest.mark.parametrize("option", ["batch_size", "n_layer", "learning_rate", "seed", "vocab_size"])
-def test_an_odd_number_in_a_config_file_is_refused_by_its_option(folder, option, value):
-    (folder / "odd.py").write_text(f"{option} = {value}\n")
-    outcome = run_forked(train.main, [*arguments(out_dir="out/new"), "odd.py"], folder)
-    assert outcome.problem(option) is None
-
-
-@pytest.mark.parametrize("top_p", ["1e-300", "5e-324", "1e-7"])
-def test_a_tiny_top_p_takes_the_most_likely_token(folder, top_p):
+def test_a_tiny_top_p_takes_the_most_likely_token(folder):
     argv = SAMPLE_ARGV[:-1]
     greedy = run_forked(sample.main, [*argv, "--temperature=0"], folder)
-    nucleus = run_forked(sample.main, [*argv, f"--top_p={top_p}"], folder)
+    nucleus = run_forked(sample.main, [*argv, "--top_p=1e-300"], folder)
     assert greedy.status == 0
     assert nucleus.out == greedy.out
 
@@ -148,38 +115,6 @@ def test_a_tiny_top_p_takes_the_most_likely_token(folder, top_p):
 # Paths ----------------------------------------------------------------------------------------
 
 EXPORT_ARGV = ["--init_from=out/tiny", "--out_dir=exported"]
-PATH_OPTIONS = [  # (main, argv, option)
-    (train.main, arguments(max_steps=1), "out_dir"),
-    (train.main, arguments(max_steps=1), "init_from"),
-    (train.main, arguments(max_steps=1), "dataset"),
-    (train.main, arguments(max_steps=1), "model"),
-    (sample.main, SAMPLE_ARGV, "init_from"),
-    (sample.main, SAMPLE_ARGV, "device"),
-    (export.main, EXPORT_ARGV, "init_from"),
-    (export.main, EXPORT_ARGV, "out_dir"),
-    (plot_loss.main, ["out/tiny"], "out"),
-    (prepare_data.main, ["mine"], "input"),
-    (prepare_data.main, ["mine", "--input=text.txt"], "tokenizer"),
-    (estimate_memory.main, [], "model"),
-]
-
-
-def path_id(case):
-    main, _, option = case
-    return f"{main.__module__} {option}"
-
-
-@pytest.mark.parametrize("value", ["a\0b", "a\udcffb.png"])
-@pytest.mark.parametrize("case", PATH_OPTIONS, ids=path_id)
-def test_nul_and_undecodable_bytes_in_an_option_are_refused_by_its_name(folder, case, value):
-    main, argv, option = case
-    assert run_forked(main, [*argv, f"--{option}={value}"], folder).problem(option) is None
-
-
-@pytest.mark.parametrize("argument", ["a\0b", "a\udcffb", "a\0b.py", "a\udcffb.py"])
-@pytest.mark.parametrize("main", [plot_loss.main, prepare_data.main, train.main, sample.main])
-def test_nul_and_undecodable_bytes_in_an_argument_are_refused(folder, main, argument):
-    assert run_forked(main, [argument], folder).problem("") is None
 
 
 def test_a_tilde_after_the_equals_sign_is_the_home_directory(templates, tmp_path, monkeypatch):
@@ -202,11 +137,9 @@ def test_a_tilde_after_the_equals_sign_is_the_home_directory(templates, tmp_path
 # A pipe in the place of a file that is written, or of a lock. Those that are read: test_mutants.py.
 PIPES = [
     ("out/tiny/.lock", train.main, arguments(max_steps=13)),
-    ("data/mine/.lock", prepare_data.main, ["mine", "--input=text.txt", "--tokenizer=byte"]),
-    ("data/mine/train.bin.part", prepare_data.main, ["mine", "--input=text.txt"]),
-    ("data/mine/val.bin.part", prepare_data.main, ["mine", "--input=text.txt"]),
-    ("data/mine/meta.json.part", prepare_data.main, ["mine", "--input=text.txt"]),
-    ("out/tiny/log.part", train.main, arguments(max_steps=13)),
+    ("data/mine/.lock", prepare_data.main, PREPARE_ARGV),
+    ("data/mine/train.bin.part", prepare_data.main, PREPARE_ARGV),
+    ("data/mine/meta.json.part", prepare_data.main, PREPARE_ARGV),
     ("out/tiny/log.jsonl", train.main, arguments(max_steps=13)),
     ("out/loss.png", plot_loss.main, ["out/tiny"]),
     ("exported", export.main, EXPORT_ARGV),
@@ -248,35 +181,14 @@ def bin_ids(folder):
     return np.frombuffer(b"".join(bins), dtype="<u2").tolist()
 
 
-LONG = 1_000_100
-WHITE_SPACE = {
-    "spaces": LONG * " ",
-    "tabs": LONG * "\t",
-    "newlines": LONG * "\n",
-    "mixed": (" \t\n\r\u3000\xa0" * LONG)[:LONG],
-}
-SPACE_CASES = [
-    pytest.param(kind, suffix, tokenizer, marks=[] if is_quick else pytest.mark.slow)
-    for kind in WHITE_SPACE
-    for suffix in ("txt", "jsonl")
-    for tokenizer in ("gpt2", "byte")
-    for is_quick in [(kind, suffix, tokenizer) == ("tabs", "txt", "gpt2")]
-]
-
-
-@pytest.mark.parametrize(("kind", "suffix", "tokenizer"), SPACE_CASES)
-def test_a_million_white_spaces_decode_to_themselves(
-    tmp_path, gpt2_tokenizer, kind, suffix, tokenizer
-):
-    text = f"word{WHITE_SPACE[kind]}word"
-    content = text if suffix == "txt" else json.dumps({"text": text})
-    path = tmp_path / f"text.{suffix}"
-    path.write_bytes(content.encode())
-    argv = ["mine", f"--input={path.name}", f"--tokenizer={tokenizer}"]
+@pytest.mark.parametrize("space", ["\t", " \t\n\r\u3000\xa0"])
+def test_a_million_white_spaces_decode_to_themselves(tmp_path, gpt2_tokenizer, space):
+    text = f"word{space * (1_000_100 // len(space))}word"
+    (tmp_path / "text.txt").write_bytes(text.encode())
+    argv = ["mine", "--input=text.txt", "--tokenizer=gpt2"]
     outcome = run_forked(prepare_data.main, argv, tmp_path)
     assert outcome.status == 0, outcome.err
-    encoding = get_tokenizer({"tokenizer": tokenizer})
-    decoded = b"".join(map(encoding.decode_single_token_bytes, bin_ids(tmp_path)))
+    decoded = b"".join(map(gpt2_tokenizer.decode_single_token_bytes, bin_ids(tmp_path)))
     assert decoded == text.encode()
 
 
@@ -285,7 +197,7 @@ def test_a_million_white_spaces_decode_to_themselves(
 REAL_PROGRAMS = {
     "train": ["train.py", *arguments(out_dir="out/new", max_steps=1)],
     "sample": ["sample.py", *SAMPLE_ARGV],
-    "prepare_data": ["prepare_data.py", "mine", "--input=text.txt", "--tokenizer=byte"],
+    "prepare_data": ["prepare_data.py", *PREPARE_ARGV],
     "export": ["-m", "tools.export", *EXPORT_ARGV],
     "plot_loss": ["-m", "tools.plot_loss", "out/tiny"],
     "estimate_memory": ["-m", "tools.estimate_memory", "--n_layer=1"],

@@ -15,17 +15,16 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_text import FRAGMENTS, SPACES
 from test_variants import MODELS, close, feed, make_vivid, tokens
 
-from common.checkpoint import RECORD_SHAPE
 from common.dataloader import Loader
 from common.errors import DamagedError, UserError
 from common.files import parse_json, read_json, write_json
 from common.text import find_chars, read_pieces, tokenize
-from common.tokenizer import META_SHAPE, get_tokenizer
+from common.tokenizer import get_tokenizer
 from configurator import configure
 
 few_and_many = pytest.mark.parametrize(
@@ -389,7 +388,7 @@ def test_any_object_written_as_json_is_read_back(scale, tmp_path):
     @given(st.dictionaries(TEXTS, JSON_VALUES))
     def check(value):
         write_json(path, value)
-        assert read_json(path, dict) == value
+        assert read_json(path) == value
 
     check()
 
@@ -398,11 +397,8 @@ def test_any_object_written_as_json_is_read_back(scale, tmp_path):
 def test_any_text_is_parsed_as_json_or_is_damaged(scale):
     @examples(200 * scale)
     @given(st.text() | joined(st.sampled_from(JSON_FRAGMENTS)) | JSON_VALUES.map(json.dumps))
-    @example("[" * 100_000)
-    @example("9" * 5_000)
     def check(text):
-        for shape in (RECORD_SHAPE, META_SHAPE, [str], float):
-            with contextlib.suppress(DamagedError):
-                parse_json(text, shape, "a file")
+        with contextlib.suppress(DamagedError):
+            parse_json(text, "a file")
 
     check()
