@@ -25,29 +25,22 @@ import types
 import typing
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 
-# Options in which ~ is the home directory.
-PATHS = ("init_from", "input", "import_nanogpt", "out", "out_dir")
-FREE_TEXT = ("prompt", "stop")  # options that may hold any characters
-MAX_BITS = 1000  # of an integer; a float holds 1023
-KV_HEADS = "use --n_kv_head, of model_gqa and model_rope_gqa_swa"
-WINDOW = "use --window, of model_swa and model_rope_gqa_swa"
-STEP_TOKENS = "use --total_batch_size, in tokens; the number of micro-steps follows from it"
-MUON_RATE = "use --muon_learning_rate, with --optimizer=muon"
-SCHEDULE_END = "the schedule ends at --max_steps"
+PATHS = ("init_from", "input", "import_nanogpt", "out", "out_dir")  # ~ is the home directory
+BOOLS = {"true": True, "1": True, "false": False, "0": False}  # on the command line, in lowercase
 LOG = "out_dir/log.jsonl has all metrics; docs/RECIPES.md sends them to a logging service"
-# Option names of earlier versions, nanoGPT, transformers and others, and what does the same here.
+BENCH = "python -m tools.bench measures the speed of training and sampling"
+# Option names of nanoGPT and a few others, and what does the same here. An answer that names
+# options with -- is given by the programs that have one of them.
 OTHER_NAMES = {
-    # earlier versions
-    "shard_size": "use --shard_degree",
-    "timeout": "use --dist_timeout",
-    "to": "use --out, or --out_dir in tools.export",
-    # nanoGPT
+    # nanoGPT's train.py
     "max_iters": "use --max_steps, in optimizer steps",
-    "gradient_accumulation_steps": STEP_TOKENS,
+    "gradient_accumulation_steps": (
+        "use --total_batch_size, in tokens; the number of micro-steps follows from it"
+    ),
     "decay_lr": "use --lr_schedule; for a constant rate, --min_lr equal to --learning_rate",
-    "lr_decay_iters": SCHEDULE_END,
+    "lr_decay_iters": "the schedule ends at --max_steps",
     "warmup_iters": "use --warmup_steps, in optimizer steps",
     "eval_iters": "use --eval_tokens, the validation tokens of an evaluation",
     "always_save_checkpoint": "use --checkpoint_interval and --keep_checkpoints",
@@ -55,68 +48,19 @@ OTHER_NAMES = {
     "wandb_log": LOG,
     "wandb_project": LOG,
     "wandb_run_name": LOG,
-    "start": "use --prompt, of sample.py",
-    # transformers and other trainers
+    # its sample.py
+    "start": "use --prompt",
+    "out_dir": "use --init_from, which takes the directory of a run",
+    "compile": "torch.compile is for training only",
+    # its bench.py
+    "real_data": BENCH,
+    "profile": BENCH,
+    # others
     "lr": "use --learning_rate",
-    "adam_lr": "use --learning_rate, which is AdamW's",
-    "embedding_lr": "use --learning_rate, which is AdamW's",
-    "muon_lr": MUON_RATE,
-    "matrix_lr": MUON_RATE,
-    "optim": "use --optimizer: adamw or muon",
-    "use_muon": "use --optimizer=muon",
-    "max_grad_norm": "use --grad_clip",
-    "adam_beta1": "use --beta1",
-    "adam_beta2": "use --beta2",
-    "lr_scheduler_type": "use --lr_schedule: cosine or wsd",
-    "num_train_epochs": "use --max_steps, in optimizer steps",
     "epochs": "use --max_steps, in optimizer steps",
-    "max_epochs": "use --max_steps, in optimizer steps",
-    "per_device_train_batch_size": "use --batch_size",
-    "micro_batch_size": "use --batch_size",
-    "device_batch_size": "use --batch_size",
-    "global_batch_size": STEP_TOKENS,
-    "save_interval": "use --checkpoint_interval, in optimizer steps",
-    "save_steps": "use --checkpoint_interval, in optimizer steps",
-    "save_total_limit": "use --keep_checkpoints",
-    "logging_steps": "use --log_interval, in optimizer steps",
-    "eval_steps": "use --eval_interval, in optimizer steps",
-    "output_dir": "use --out_dir",
-    "resume": "the same command resumes the run",
-    "resume_from_checkpoint": "the same command resumes the run",
-    "gradient_checkpointing": "use --activation_checkpointing",
-    "torch_compile": "use --compile",
-    "bf16": "use --dtype=bfloat16",
-    "fp16": "use --dtype=float16",
-    "precision": "use --dtype",
-    "report_to": LOG,
-    "max_length": "use --max_new_tokens, of sample.py",
-    "n_samples": "use --num_samples, of sample.py",
-    "n_layers": "use --n_layer",
-    "num_layers": "use --n_layer",
-    "num_hidden_layers": "use --n_layer",
-    "depth": "use --n_layer",
-    "n_heads": "use --n_head",
-    "num_heads": "use --n_head",
-    "num_attention_heads": "use --n_head",
-    "n_embed": "use --n_embd",
-    "d_model": "use --n_embd",
-    "hidden_size": "use --n_embd",
-    "n_ctx": "use --block_size",
-    "n_positions": "use --block_size",
-    "max_position_embeddings": "use --block_size",
-    "context_length": "use --block_size",
-    "seq_len": "use --block_size",
-    "sequence_len": "use --block_size",
-    "max_seq_len": "use --block_size",
-    "max_seq_length": "use --block_size",
-    "n_kv_heads": KV_HEADS,
-    "num_kv_heads": KV_HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "n_query_groups": KV_HEADS,
-    "sliding_window": WINDOW,
-    "sliding_window_size": WINDOW,
-    "window_size": WINDOW,
-    "rope_base": "use --rope_theta, of model_rope and model_rope_gqa_swa",
+    "max_grad_norm": "use --grad_clip",
+    "n_kv_heads": "n_kv_head is an option of model_gqa and model_rope_gqa_swa (--model)",
+    "sliding_window": "window is an option of model_swa and model_rope_gqa_swa (--model)",
 }
 
 
@@ -131,11 +75,7 @@ def configure(options, argv, doc, positional=None):
     --help prints the options and raises SystemExit(0), also if a main() is called from Python; so
     does argparse.
     """
-    given = _given_options(argv, options, positional)
-    config = _fill(options, given)
-    if _wants_help(argv):
-        _print_help(doc, _describe_options(options))
-    _check_known(given, _types(options))
+    config, _ = configure_with_model(options, argv, doc, lambda config: None, None, positional)
     return config
 
 
@@ -145,31 +85,25 @@ def configure_with_model(
     """Fill the dataclass `options`, and collect the options of a model that one of them chooses.
 
     model_config       function from the filled `options` to a second dataclass, the model's
-                       GPTConfig
-    hint               function from an unknown name to a sentence about it, or ""
+                       GPTConfig, or to None
+    hint               function from an unknown name to a sentence about it, or ""; or None
     ignored_in_files   names that config files may set although this program has no such option
 
     Returns the filled `options` and a dict of the model options that were given.
     """
     given = _given_options(argv, options, positional)
-    config = _fill(options, given)
+    known = typing.get_type_hints(options)
+    config = options(**_convert_all(given, known))
     model_options = model_config(config)
-    if _wants_help(argv):
-        title = f"Model ({model_options.__module__}.py)"
-        _print_help(doc, _describe_options(options) + _describe_options(model_options, title))
-    model_types = _types(model_options)
-    needed = {
-        name: value
-        for name, value in given.items()
-        if isinstance(value, _Text) or name not in ignored_in_files
-    }
-    _check_known(needed, _types(options) | model_types, hint)
-    chosen = {
-        name: _convert(name, model_types[name], given[name])
-        for name in model_types
-        if name in given
-    }
-    return config, chosen
+    model_types = typing.get_type_hints(model_options) if model_options else {}
+    if "--help" in argv or "-h" in argv:
+        _print_help(doc, options, model_options)
+    known |= model_types
+    for name, value in given.items():
+        is_ignored = name in ignored_in_files and not isinstance(value, _Text)
+        if name not in known and not is_ignored:
+            raise UserError(f"unknown option {name}: {_suggest(name, known, hint)}")
+    return config, _convert_all(given, model_types)
 
 
 def check_minimum(config, low, *names):
@@ -190,19 +124,6 @@ class _Text(str):
     """A value from the command line, not yet converted to its option's type."""
 
 
-def _types(options):
-    return typing.get_type_hints(options)
-
-
-def _fill(options, given):
-    values = {
-        name: _convert(name, kind, given[name])
-        for name, kind in _types(options).items()
-        if name in given
-    }
-    return options(**values)
-
-
 def _given_options(argv, options, positional):
     """Return {name: value} of all options in argv and its config files; later ones win."""
     given, positionals = {}, []
@@ -218,7 +139,7 @@ def _given_options(argv, options, positional):
             given |= _read_config_file(arg)
         elif positional is None:
             raise UserError(f"{arg} is neither a config file (*.py) nor an option (--key=value)")
-        elif _types(options)[positional] == list[str]:
+        elif typing.get_type_hints(options)[positional] == list[str]:
             positionals.append(arg)
             given[positional] = positionals
         elif positionals:
@@ -237,7 +158,7 @@ def _read_config_file(path):
         names = runpy.run_path(path)
     except Exception as error:
         raise UserError(
-            f"{_place(path, error)}: {type(error).__name__}: {_one_line(error)}"
+            f"{_place(path, error)}: {type(error).__name__}: {one_line(error)}"
         ) from error
     return {name: value for name, value in names.items() if _is_option(name, value)}
 
@@ -255,22 +176,11 @@ def _place(path, error):
     return f"{path}, line {lines[-1]}" if lines else path
 
 
-def _one_line(error):
-    return " ".join(str(error).split())
-
-
-def _check_known(given, known, hint=None):
-    """Raise UserError for a name that is no option, with the option that the user may mean."""
-    for name in given:
-        if name not in known:
-            raise UserError(f"unknown option {name}: {_suggest(name, known, hint)}")
-
-
 def _suggest(name, known, hint):
+    """Return a sentence about the option that the user may mean."""
     answer = OTHER_NAMES.get(name, "")
     ours = re.findall(r"--(\w+)", answer)
-    is_for_this_program = not ours or ", of " in answer or not set(ours).isdisjoint(known)
-    if answer and is_for_this_program:
+    if answer and (not ours or any(option in known for option in ours)):
         return answer
     sentence = hint(name) if hint else ""
     if sentence:
@@ -279,15 +189,13 @@ def _suggest(name, known, hint):
     return f"did you mean {close[0]}?" if close else "--help lists the options"
 
 
+def _convert_all(given, kinds):
+    """Return the given values of the options in `kinds`, {name: type}, converted to their types."""
+    return {name: _convert(name, kinds[name], given[name]) for name in kinds if name in given}
+
+
 def _convert(name, kind, value):
     """Return the value as one of the types of `kind`, or raise UserError."""
-    for text in value if isinstance(value, list) else [value]:
-        is_text = isinstance(text, str) and name not in FREE_TEXT
-        # Python reads undecodable bytes as surrogates.
-        if is_text and re.search("[\0\ud800-\udfff]", text):
-            raise UserError(f"{name}={text!r} has a NUL character or bytes that are not UTF-8")
-    if type(value) is int and value.bit_length() > MAX_BITS:  # Python would not print it
-        raise UserError(f"{name} is an integer of {value.bit_length()} bits, more than {MAX_BITS}")
     if isinstance(value, str) and name in PATHS and value.startswith("~"):
         value = type(value)(os.path.expanduser(value))  # the shell leaves --out_dir=~/x alone
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
@@ -295,7 +203,7 @@ def _convert(name, kind, value):
         return None
     for k in kinds:
         if isinstance(value, _Text):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, KeyError):
                 return _parse(k, value)
         elif type(value) is (typing.get_origin(k) or k) or (k is float and type(value) is int):
             return k(value)
@@ -307,13 +215,9 @@ def _convert(name, kind, value):
 
 
 def _parse(kind, text):
-    """Return the text of a command line as a bool, int, float or str; raise ValueError."""
+    """Return the text of a command line as a bool, int, float or str; else raise an error."""
     if kind is bool:
-        if text.lower() in ("true", "1"):
-            return True
-        if text.lower() in ("false", "0"):
-            return False
-        raise ValueError(text)
+        return BOOLS[text.lower()]
     if kind is str:
         quoted = re.fullmatch(r"'[^']*'|\"[^\"]*\"", text)
         return str(text[1:-1] if quoted else text)
@@ -322,21 +226,22 @@ def _parse(kind, text):
     raise ValueError(text)
 
 
-def _wants_help(argv):
-    return "--help" in argv or "-h" in argv
-
-
-def _print_help(doc, lines):
+def _print_help(doc, options, model_options):
+    """Print the text and all options, and exit."""
     print(doc.strip() + "\n\nOptions, as --key=value or in a config file:")
+    lines = _describe_options(options)
+    if model_options:
+        title = f"  Model ({model_options.__module__}.py):"
+        lines += ["", title, *_describe_options(model_options)[1:]]
     print("\n".join(lines))
     sys.exit(0)
 
 
-def _describe_options(options, title=None):
+def _describe_options(options):
     """Return lines of help; the dataclass's source has the groups, the order and the comments."""
-    kinds = _types(options)
+    kinds = typing.get_type_hints(options)
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    lines = ["", f"  {title}:"] if title else [""]
+    lines = [""]
     for line in inspect.getsource(options).splitlines():
         group = re.fullmatch(r"    # (.*)", line)
         field = re.fullmatch(r"    (\w+): [^#]*(?:# (.*))?", line)

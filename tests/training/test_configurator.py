@@ -15,9 +15,8 @@ import pytest
 import sample
 import train
 from common.errors import OtherRankError, UserError, run_program
-from common.models import config_fields, model_module, model_names
+from common.models import config_fields, model_module, models_with_option
 from configurator import OTHER_NAMES, check_minimum, configure, configure_with_model
-from tools import plot_loss
 
 ROOT = Path(__file__).parents[2]
 
@@ -270,68 +269,58 @@ def test_an_option_without_a_hint_is_refused_with_the_nearest_one():
 
 
 def train_options(*argv):
-    """Parse the options of train.py, with those of the model that has them all."""
-    gpt_config = model_module("model_rope_gqa_swa").GPTConfig
-    return configure_with_model(train.TrainConfig, list(argv), "", lambda _: gpt_config, hint)
+    """Parse the options of train.py, with those of the plain model."""
+    gpt_config = model_module("model").GPTConfig
+    return configure_with_model(
+        train.TrainConfig, list(argv), "", lambda _: gpt_config, models_with_option
+    )
 
 
-def hint(name):
-    return ""
+def sample_options(*argv):
+    return configure(sample.SampleConfig, list(argv), "")
 
 
-@pytest.mark.parametrize("name", OTHER_NAMES)
-def test_an_option_name_of_another_project_is_answered_with_ours(name):
-    messages = [user_error(f"--{name}=1", parse=train_options)]
-    for options in (sample.SampleConfig, plot_loss.PlotConfig):
-        with pytest.raises(UserError) as error:
-            configure(options, [f"--{name}=1"], "")
-        messages.append(str(error.value))
-    assert all(name in message for message in messages)
-    assert any(OTHER_NAMES[name] in message for message in messages)
+NANOGPT_TRAIN = (
+    "out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from "
+    "wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size "
+    "block_size n_layer n_head n_embd dropout bias learning_rate max_iters weight_decay beta1 "
+    "beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device dtype compile"
+).split()
+NANOGPT_SAMPLE = (
+    "init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype compile"
+).split()
+TRAIN_NAMES = {
+    *(field.name for field in fields(train.TrainConfig)),
+    *config_fields("model"),
+}
+SAMPLE_NAMES = {field.name for field in fields(sample.SampleConfig)}
+OTHERS = ["real_data", "profile", "lr", "epochs", "max_grad_norm", "n_kv_heads", "sliding_window"]
+
+
+@pytest.mark.parametrize("name", sorted({*NANOGPT_TRAIN, *OTHERS} - TRAIN_NAMES))
+def test_train_answers_an_option_name_of_nanogpt_or_others_with_ours(name):
+    assert OTHER_NAMES[name] in user_error(f"--{name}=1", parse=train_options)
+
+
+@pytest.mark.parametrize("name", sorted(set(NANOGPT_SAMPLE) - SAMPLE_NAMES))
+def test_sample_answers_an_option_name_of_nanogpt_with_ours(name):
+    assert OTHER_NAMES[name] in user_error(f"--{name}=1", parse=sample_options)
+
+
+def test_sample_answers_out_dir_with_init_from():
+    assert "--init_from" in user_error("--out_dir=out/x", parse=sample_options)
 
 
 def test_an_answer_names_no_option_that_the_program_lacks():
-    with pytest.raises(UserError) as error:
-        configure(sample.SampleConfig, ["--depth=2"], "")
-    assert "n_layer" not in str(error.value)
+    assert "learning_rate" not in user_error("--lr=2", parse=sample_options)
 
 
 def test_the_options_that_answer_other_names_exist():
-    programs = (train.TrainConfig, sample.SampleConfig, plot_loss.PlotConfig)
-    known = {option.name for program in programs for option in fields(program)}
-    for model in model_names():
-        known.update(config_fields(model))
     named = set()
     for answer in OTHER_NAMES.values():
         named.update(re.findall(r"--(\w+)", answer))
     assert named
-    assert named <= known
-    assert not OTHER_NAMES.keys() & known  # else the answer would never be given
-
-
-NAMES_OF_OTHERS = [
-    "eval_iters",
-    "save_interval",
-    "n_kv_heads",
-    "num_kv_heads",
-    "sliding_window",
-    "start",
-    "lr",
-    "max_iters",
-    "gradient_accumulation_steps",
-    "decay_lr",
-    "lr_decay_iters",
-    "warmup_iters",
-    "always_save_checkpoint",
-    "wandb_log",
-    "shard_size",
-    "timeout",
-]
-
-
-@pytest.mark.parametrize("name", NAMES_OF_OTHERS)
-def test_the_option_names_of_nanogpt_and_transformers_are_known(name):
-    assert name in OTHER_NAMES
+    assert named <= TRAIN_NAMES | SAMPLE_NAMES
 
 
 def test_a_missing_config_file_is_refused_and_its_folder_listed(config_file, tmp_path):
