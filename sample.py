@@ -8,20 +8,14 @@ token costs one forward pass over that token alone, thanks to the KV cache. Text
 else to stderr. A single sample is printed while it is generated.
 """
 
-import signal
-
-if __name__ == "__main__":  # see train.py
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import codecs
 import os
 import sys
 import time
 from dataclasses import dataclass
 
-# An OpenMP thread that sleeps between the many small products of a token wakes up late: a longer
-# spin than train.py's makes a token of 124M in bfloat16 about 1.2x as fast. It is read when torch
-# is imported.
+# Decoding is many small products: let OpenMP threads spin longer between them. OpenMP reads this
+# variable when torch is imported.
 SPIN_COUNT = "100000"
 os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
@@ -40,8 +34,6 @@ from common.pretrained import load_model
 from common.tokenizer import encode, get_tokenizer
 from configurator import check_minimum, configure
 
-MAX_SAMPLES = 100_000  # each has a decoder of its own
-
 
 @dataclass
 class SampleConfig:
@@ -54,8 +46,8 @@ class SampleConfig:
     stop: str | None = None  # text that ends a sample; it is not printed
     # How to choose
     temperature: float = 0.8  # divides the logits; 0: always the most likely token
-    top_k: int | None = 200  # choose among this many of the most likely tokens
-    top_p: float | None = None  # choose among the most likely tokens with this total probability
+    top_k: int | None = 200  # sample from the k most likely tokens
+    top_p: float | None = None  # nucleus: the fewest tokens whose probabilities sum to p
     seed: int = 1337  # same seed, same text
     # Device
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -150,30 +142,27 @@ class TextStream:
         """Take a token; return the text that is now certain. Tokens after the end are ignored."""
         if self.done or token_id == self.tokenizer.eot_token:
             return self.finish()
-        token_bytes = self.tokenizer.decode_single_token_bytes(token_id)
-        text = self.held + self.decoder.decode(token_bytes)
+        new_bytes = self.tokenizer.decode_single_token_bytes(token_id)
+        text = self.held + self.decoder.decode(new_bytes)
         if self.stop and self.stop in text:
-            self.held, self.done = "", True
+            self.done = True
             return text[: text.index(self.stop)]
         self.held = self._possible_stop(text)
-        return text[: len(text) - len(self.held)]
+        return text.removesuffix(self.held)
 
     def _possible_stop(self, text):
         """Return the longest end of the text with which the stop string begins."""
-        if not self.stop:
-            return ""
-        for length in range(min(len(self.stop), len(text)), 0, -1):
-            if self.stop.startswith(text[-length:]):
-                return text[-length:]
+        for start in range(len(text)):
+            if self.stop and self.stop.startswith(text[start:]):
+                return text[start:]
         return ""
 
     def finish(self):
         """Return what was held back. An incomplete character becomes U+FFFD."""
         if self.done:
             return ""
-        rest = self.held + self.decoder.decode(b"", final=True)
-        self.held, self.done = "", True
-        return rest
+        self.done = True
+        return self.held + self.decoder.decode(b"", final=True)
 
 
 def generate_text(model, tokenizer, prompt, max_new_tokens, **sampling):
@@ -191,8 +180,6 @@ def check_config(config):
     """Raise UserError for options that make no sense."""
     check_minimum(config, 1, "num_samples", "max_new_tokens", "top_k")
     check_minimum(config, 0, "temperature", "seed")
-    if config.num_samples > MAX_SAMPLES:
-        raise UserError(f"num_samples={config.num_samples} must be at most {MAX_SAMPLES}")
     if config.top_p is not None and not 0 < config.top_p <= 1:
         raise UserError(f"top_p={config.top_p} must be above 0 and at most 1")
     if config.stop == "":
@@ -249,18 +236,15 @@ def print_samples(config):
         top_p=config.top_p,
         generator=torch.Generator(idx.device).manual_seed(config.seed),
     )
-    made = 0
-    interrupted = False
+    made, interrupted = 0, False
     begin = time.perf_counter()
     try:
         for token in tokens:
             made += sum(not stream.done for stream in streams)
             for stream, text, token_id in zip(streams, texts, token.tolist(), strict=True):
-                piece = stream.add(token_id)
-                if is_streaming:
-                    print(piece, end="", flush=True)
-                else:
-                    text.append(piece)
+                text.append(stream.add(token_id))
+            if is_streaming:
+                print(texts[0][-1], end="", flush=True)
             if all(stream.done for stream in streams):
                 break
     except KeyboardInterrupt:  # print what was generated so far
@@ -272,8 +256,7 @@ def print_samples(config):
         print(texts[0][-1])
     else:
         print("\n---------------\n".join("".join(text) for text in texts))
-    speed = f"{made} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s"
-    print(f"[{speed}]", file=sys.stderr)
+    print(f"[{made} tokens in {seconds:.1f} s: {made / seconds:.1f} tokens/s]", file=sys.stderr)
     if interrupted:
         raise KeyboardInterrupt
 
