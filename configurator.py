@@ -152,7 +152,7 @@ def _given_options(argv, options, positional):
 
 def _read_config_file(path):
     if not Path(path).is_file():
-        others = sorted(p.as_posix() for p in Path(path).parent.glob("*.py"))
+        others = sorted(other.as_posix() for other in Path(path).parent.glob("*.py"))
         raise UserError(f"no config file {path}; its folder has {', '.join(others) or 'none'}")
     try:
         names = runpy.run_path(path)
@@ -194,28 +194,31 @@ def _convert_all(given, kinds):
     return {name: _convert(name, kinds[name], given[name]) for name in kinds if name in given}
 
 
-def _convert(name, kind, value):
-    """Return the value as one of the types of `kind`, or raise UserError."""
+def _convert(name, annotation, value):
+    """Return the value as the annotated type, or as one of its union; else raise UserError."""
     if isinstance(value, str) and name in PATHS and value.startswith("~"):
         value = type(value)(os.path.expanduser(value))  # the shell leaves --out_dir=~/x alone
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    is_union = isinstance(annotation, types.UnionType)
+    kinds = typing.get_args(annotation) if is_union else (annotation,)
     if type(None) in kinds and (value is None or value == "None"):
         return None
-    for k in kinds:
+    for kind in kinds:
         if isinstance(value, _Text):
             with contextlib.suppress(ValueError, KeyError):
-                return _parse(k, value)
-        elif type(value) is (typing.get_origin(k) or k) or (k is float and type(value) is int):
-            return k(value)
-        elif k is bool and type(value) is int and value in (0, 1):
+                return _parse(kind, value)
+        elif type(value) is (typing.get_origin(kind) or kind):
+            return kind(value)
+        elif kind is float and type(value) is int:
+            return float(value)
+        elif kind is bool and type(value) is int and value in (0, 1):
             return bool(value)
-    expected = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+    expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
     shown = str(value) if isinstance(value, _Text) else repr(value)
     raise UserError(f"{name}={shown}: expected {expected}")
 
 
 def _parse(kind, text):
-    """Return the text of a command line as a bool, int, float or str; else raise an error."""
+    """Return the text of a command line as this type. Raises ValueError or KeyError for others."""
     if kind is bool:
         return BOOLS[text.lower()]
     if kind is str:
@@ -228,12 +231,11 @@ def _parse(kind, text):
 
 def _print_help(doc, options, model_options):
     """Print the text and all options, and exit."""
-    print(doc.strip() + "\n\nOptions, as --key=value or in a config file:")
-    lines = _describe_options(options)
+    print(f"{doc.strip()}\n\nOptions, as --key=value or in a config file:\n")
+    print("\n".join(_describe_options(options)))
     if model_options:
-        title = f"  Model ({model_options.__module__}.py):"
-        lines += ["", title, *_describe_options(model_options)[1:]]
-    print("\n".join(lines))
+        print(f"\n  Model ({model_options.__module__}.py):")
+        print("\n".join(_describe_options(model_options)))
     sys.exit(0)
 
 
@@ -241,7 +243,7 @@ def _describe_options(options):
     """Return lines of help; the dataclass's source has the groups, the order and the comments."""
     kinds = typing.get_type_hints(options)
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    lines = [""]
+    lines = []
     for line in inspect.getsource(options).splitlines():
         group = re.fullmatch(r"    # (.*)", line)
         field = re.fullmatch(r"    (\w+): [^#]*(?:# (.*))?", line)

@@ -177,7 +177,7 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, **sampling):
 
 
 def check_config(config):
-    """Raise UserError for options that make no sense."""
+    """Raise UserError for invalid options."""
     check_minimum(config, 1, "num_samples", "max_new_tokens", "top_k")
     check_minimum(config, 0, "temperature", "seed")
     if config.top_p is not None and not 0 < config.top_p <= 1:

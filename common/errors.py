@@ -28,9 +28,9 @@ def prefix_errors(path):
 
 @contextlib.contextmanager
 def explain_malformed(path):
-    """Raise DamagedError if the `with` block, which reads a file's content, meets another content.
+    """Raise DamagedError for what Python raises at a missing key or a value of another type.
 
-    That is what Python raises for a missing key or a value of another type.
+    The `with` block reads the content of the file that the message names.
     """
     try:
         yield

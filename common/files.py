@@ -119,11 +119,7 @@ def _wait_for_lock(file, on_busy):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        try:
-            on_busy()
-        except BaseException:
-            file.close()
-            raise
+        on_busy()
         fcntl.flock(file, fcntl.LOCK_EX)
         return True
     except OSError as error:
