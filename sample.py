@@ -220,10 +220,6 @@ def print_samples(config):
     model, tokenizer, vocab_size = load(config)
     idx = encode_prompt(config, model, tokenizer, vocab_size)
     streams = [TextStream(tokenizer, config.stop) for _ in range(config.num_samples)]
-    texts = [[config.prompt] for _ in streams]  # in pieces
-    is_streaming = config.num_samples == 1
-    if is_streaming:
-        print(config.prompt, end="", flush=True)
     tokens = generate(
         model,
         idx,
@@ -236,6 +232,15 @@ def print_samples(config):
         top_p=config.top_p,
         generator=torch.Generator(idx.device).manual_seed(config.seed),
     )
+    print_streams(streams, tokens, config.prompt)
+
+
+def print_streams(streams, tokens, prompt):
+    """Print a single sample while it is generated, several at the end; then the speed."""
+    is_single = len(streams) == 1
+    texts = [[prompt] for _ in streams]  # in pieces
+    if is_single:
+        print(prompt, end="", flush=True)
     made, interrupted = 0, False
     begin = time.perf_counter()
     try:
@@ -243,7 +248,7 @@ def print_samples(config):
             made += sum(not stream.done for stream in streams)
             for stream, text, token_id in zip(streams, texts, token.tolist(), strict=True):
                 text.append(stream.add(token_id))
-            if is_streaming:
+            if is_single:
                 print(texts[0][-1], end="", flush=True)
             if all(stream.done for stream in streams):
                 break
@@ -252,7 +257,7 @@ def print_samples(config):
     seconds = time.perf_counter() - begin
     for stream, text in zip(streams, texts, strict=True):
         text.append(stream.finish())
-    if is_streaming:
+    if is_single:
         print(texts[0][-1])
     else:
         print("\n---------------\n".join("".join(text) for text in texts))
