@@ -8,7 +8,6 @@ token costs one forward pass over that token alone, thanks to the KV cache. Text
 else to stderr. A single sample is printed while it is generated.
 """
 
-import codecs
 import os
 import sys
 import time
@@ -31,7 +30,7 @@ from common.device import (
 )
 from common.errors import UserError, run_program
 from common.pretrained import load_model
-from common.tokenizer import encode, get_tokenizer
+from common.tokenizer import TextStream, encode, get_tokenizer
 from configurator import check_minimum, configure
 
 
@@ -122,47 +121,6 @@ def generate(
             on_overflow = None
         cache = model.make_cache(num_samples, limit)
         logits = model(recent, cache=cache)
-
-
-class TextStream:
-    """Turns the token ids of one sample into text, up to a stop string or <|endoftext|>.
-
-    Text is returned as soon as it is certain: incomplete UTF-8 characters and text that may be the
-    beginning of the stop string are held back.
-    """
-
-    def __init__(self, tokenizer, stop=None):
-        self.tokenizer = tokenizer
-        self.stop = stop
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.held = ""  # may be the beginning of the stop string
-        self.done = False
-
-    def add(self, token_id):
-        """Take a token; return the text that is now certain. Tokens after the end are ignored."""
-        if self.done or token_id == self.tokenizer.eot_token:
-            return self.finish()
-        new_bytes = self.tokenizer.decode_single_token_bytes(token_id)
-        text = self.held + self.decoder.decode(new_bytes)
-        if self.stop and self.stop in text:
-            self.done = True
-            return text[: text.index(self.stop)]
-        self.held = self._possible_stop(text)
-        return text.removesuffix(self.held)
-
-    def _possible_stop(self, text):
-        """Return the longest end of the text with which the stop string begins."""
-        for start in range(len(text)):
-            if self.stop and self.stop.startswith(text[start:]):
-                return text[start:]
-        return ""
-
-    def finish(self):
-        """Return what was held back. An incomplete character becomes U+FFFD."""
-        if self.done:
-            return ""
-        self.done = True
-        return self.held + self.decoder.decode(b"", final=True)
 
 
 def generate_text(model, tokenizer, prompt, max_new_tokens, **sampling):

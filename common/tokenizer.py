@@ -9,6 +9,7 @@ id of <|endoftext|>, or None), encode_to_numpy(text) and decode_single_token_byt
 for a notebook, encode(text) and decode(ids).
 """
 
+import codecs
 import re
 from pathlib import Path
 
@@ -122,6 +123,47 @@ def _cut_white_space(text):
     for run in LONG_WHITE_SPACE.finditer(text):
         cuts += range(run.start() + LONGEST_WHITE_SPACE, run.end() - 1, LONGEST_WHITE_SPACE)
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+
+class TextStream:
+    """Turns the token ids of one sample into text, up to a stop string or <|endoftext|>.
+
+    Text is returned as soon as it is certain: incomplete UTF-8 characters and text that may be the
+    beginning of the stop string are held back.
+    """
+
+    def __init__(self, tokenizer, stop=None):
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.held = ""  # may be the beginning of the stop string
+        self.done = False
+
+    def add(self, token_id):
+        """Take a token; return the text that is now certain. Tokens after the end are ignored."""
+        if self.done or token_id == self.tokenizer.eot_token:
+            return self.finish()
+        new_bytes = self.tokenizer.decode_single_token_bytes(token_id)
+        text = self.held + self.decoder.decode(new_bytes)
+        if self.stop and self.stop in text:
+            self.done = True
+            return text[: text.index(self.stop)]
+        self.held = self._possible_stop(text)
+        return text.removesuffix(self.held)
+
+    def _possible_stop(self, text):
+        """Return the longest end of the text with which the stop string begins."""
+        for start in range(len(text)):
+            if self.stop and self.stop.startswith(text[start:]):
+                return text[start:]
+        return ""
+
+    def finish(self):
+        """Return what was held back. An incomplete character becomes U+FFFD."""
+        if self.done:
+            return ""
+        self.done = True
+        return self.held + self.decoder.decode(b"", final=True)
 
 
 def token_bytes(tokenizer):

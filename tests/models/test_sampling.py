@@ -1,4 +1,4 @@
-"""sample.py: how a token is sampled, a text is continued past block_size, and a stream is shown."""
+"""sample.py: how a token is sampled and a text is continued past block_size. Also TextStream."""
 
 import itertools
 import math
@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
-from common.tokenizer import byte_tokenizer
+from common.tokenizer import TextStream, byte_tokenizer
 from model import GPT, GPTConfig
-from sample import TextStream, generate, sample_next_token
+from sample import generate, sample_next_token
 
 EOT = 256  # <|endoftext|> of the byte tokenizer
 
