@@ -22,7 +22,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import shlex
 import sys
 import time
 import zlib
@@ -57,7 +56,6 @@ from training.start import (
     check_data,
     check_options,
     choose_start,
-    default_out_dir,
     prepare_out_dir,
     read_options,
 )
@@ -117,7 +115,7 @@ class TrainConfig:
 class Run:
     """What setup() makes and the training loop uses."""
 
-    config: TrainConfig  # with out_dir and dtype resolved
+    config: TrainConfig  # with the dtype that "auto" stands for
     out_dir: Path
     record: dict  # for checkpoints: options, model_config, data (sizes, hash), meta (meta.json)
     group: ProcessGroup
@@ -144,7 +142,7 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
 
-def setup(config, model_options, argv, group, stack):
+def setup(config, model_options, group, stack):
     """Collective. Return the Run: data, model and optimizer, new or resumed.
 
     model_options   the fields of the model's GPTConfig that were given, such as n_layer
@@ -154,20 +152,15 @@ def setup(config, model_options, argv, group, stack):
     them to the other ranks, so that one process, DDP and FSDP start with the same bits. Of a
     checkpoint every rank reads its own part. Nothing of an earlier run is deleted here.
     """
-    module = model_module(config.model)
-    out_dir = Path(config.out_dir or default_out_dir(argv))
     with group.exit_together():
-        check_options(config, group)
-        if config.init_from == "scratch":
-            make_config(module, model_options)  # fail before the slow part
+        check_options(config, model_options, group)
         device = pick_device(config.device, group.local_rank)
         dtype = pick_dtype(config.dtype, device)
         # A small dataset that is missing is prepared, but not by several ranks at once.
         folder, meta = open_dataset(config.dataset, prepare_missing=not group.launched)
         if group.rank == 0 and not config.eval_only:
-            stack.enter_context(run_dir.lock_run(out_dir))
-    dtype_name = str(dtype).removeprefix("torch.")
-    config = dataclasses.replace(config, out_dir=str(out_dir), dtype=dtype_name)
+            stack.enter_context(run_dir.lock_run(config.out_dir))
+    config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
     # Rank 0 finds and verifies the run's last checkpoint, start.checkpoint, with start.record from
     # its config.json. In a new run both are None, and rank 0 has start.weights.
     start = choose_start(config, model_options, meta, group)
@@ -175,6 +168,7 @@ def setup(config, model_options, argv, group, stack):
     with group.exit_together():
         # On the meta device a model takes no memory: a GPU may only have room for its shard.
         with torch.device("meta"):
+            module = model_module(config.model)
             model = module.GPT(make_config(module, start.model_config))
         loader = Loader(folder, model.config.block_size, model.config.vocab_size, config.seed)
         data = check_data(loader, config, start, group.world_size)
@@ -202,7 +196,7 @@ def setup(config, model_options, argv, group, stack):
         step, metrics = start.record["step"], start.record["metrics"]
     return Run(
         config=config,
-        out_dir=out_dir,
+        out_dir=Path(config.out_dir),
         record={"options": options, "meta": meta, "model_config": start.model_config, "data": data},
         group=group,
         device=device,
@@ -380,8 +374,7 @@ def finish_step(run):
         val_loss = evaluate(run)
         if val_loss is not None:
             run.metrics["val_loss"] = val_loss
-            text = report.describe_loss(val_loss, run.loader.meta)
-            group.print(f"step {run.step}/{config.max_steps} | {text}")
+            report.print_evaluation(run, val_loss, f"step {run.step}/{config.max_steps} | ")
     log_error = None  # returned, not raised, so that the run is saved before it ends
     if group.rank == 0:
         log_error = run_dir.append_log(run.out_dir, run.step, run.metrics)
@@ -453,41 +446,23 @@ def train(run):
     config, group = run.config, run.group
     report.print_summary(run)
     if config.eval_only:
-        val_loss = evaluate(run)
-        text = "stopped" if val_loss is None else report.describe_loss(val_loss, run.loader.meta)
-        group.print(text)
+        report.print_evaluation(run, evaluate(run))
         return
     if run.step > config.max_steps:
-        group.print(
-            f"{run.out_dir} is at step {run.step}, past max_steps={config.max_steps}: "
-            "nothing to do; a larger --max_steps continues the run"
-        )
+        report.print_end(run)
         return
     prepare_out_dir(config, run.step, group)  # cuts the log before run.step, as for every resume
-    if is_finished(run):
+    if report.is_finished(run):
         finish_step(run)  # writes the last line of the log again
-        group.print(
-            f"{run.out_dir} is finished, at step {run.step}: a larger --max_steps continues it"
-        )
-        return
-    parallel.prepare_forward(run)
-    try:
-        train_loop(run)
-    except OSError:  # for example: stdout is a closed pipe
-        if group.world_size == 1:  # save is a collective; other ranks may be elsewhere
-            save(run)
-        raise
-    if is_finished(run):
-        group.print(f"python sample.py --init_from={shlex.quote(str(run.out_dir))}")
     else:
-        group.print(
-            f"stopped after step {run.step}: the same command, without --overwrite, resumes the run"
-        )
-
-
-def is_finished(run):
-    """Return whether the last step has been taken and evaluated."""
-    return run.step == run.config.max_steps and "val_loss" in run.metrics
+        parallel.prepare_forward(run)
+        try:
+            train_loop(run)
+        except OSError:  # for example: stdout is a closed pipe
+            if group.world_size == 1:  # save is a collective; other ranks may be elsewhere
+                save(run)
+            raise
+    report.print_end(run)
 
 
 def main(argv):
@@ -500,7 +475,7 @@ def main(argv):
     run = None
     try:
         with contextlib.ExitStack() as stack:
-            run = setup(config, model_options, argv, group, stack)
+            run = setup(config, model_options, group, stack)
             with run.stop:
                 train(run)
     except (RuntimeError, MemoryError) as error:

@@ -135,6 +135,41 @@ def describe_loss(loss, meta):
     return text
 
 
+def print_evaluation(run, val_loss, prefix=""):
+    """Print a validation loss in nats per token, with perplexity and, if known, bits per byte.
+
+    val_loss   None if a stop signal arrived
+    """
+    if val_loss is None:
+        run.group.print("stopped")
+    else:
+        run.group.print(prefix + describe_loss(val_loss, run.loader.meta))
+
+
+def is_finished(run):
+    """Return whether the last step of a run has been taken and evaluated."""
+    return run.step == run.config.max_steps and "val_loss" in run.metrics
+
+
+def print_end(run):
+    """Print where a run has ended, and how to continue it or sample from it."""
+    if run.step > run.config.max_steps:
+        text = (
+            f"{run.out_dir} is at step {run.step}, past max_steps={run.config.max_steps}: "
+            "nothing to do; a larger --max_steps continues the run"
+        )
+    elif is_finished(run):
+        text = (
+            f"{run.out_dir} is finished, at step {run.step}: a larger --max_steps continues it\n"
+            f"python sample.py --init_from={shlex.quote(str(run.out_dir))}"
+        )
+    else:
+        text = (
+            f"stopped after step {run.step}: the same command, without --overwrite, resumes the run"
+        )
+    run.group.print(text)
+
+
 # After an error -------------------------------------------------------------------------------
 
 

@@ -62,6 +62,7 @@ def read_options(options, argv, doc):
         check_minimum(config, 1, "dist_timeout")
         if config.dist_timeout > MAX_TIMEOUT:
             raise UserError(f"dist_timeout={config.dist_timeout} must be at most {MAX_TIMEOUT}")
+        config.out_dir = config.out_dir or default_out_dir(argv)
         timeout = config.dist_timeout
     except UserError as wrong:
         error, timeout = wrong, 60
@@ -85,8 +86,10 @@ def default_out_dir(argv):
     return "out/" + "-".join(names)
 
 
-def check_options(config, group):
+def check_options(config, model_options, group):
     """Raise UserError for options that are invalid, or inconsistent with the world size."""
+    if config.init_from == "scratch":  # else the weights decide what is missing here
+        make_config(model_module(config.model), model_options)
     check_minimum(config, 1, "batch_size", "total_batch_size", "max_steps")
     check_minimum(config, 1, "eval_interval", "eval_tokens", "log_interval")
     check_minimum(config, 1, "checkpoint_interval", "keep_checkpoints")
@@ -156,7 +159,7 @@ class Start:
 def choose_start(config, model_options, meta, group):
     """Collective. Return the Start that rank 0 chooses.
 
-    config          train.py's options, with out_dir and dtype resolved
+    config          train.py's options, with the dtype that "auto" stands for
     model_options   those of the model that were given
     meta            the dataset's meta.json: tokenizer, vocab_size, and more
     """

@@ -35,7 +35,7 @@ def prepare_run(folder, stack, model_options, **options):
         write_random_dataset(folder / "data", make_config(module, model_options).vocab_size)
         options["dataset"] = str(folder / "data")
     config = train.TrainConfig(**options, out_dir=str(folder / "out"))
-    run = train.setup(config, model_options, [], ProcessGroup(timeout=60), stack)
+    run = train.setup(config, model_options, ProcessGroup(timeout=60), stack)
     if parallel.uses_compile(config, run.device):
         compile_run(run)
     return run
