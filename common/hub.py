@@ -17,7 +17,7 @@ from common.files import name_in_errors
 
 
 def cached_file(repository, name):
-    """Return the path of a model repository's file in the cache, None if it is not there."""
+    """Return the path of a model repository's file in the cache, None if it is not cached."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
