@@ -234,4 +234,4 @@ def test_a_program_that_is_offline_ends_with_one_line_and_status_2(tmp_path, mon
     assert completed.stderr.startswith("error: ")
     assert completed.stderr.count("\n") == 1
     assert "HF_HUB_OFFLINE" in completed.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
