@@ -30,23 +30,28 @@ def make(name, **options):
     return train, val, json.loads((folder / "meta.json").read_text(encoding="utf-8"))
 
 
+def files():
+    """Return the paths of all files in data/."""
+    return [path for path in Path("data").rglob("*") if path.is_file()]
+
+
 def test_stdlib_is_the_text_of_python_files_as_bytes(monkeypatch):
-    files = prepare_data.stdlib_files()[:5]
-    monkeypatch.setattr(prepare_data, "stdlib_files", lambda: files)
+    paths = prepare_data.stdlib_files()[:5]
+    monkeypatch.setattr(prepare_data, "stdlib_files", lambda: paths)
     train, val, meta = make("stdlib")
-    documents = [Path(path).read_bytes() for path in files]
+    documents = [Path(path).read_bytes() for path in paths]
     assert bytes(token_id for token_id in train + val if token_id < 256) == b"".join(documents)
     assert meta["tokenizer"] == "byte"
 
 
 def test_stdlib_files_are_distinct():
-    files = prepare_data.stdlib_files()
-    assert len(set(files)) == len(files) > 300
+    paths = prepare_data.stdlib_files()
+    assert len(set(paths)) == len(paths) > 300
 
 
 def test_stdlib_files_do_not_include_tests_or_installed_packages():
-    files = prepare_data.stdlib_files()
-    assert not [path for path in files if re.search(r"/(tests?|site-packages)/", path)]
+    paths = prepare_data.stdlib_files()
+    assert not [path for path in paths if re.search(r"/(tests?|site-packages)/", path)]
 
 
 def test_stdlib_files_are_in_the_same_order_every_time():
@@ -91,14 +96,14 @@ def test_another_text_in_the_place_of_shakespeare_is_refused_with_both_hashes(sh
         make("shakespeare_char")
     assert hashlib.sha256(shakespeare).hexdigest() in str(error.value)
     assert hashlib.sha256(shakespeare + b".").hexdigest() in str(error.value)
-    assert not Path("data").exists()
+    assert files() == []
 
 
 @pytest.mark.parametrize(
     ("faults", "reason"),
     [({"status": 503}, "503"), ({"files": {}}, "404"), ({"cuts": [100]}, "ChunkedEncodingError")],
 )
-def test_shakespeare_that_cannot_be_downloaded_is_one_line_and_leaves_nothing(
+def test_shakespeare_that_cannot_be_downloaded_is_one_line_and_leaves_no_file(
     shakespeare, hub, capsys, faults, reason
 ):
     for fault, value in faults.items():
@@ -106,13 +111,13 @@ def test_shakespeare_that_cannot_be_downloaded_is_one_line_and_leaves_nothing(
     line = refused(capsys, ["shakespeare_char"], prepare_data.main)
     assert f"{hub.url}/input.txt" in line
     assert reason in line
-    assert not Path("data").exists()
+    assert files() == []
 
 
-def test_shakespeare_without_a_network_is_one_line_and_leaves_nothing(monkeypatch, capsys):
+def test_shakespeare_without_a_network_is_one_line_and_leaves_no_file(monkeypatch, capsys):
     monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
     assert "http://127.0.0.1:9" in refused(capsys, ["shakespeare_char"], prepare_data.main)
-    assert not Path("data").exists()
+    assert files() == []
 
 
 def test_your_own_text_under_a_known_name_is_split_and_tokenized_as_that_dataset():

@@ -220,10 +220,10 @@ def test_options_that_do_not_apply_to_fineweb_are_refused(shards, hub, option, v
 # Failures -------------------------------------------------------------------------------------
 
 
-def test_a_first_shard_that_cannot_be_downloaded_leaves_nothing(shards, hub):
+def test_a_first_shard_that_cannot_be_downloaded_leaves_no_file(shards, hub):
     hub.status = 503
     assert "503" in user_error()
-    assert not FOLDER.exists()
+    assert contents() == {}
 
 
 def test_shards_before_a_failure_are_kept(shards, hub):

@@ -588,8 +588,9 @@ def test_a_refusal_is_one_line_that_names_its_reason(stderr, name):
     assert [text for text in expected if text not in line] == []
 
 
-def test_a_refused_run_makes_no_out_dir(launches):
-    assert not Path("out/refused-model").exists()
+def test_a_refused_run_writes_no_file(launches):
+    written = Path("out/refused-model").rglob("*")
+    assert [path for path in written if path.is_file()] == []
 
 
 # docs/DISTRIBUTED.md --------------------------------------------------------------------------
