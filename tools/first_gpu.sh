@@ -30,7 +30,7 @@ mkdir -p "$OUT" "$LOGS" "$WORK/bench" "$WORK/runs"
 : >"$WORK/failed"
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 
-# GPT-2 124M. SEQUENCES: of a micro-step; MICRO: micro-steps of 64, 32, 16 and 12 sequences.
+# GPT-2 124M. MICRO: micro-steps of a step, with 64, 32, 16 and 12 sequences each.
 DEVICE=cuda MODEL=() TINY=() T=1024 STEPS=40 LONG=8192 LONG_BATCH=4 NEW_TOKENS=500
 BUDGET=${BUDGET:-590}
 MICRO=(8 16 32 40)
@@ -38,7 +38,7 @@ if [ -n "$DRY" ]; then
     DEVICE=cpu T=64 STEPS=4 LONG=512 LONG_BATCH=1 NEW_TOKENS=50
     BUDGET=3600
     MICRO=(1 1 1 1)
-    MODEL=(--n_layer=1 --n_head=2 --n_embd=16 --compile=False --dtype=float32)
+    MODEL=(--n_layer=1 --n_head=2 --n_embd=16 --vocab_size=300 --compile=False --dtype=float32)
     TINY=(--tiny=True --budget_seconds=1)
 fi
 
@@ -53,7 +53,7 @@ pack() { # cheap, so that it can be done often
     (cd "$WORK" && find logs bench runs -type f \( -name '*.log' -o -name '*.jsonl' -o -name '*.json' \) \
         -not -path '*/step_*' | tar czf "$OUT/results.part" -T - && mv "$OUT/results.part" "$OUT/results.tgz")
 }
-trap pack EXIT
+trap 'pack; rm -rf "$WORK"' EXIT
 trap 'exit 143' TERM INT
 
 part() { # NAME SECONDS COMMAND...: run a command with a limit; note its status, seconds and last line
