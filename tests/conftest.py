@@ -1,5 +1,7 @@
 """Helpers and fixtures of several test files: a tiny dataset, a tiny run, a hub."""
 
+import contextlib
+import functools
 import gc
 import json
 import os
@@ -50,6 +52,8 @@ TINY = {
     "grad_clip": 0.5,
     "out_dir": "out/tiny",
 }
+# A parameter of tests and fixtures, such as a tokenizer's name
+GPT2 = pytest.param("gpt2", marks=pytest.mark.gpt2_bpe)
 JOBS = pytest.StashKey()
 MEMORY_FILES = Path("/dev/shm")  # files in memory, on Linux
 MEMORY_BYTES = 2e9  # ten times what the tests need at a time
@@ -66,9 +70,27 @@ def pytest_configure():
         tempfile.tempdir = str(MEMORY_FILES)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects tests by their marks
 def pytest_collection_modifyitems(items):
-    """Put the tests that wait for background jobs last."""
+    """Mark the tests that use GPT-2's tokenizer; put those that wait for background jobs last."""
+    for item in items:
+        if "gpt2_tokenizer" in item.fixturenames:
+            item.add_marker(pytest.mark.gpt2_bpe)
     items.sort(key=lambda item: "background" in item.fixturenames)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpt2_bpe") and not has_gpt2_bpe():
+        pytest.skip("GPT-2's BPE file is not available (no network, and not in tiktoken's cache)")
+
+
+@functools.cache
+def has_gpt2_bpe():
+    """Return whether tiktoken has GPT-2's BPE file in its cache, or can download it."""
+    with contextlib.suppress(UserError):
+        get_tokenizer({"tokenizer": "gpt2"})
+        return True
+    return False
 
 
 def pytest_collection_finish(session):
@@ -162,8 +184,5 @@ def tiny_run(_trained, workdir):
 
 @pytest.fixture(scope="session")
 def gpt2_tokenizer():
-    """Return GPT-2's tokenizer; skip the test where it is not available."""
-    try:
-        return get_tokenizer({"tokenizer": "gpt2"})
-    except UserError as error:
-        pytest.skip(str(error))
+    """Return GPT-2's tokenizer. Tests that use it are skipped where it is not available."""
+    return get_tokenizer({"tokenizer": "gpt2"})

@@ -10,7 +10,7 @@ from pathlib import Path
 import conftest
 import numpy as np
 import pytest
-from conftest import decode
+from conftest import GPT2, decode
 
 import prepare_data
 from common.tokenizer import get_tokenizer, read_meta
@@ -130,11 +130,9 @@ def test_char_has_no_end_of_text_token_if_there_is_one_document():
 NON_ASCII = "naïve 日本語 text 👍 " * 9
 
 
-@pytest.fixture(params=["gpt2", "byte", "char"])
+@pytest.fixture(params=[GPT2, "byte", "char"])
 def two_documents(request):
     """A dataset of two documents of NON_ASCII, for each tokenizer."""
-    if request.param == "gpt2":
-        request.getfixturevalue("gpt2_tokenizer")
     write("a.txt", NON_ASCII)
     write("b.txt", NON_ASCII)
     return make(input="*.txt", tokenizer=request.param)

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import tiktoken
-from conftest import decode
+from conftest import GPT2, decode
 
 from common.errors import UserError
 from common.files import write_json
@@ -31,7 +31,7 @@ ALL_CHARACTERS = sorted(set("".join(TEXTS.values())))
 
 
 def make_tokenizer(request, name):
-    """Return the tokenizer of this name; skip the test if it is gpt2 and not available."""
+    """Return the tokenizer of this name."""
     if name == "gpt2":
         return request.getfixturevalue("gpt2_tokenizer")
     if name == "byte":
@@ -39,7 +39,7 @@ def make_tokenizer(request, name):
     return CharTokenizer([*ALL_CHARACTERS, "<|endoftext|>"])
 
 
-@pytest.fixture(params=["gpt2", "byte", "char"])
+@pytest.fixture(params=[GPT2, "byte", "char"])
 def tokenizer(request):
     return make_tokenizer(request, request.param)
 
@@ -94,7 +94,7 @@ def test_the_end_of_text_token_decodes_to_its_name(tokenizer):
 
 
 @pytest.mark.parametrize("lone", ["a\ud83db", "\udc4d", "a\ud800"])
-@pytest.mark.parametrize("name", ["gpt2", "byte"])
+@pytest.mark.parametrize("name", [GPT2, "byte"])
 def test_a_lone_surrogate_becomes_the_replacement_character(request, name, lone):
     tokenizer = make_tokenizer(request, name)
     expected = "".join("\ufffd" if "\ud800" <= char <= "\udfff" else char for char in lone)
@@ -173,9 +173,10 @@ def test_char_without_end_of_text_has_no_such_token():
 # get_tokenizer --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "size"), [("gpt2", 50257), ("byte", 257)])
-def test_get_tokenizer_returns_a_vocabulary_of_the_known_size(request, name, size):
-    make_tokenizer(request, name)  # skips the test if gpt2 is not available
+@pytest.mark.parametrize(
+    ("name", "size"), [pytest.param("gpt2", 50257, marks=pytest.mark.gpt2_bpe), ("byte", 257)]
+)
+def test_get_tokenizer_returns_a_vocabulary_of_the_known_size(name, size):
     assert get_tokenizer({"tokenizer": name}).n_vocab == size
 
 

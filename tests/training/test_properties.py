@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import GPT2
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_text import FRAGMENTS, SPACES
@@ -333,8 +334,8 @@ def small_pieces(piece_bytes, batch_chars):
 
 
 @few_and_many
-@pytest.mark.parametrize("name", ["gpt2", "byte", "char"])
-def test_any_text_cut_anywhere_gives_the_tokens_of_the_whole(scale, name, tmp_path, gpt2_tokenizer):
+@pytest.mark.parametrize("name", [GPT2, "byte", "char"])
+def test_any_text_cut_anywhere_gives_the_tokens_of_the_whole(scale, name, tmp_path):
     path = tmp_path / "text.txt"
 
     @examples(100 * scale)
@@ -350,8 +351,8 @@ def test_any_text_cut_anywhere_gives_the_tokens_of_the_whole(scale, name, tmp_pa
 
 
 @few_and_many
-@pytest.mark.parametrize("name", ["gpt2", "byte", "char"])
-def test_any_documents_of_jsonl_give_their_tokens(scale, name, tmp_path, gpt2_tokenizer):
+@pytest.mark.parametrize("name", [GPT2, "byte", "char"])
+def test_any_documents_of_jsonl_give_their_tokens(scale, name, tmp_path):
     path = tmp_path / "lines.jsonl"
 
     @examples(40 * scale)
