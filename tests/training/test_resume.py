@@ -319,7 +319,9 @@ def test_a_closed_stdout_loses_no_step(workdir, monkeypatch):
     monkeypatch.setattr(ProcessGroup, "print", print_to_closed_pipe)
     with pytest.raises(BrokenPipeError):
         train.main(arguments(log_interval=7))
-    assert run_dir.list_checkpoints(workdir / "out/tiny")[-1].name == "step_00000007"
+    last = run_dir.list_checkpoints(workdir / "out/tiny")[-1]
+    assert last.name == "step_00000007"
+    assert checkpoint.read_record(last)["metrics"]["tokens"] == 7 * 128
 
 
 def test_a_larger_max_steps_continues_a_finished_run(tiny_run):
