@@ -53,9 +53,10 @@ from prepare_data import open_dataset
 from training import parallel, report
 from training.optimizer import make_optimizer
 from training.start import (
-    check_data,
+    check_batch,
     check_options,
     choose_start,
+    identify_data,
     prepare_out_dir,
     read_options,
 )
@@ -134,9 +135,10 @@ class Run:
     overflows: int = 0  # float16 steps in a row with an infinite gradient
 
     def autocast(self):
-        """Return a context that computes in the run's dtype.
+        """Return a context in which matrix products compute in the run's dtype.
 
-        Under FSDP it does nothing: FSDP gathers the parameters in that dtype already.
+        Under FSDP it does nothing: the parameters are gathered in that dtype, so that the residual
+        stream and the norms are in it, too. Logits and loss are float32 everywhere.
         """
         enabled = self.dtype != torch.float32 and not self.config.fsdp
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
@@ -161,8 +163,8 @@ def setup(config, model_options, group, stack):
         if group.rank == 0 and not config.eval_only:
             stack.enter_context(run_dir.lock_run(config.out_dir))
     config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
-    # Rank 0 finds and verifies the run's last checkpoint, start.checkpoint, with start.record from
-    # its config.json. In a new run both are None, and rank 0 has start.weights.
+    # Rank 0 finds the run's last undamaged checkpoint. All ranks get start.checkpoint, its path,
+    # and start.record, its config.json. In a new run both are None, and rank 0 has start.weights.
     start = choose_start(config, model_options, meta, group)
 
     with group.exit_together():
@@ -171,7 +173,9 @@ def setup(config, model_options, group, stack):
             module = model_module(config.model)
             model = module.GPT(make_config(module, start.model_config))
         loader = Loader(folder, model.config.block_size, model.config.vocab_size, config.seed)
-        data = check_data(loader, config, start, group.world_size)
+        if not config.eval_only:
+            check_batch(config, loader.block_size, group.world_size)
+        data = identify_data(loader, config, start)
     options = dataclasses.asdict(config)
     group.check_equal(options | model_options | {"data": data})  # the same on all ranks
 
@@ -180,20 +184,18 @@ def setup(config, model_options, group, stack):
     use_cudnn_attention(device, enabled=not hasattr(model.config, "window"))
     parallel.prepare_blocks(model, config, group, device, dtype)  # with fsdp, shards the model
     if start.checkpoint:
-        # load_checkpoint, below, fills this memory on every rank, once there is an optimizer. Until
-        # then its values are arbitrary, also those that DDP broadcasts.
-        model.to_empty(device=device)
+        model.to_empty(device=device)  # load_checkpoint fills it, below
     else:
         parallel.load_initial_weights(model, start.weights, group, device)
-    uses_ddp = group.launched and not config.fsdp
-    wrapped = parallel.wrap_ddp(model, device) if uses_ddp else model
-    optimizer = make_optimizer(model, config, dtype)
+    optimizer = make_optimizer(model, config, dtype)  # Muon orthogonalizes in this dtype
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, metrics = 0, {"tokens": 0, "seconds": 0.0}
     if start.checkpoint:
         load_checkpoint(start.checkpoint, model, optimizer)
         scaler.load_state_dict(start.record["scaler"])
         step, metrics = start.record["step"], start.record["metrics"]
+    uses_ddp = group.launched and not config.fsdp
+    wrapped = parallel.wrap_ddp(model, device) if uses_ddp else model
     return Run(
         config=config,
         out_dir=Path(config.out_dir),
@@ -226,11 +228,11 @@ def train_step(run):
     # Numbers of sequences on all ranks together: in the whole step and in one micro-step.
     step_sequences = config.total_batch_size // run.loader.block_size
     micro_sequences = config.batch_size * group.world_size
-    micro_steps = step_sequences // micro_sequences
+    micro_steps = step_sequences // micro_sequences  # exactly, see check_batch
     seed_dropout(config.seed, run.step, group.rank, run.device)
     loss = torch.zeros((), device=run.device)
     for micro_step in range(micro_steps):
-        if micro_step > 0:  # before micro-step 0, finish_step has asked
+        if micro_step > 0:  # before micro-step 0, finish_step has asked the ranks for a stop
             stopping = group.any_rank(run.stop.received)
             if stopping:
                 optimizer.zero_grad()  # drops the unfinished step
@@ -240,7 +242,7 @@ def train_step(run):
         first += group.rank * config.batch_size
         x, y = run.loader.train_batch(first, config.batch_size)
         if run.device.type == "cuda":
-            # While the GPU computes, a thread reads the batch of the next micro-step or step.
+            # While the GPU computes, a thread reads the next batch into pinned memory.
             run.loader.prefetch(first + micro_sequences, config.batch_size, run.device)
         x, y = to_device(x, run.device), to_device(y, run.device)
         # Gradients add up over the micro-steps; the ranks average them in the last one.
@@ -255,7 +257,7 @@ def train_step(run):
     gradients = [p.grad for p in parameters if p.grad is not None]
     # Under FSDP the norm is a DTensor; its full tensor is the norm over all shards.
     grad_norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
-    # The step's one CPU-GPU sync (in float16, scaler.step is another, unless AdamW is fused).
+    # The step's one CPU-GPU sync (in float16 with Muon, scaler.step is another).
     loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()
     loss_value = group.all_reduce([loss_value])[0] / group.world_size
     check_finite(run, loss_value, norm_value)
@@ -289,8 +291,8 @@ def learning_rate(config, step):
 
 
 def muon_learning_rate(config, step):
-    """Return Muon's learning rate of a step: the fraction of its peak that AdamW has of its own."""
-    if config.learning_rate == 0:  # AdamW is off (min_lr is 0, too): compute with a peak of 1
+    """Return Muon's learning rate: its peak times AdamW's rate of the step over AdamW's peak."""
+    if config.learning_rate == 0:  # then min_lr, which must not exceed it, is 0, too
         config = dataclasses.replace(config, learning_rate=1.0)
     fraction = learning_rate(config, step) / config.learning_rate
     return config.muon_learning_rate * fraction
@@ -316,8 +318,8 @@ def seed_dropout(seed, step, rank, device):
 def check_finite(run, loss, grad_norm):
     """Collective. End the run if loss or gradient norm is not finite, before the weights change.
 
-    Both are the same on all ranks, so that all end here together. In float16 the scaler skips such
-    a step and halves its scale; only MAX_OVERFLOWS of them in a row end the run.
+    Both are the same on all ranks, so that all end here together. In float16 (not with FSDP) the
+    scaler skips such a step and halves its scale; only MAX_OVERFLOWS of them in a row end the run.
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         run.overflows = 0
@@ -342,14 +344,17 @@ def check_finite(run, loss, grad_norm):
 #   finish_step  evaluate its own part of the validation set    print the validation loss
 #                                                               append to log.jsonl
 #                write its part of the checkpoint               write config.json, rename, prune
+#
+# A stop signal between two micro-steps drops the step; the one before it is saved. During an
+# evaluation, the step is logged and saved without its validation loss. A resumed run cuts the log
+# before the line of the checkpoint's step, and begins with finish_step: it evaluates, if that is
+# due and missing, and writes the line again.
 
 
 def train_loop(run):
     """Collective. Train from run.step to max_steps, or to a stop signal."""
     step_report = report.StepReport(run)
-    # Step 0 of a new run is evaluated and logged. After resuming, this repeats for the checkpoint's
-    # step what may be missing: its evaluation and its line in the log.
-    stopping = finish_step(run)
+    stopping = finish_step(run)  # step 0 of a new run, or the step that the checkpoint holds
     while run.step < run.config.max_steps and not stopping:
         begin = time.perf_counter()
         result = train_step(run)
@@ -370,13 +375,13 @@ def finish_step(run):
     config, group = run.config, run.group
     is_last = run.step == config.max_steps
     evaluation_is_due = run.step % config.eval_interval == 0 or is_last
-    if evaluation_is_due and "val_loss" not in run.metrics:  # a checkpoint may have it
+    if evaluation_is_due and "val_loss" not in run.metrics:  # that of a checkpoint may be known
         val_loss = evaluate(run)
         if val_loss is not None:
             run.metrics["val_loss"] = val_loss
             report.print_evaluation(run, val_loss, f"step {run.step}/{config.max_steps} | ")
-    log_error = None  # returned, not raised, so that the run is saved before it ends
-    if group.rank == 0:
+    log_error = None
+    if group.rank == 0:  # an error is returned, not raised, so that the run is saved before it ends
         log_error = run_dir.append_log(run.out_dir, run.step, run.metrics)
     stopping = group.any_rank(run.stop.received or log_error is not None)
     improved = run.metrics.get("val_loss", math.inf) < run.best_loss
@@ -396,7 +401,8 @@ def evaluate(run):
     losses, counts = [], []  # of this rank's batches; counts of targets
     run.model.eval()  # the module inside run.forward
     # All ranks get the same number of batches, because under FSDP a forward pass is a collective.
-    # The last ones are filled up with targets of -1. A batch of only these has loss 0 and count 0.
+    # The last ones are filled up with targets of -1. If a batch has no others, its count is 0 and
+    # its loss is 0: the model sees to it, where a plain mean would give NaN.
     batches = run.loader.val_batches(
         config.eval_tokens, config.batch_size, group.rank, group.world_size
     )
@@ -421,8 +427,8 @@ def evaluate(run):
 def save(run):
     """Collective. Save the state after run.step steps; at step 0 there is nothing to save.
 
-    save_step calls checkpoint.save_checkpoint, which only adds the validation loss if the step has
-    a checkpoint, and then deletes older checkpoints.
+    If the step has a checkpoint already, it only gets the validation loss. Then older checkpoints
+    are deleted.
     """
     if run.step == 0:
         return
@@ -451,17 +457,16 @@ def train(run):
     if run.step > config.max_steps:
         report.print_end(run)
         return
-    prepare_out_dir(config, run.step, group)  # cuts the log before run.step, as for every resume
-    if report.is_finished(run):
-        finish_step(run)  # writes the last line of the log again
-    else:
+    prepare_out_dir(config, run.step, group)  # removes the log's lines from run.step on
+    if not report.is_finished(run):
         parallel.prepare_forward(run)
-        try:
-            train_loop(run)
-        except OSError:  # for example: stdout is a closed pipe
-            if group.world_size == 1:  # save is a collective; other ranks may be elsewhere
-                save(run)
-            raise
+    try:
+        train_loop(run)
+    except OSError:  # for example: stdout is a closed pipe
+        # train_step prints and writes nothing, so the weights are those after run.step steps.
+        if group.world_size == 1:  # save is a collective; other ranks may be elsewhere
+            save(run)
+        raise
     report.print_end(run)
 
 

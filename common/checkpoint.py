@@ -57,8 +57,8 @@ def save_checkpoint(path, model, optimizer, record, group):
     path     its final name; until it is complete, it is PATH.part
     record   what config.json says about the run: a dict with "step", "metrics" and more
 
-    If the checkpoint exists, it only gets the validation loss, if it has none: a run that was
-    stopped before an evaluation is evaluated when it resumes.
+    A checkpoint that exists is not written again, but it gets the validation loss if it has none: a
+    run that was stopped before an evaluation is evaluated when it resumes.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -155,8 +155,9 @@ def _add_val_loss(part, path, metrics):
     stored = read_record(path)
     if "val_loss" not in metrics or "val_loss" in stored["metrics"]:
         return
-    # Not written in the checkpoint: verify_checkpoint refuses a file that a kill would leave there.
-    part.mkdir()
+    # The new config.json is written beside the checkpoint and moved into it. A kill while writing
+    # inside it would leave a stray file, which verify_checkpoint refuses.
+    part.mkdir(exist_ok=True)
     _write_record(part, stored | {"metrics": metrics})
     (part / "config.json").replace(path / "config.json")
     fsync(path)
@@ -191,7 +192,7 @@ def read_record(path):
     if Path(path).is_dir() and not file.exists():
         raise DamagedError(f"{file} is missing")
     record = read_json(file)
-    with explain_malformed(file):  # here only: a record with the right checksum is one of ours
+    with explain_malformed(file):  # the JSON may be of another program; below, the record is ours
         expected = record.pop("crc32")
     actual = _record_crc32(record)
     if actual != expected:
@@ -251,8 +252,8 @@ def load_checkpoint(path, model, optimizer=None):
         else:
             tensors, model_state, optimizer_state = _training_tensors(model, optimizer)
             dcp.load(tensors, storage_reader=reader)
-            # dcp.load has filled the tensors of the two state dicts. DCP does not promise that they
-            # are the tensors of the model and the optimizer themselves, so copy them there.
+            # The two state dicts are filled now. Their tensors usually are those of the model and
+            # the optimizer, but DCP does not promise it: copy them into model and optimizer.
             set_state_dict(
                 model,
                 optimizer,

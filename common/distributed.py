@@ -146,8 +146,8 @@ def _restart_count():
 
 
 def _destroy_process_group():
-    # gloo sometimes aborts at exit without destroy_process_group, and also with it while a DDP or
-    # FSDP model exists. gc.collect() deletes models that reference cycles keep.
+    # At exit, gloo sometimes aborts if the group is not destroyed, or if it is destroyed while a
+    # DDP or FSDP model still exists. gc.collect() deletes a model in a reference cycle.
     gc.collect()
     dist.destroy_process_group()
 

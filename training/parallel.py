@@ -11,7 +11,7 @@ gathers the parameters of one block at a time. docs/DISTRIBUTED.md compares them
 train.py calls the functions in this order:
 
     prepare_blocks          activation checkpointing; with FSDP: compile, shard
-    load_initial_weights    in a new run; a checkpoint is loaded later, once there is an optimizer
+    load_initial_weights    in a new run; else a checkpoint is loaded, with the optimizer state
     wrap_ddp                without FSDP
     prepare_forward         without FSDP: compile; with DDP: settle its gradient buckets
     gradient_sync           around each micro-step
@@ -42,7 +42,7 @@ def prepare_blocks(model, config, group, device, dtype):
 
     The model may be on the meta device. Without FSDP it is compiled later, by compile_forward.
     """
-    if wants_float32_attention(device, dtype):  # in bfloat16 on many CPUs, where it is faster
+    if wants_float32_attention(device, dtype):  # faster, on many CPUs in bfloat16
         for block in model.transformer.h:
             use_float32_attention(block)
     if config.activation_checkpointing:

@@ -247,14 +247,11 @@ def check_same_options(options, record, out_dir):
         refuse_other_run(out_dir, "; ".join(changes))
 
 
-def check_data(loader, config, start, world_size):
-    """Return the token counts and the hash of the data, which identify it in checkpoints.
+def identify_data(loader, config, start):
+    """Return the token counts and the hash of the data, by which a checkpoint knows it.
 
-    Raises UserError if steps do not divide into micro-steps, or if a run that is resumed had other
-    data.
+    Raises UserError if the run that is resumed had other data.
     """
-    if not config.eval_only:
-        check_batch(config, loader.block_size, world_size)
     sha256 = loader.meta.get("train", {}).get("sha256")
     data = {"tokens": [loader.n_train, loader.n_val], "sha256": sha256}
     if start.checkpoint is None or data == start.record["data"]:
