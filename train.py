@@ -6,10 +6,10 @@
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py --fsdp=True   8 GPUs, FSDP
     python train.py config/quickstart.py --model=model_mine --n_layer=4
 
-The same command resumes an interrupted run. On the same number of processes the resumed run has the
-same bits as an uninterrupted one (on CUDA with --deterministic=True), because the data order, the
-dropout masks and the learning rate are functions of the seed, the step and the rank.
-out_dir/log.jsonl gets one line per optimizer step.
+The same command, without --overwrite, resumes an interrupted run. On the same number of processes
+the resumed run has the same bits as an uninterrupted one (on CUDA with --deterministic=True),
+because the data order, the dropout masks and the learning rate are functions of the seed, the step
+and the rank. out_dir/log.jsonl gets one line per optimizer step.
 
 The file reads top to bottom: options, setup, one training step, the loop, main. torchrun starts
 several processes that all run this file; each is a rank. Every rank must call a function that is
@@ -131,13 +131,13 @@ class Run:
     step: int  # optimizer steps taken; the next one uses global batch number `step`
     metrics: dict  # of the last step: its line in log.jsonl
     best_loss: float  # lowest validation loss of a saved checkpoint
-    stop: StopSignal = field(default_factory=StopSignal)
+    stop: StopSignal = field(default_factory=StopSignal)  # SIGTERM or Ctrl-C
     overflows: int = 0  # float16 steps in a row with an infinite gradient
 
     def autocast(self):
         """Return a context in which matrix products compute in the run's dtype.
 
-        Under FSDP it does nothing: the parameters are gathered in that dtype, so that the residual
+        Under FSDP it does nothing: the parameters are gathered in that dtype, and so the residual
         stream and the norms are in it, too. Logits and loss are float32 everywhere.
         """
         enabled = self.dtype != torch.float32 and not self.config.fsdp
@@ -151,8 +151,8 @@ def setup(config, model_options, group, stack):
     stack           ExitStack that holds the lock on out_dir until the program ends
 
     In a new run rank 0 initializes the weights, or reads those of init_from, on its CPU, and sends
-    them to the other ranks, so that one process, DDP and FSDP start with the same bits. Of a
-    checkpoint every rank reads its own part. Nothing of an earlier run is deleted here.
+    them to the other ranks, so that one process, DDP and FSDP start with the same bits. Every rank
+    reads from a checkpoint what it needs. Nothing of an earlier run is deleted here.
     """
     with group.exit_together():
         check_options(config, model_options, group)
@@ -221,8 +221,8 @@ def setup(config, model_options, group, stack):
 def train_step(run):
     """Collective. Take one optimizer step on global batch number run.step.
 
-    Returns the mean loss and the gradient norm before clipping, or None if a stop signal arrived
-    between micro-steps; then the weights have not changed.
+    Returns the mean loss and the gradient norm before clipping, or None if a stop signal (SIGTERM,
+    Ctrl-C) arrived between micro-steps; then the weights have not changed.
     """
     config, group, optimizer = run.config, run.group, run.optimizer
     # Numbers of sequences on all ranks together: in the whole step and in one micro-step.
@@ -292,7 +292,7 @@ def learning_rate(config, step):
 
 def muon_learning_rate(config, step):
     """Return Muon's learning rate: its peak times AdamW's rate of the step over AdamW's peak."""
-    if config.learning_rate == 0:  # then min_lr, which must not exceed it, is 0, too
+    if config.learning_rate == 0:  # avoid 0 / 0: as min_lr is 0, any peak has the same fractions
         config = dataclasses.replace(config, learning_rate=1.0)
     fraction = learning_rate(config, step) / config.learning_rate
     return config.muon_learning_rate * fraction
@@ -375,7 +375,7 @@ def finish_step(run):
     config, group = run.config, run.group
     is_last = run.step == config.max_steps
     evaluation_is_due = run.step % config.eval_interval == 0 or is_last
-    if evaluation_is_due and "val_loss" not in run.metrics:  # that of a checkpoint may be known
+    if evaluation_is_due and "val_loss" not in run.metrics:  # a checkpoint may have it
         val_loss = evaluate(run)
         if val_loss is not None:
             run.metrics["val_loss"] = val_loss
@@ -401,8 +401,8 @@ def evaluate(run):
     losses, counts = [], []  # of this rank's batches; counts of targets
     run.model.eval()  # the module inside run.forward
     # All ranks get the same number of batches, because under FSDP a forward pass is a collective.
-    # The last ones are filled up with targets of -1. If a batch has no others, its count is 0 and
-    # its loss is 0: the model sees to it, where a plain mean would give NaN.
+    # The last batches are filled up with targets of -1. For a batch of only these the model returns
+    # a loss of 0 (a plain mean would be NaN), and its count is 0.
     batches = run.loader.val_batches(
         config.eval_tokens, config.batch_size, group.rank, group.world_size
     )
@@ -427,8 +427,8 @@ def evaluate(run):
 def save(run):
     """Collective. Save the state after run.step steps; at step 0 there is nothing to save.
 
-    If the step has a checkpoint already, it only gets the validation loss. Then older checkpoints
-    are deleted.
+    If the step has a checkpoint already, at most the validation loss is added to it. Then older
+    checkpoints are deleted.
     """
     if run.step == 0:
         return
@@ -457,13 +457,15 @@ def train(run):
     if run.step > config.max_steps:
         report.print_end(run)
         return
-    prepare_out_dir(config, run.step, group)  # removes the log's lines from run.step on
-    if not report.is_finished(run):
+    # With overwrite, delete the old run; else remove the log's lines from run.step on.
+    prepare_out_dir(config, run.step, group)
+    if not report.is_finished(run):  # else there is nothing to compile for
         parallel.prepare_forward(run)
     try:
         train_loop(run)
     except OSError:  # for example: stdout is a closed pipe
-        # train_step prints and writes nothing, so the weights are those after run.step steps.
+        # train_step does not print or write, so no step is half done: the weights are those after
+        # run.step steps.
         if group.world_size == 1:  # save is a collective; other ranks may be elsewhere
             save(run)
         raise

@@ -192,7 +192,7 @@ def read_record(path):
     if Path(path).is_dir() and not file.exists():
         raise DamagedError(f"{file} is missing")
     record = read_json(file)
-    with explain_malformed(file):  # the JSON may be of another program; below, the record is ours
+    with explain_malformed(file):  # another program's JSON may have no crc32
         expected = record.pop("crc32")
     actual = _record_crc32(record)
     if actual != expected:
