@@ -165,6 +165,7 @@ def setup(config, model_options, group, stack):
     config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
     # Rank 0 finds the run's last undamaged checkpoint. All ranks get start.checkpoint, its path,
     # and start.record, its config.json. In a new run both are None, and rank 0 has start.weights.
+    # start.model_config has all options of the model; changed ones are refused when resuming.
     start = choose_start(config, model_options, meta, group)
 
     with group.exit_together():
@@ -292,7 +293,7 @@ def learning_rate(config, step):
 
 def muon_learning_rate(config, step):
     """Return Muon's learning rate: its peak times AdamW's rate of the step over AdamW's peak."""
-    if config.learning_rate == 0:  # avoid 0 / 0: as min_lr is 0, any peak has the same fractions
+    if config.learning_rate == 0:  # avoid 0 / 0; as min_lr is 0, too, a peak of 1 will do
         config = dataclasses.replace(config, learning_rate=1.0)
     fraction = learning_rate(config, step) / config.learning_rate
     return config.muon_learning_rate * fraction
@@ -318,8 +319,9 @@ def seed_dropout(seed, step, rank, device):
 def check_finite(run, loss, grad_norm):
     """Collective. End the run if loss or gradient norm is not finite, before the weights change.
 
-    Both are the same on all ranks, so that all end here together. In float16 (not with FSDP) the
-    scaler skips such a step and halves its scale; only MAX_OVERFLOWS of them in a row end the run.
+    Both are the same on all ranks, so that all end here together. In float16, which is refused with
+    FSDP, the scaler skips such a step and halves its scale; only MAX_OVERFLOWS of them in a row end
+    the run.
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         run.overflows = 0
@@ -401,8 +403,8 @@ def evaluate(run):
     losses, counts = [], []  # of this rank's batches; counts of targets
     run.model.eval()  # the module inside run.forward
     # All ranks get the same number of batches, because under FSDP a forward pass is a collective.
-    # The last batches are filled up with targets of -1. For a batch of only these the model returns
-    # a loss of 0 (a plain mean would be NaN), and its count is 0.
+    # The last batches are filled up with targets of -1. For a batch of only such targets the model
+    # returns a loss of 0 (a plain mean would be NaN), and its count is 0.
     batches = run.loader.val_batches(
         config.eval_tokens, config.batch_size, group.rank, group.world_size
     )
@@ -454,18 +456,20 @@ def train(run):
     if config.eval_only:
         report.print_evaluation(run, evaluate(run))
         return
-    if run.step > config.max_steps:
+    if run.step > config.max_steps:  # max_steps was lowered: leave the run as it is
         report.print_end(run)
         return
-    # With overwrite, delete the old run; else remove the log's lines from run.step on.
+    # With overwrite, this deletes the earlier run, now that setup has succeeded. Else it deletes
+    # checkpoints that are too many, and the lines of the log from run.step on.
     prepare_out_dir(config, run.step, group)
-    if not report.is_finished(run):  # else there is nothing to compile for
+    # A finished run (the last step is taken and evaluated) only writes its last log line again.
+    if not report.is_finished(run):
         parallel.prepare_forward(run)
     try:
         train_loop(run)
     except OSError:  # for example: stdout is a closed pipe
-        # train_step does not print or write, so no step is half done: the weights are those after
-        # run.step steps.
+        # train_step does not print or write, so no step is half done: run.step, the metrics and
+        # the weights agree.
         if group.world_size == 1:  # save is a collective; other ranks may be elsewhere
             save(run)
         raise

@@ -247,13 +247,13 @@ def load_checkpoint(path, model, optimizer=None):
     _check_headers(reader, path)
     with _without_process_group_warning(), _explain_load_failure(path):
         if optimizer is None:
-            tensors = _with_prefix("model", model.state_dict())
+            tensors = _with_prefix("model", model.state_dict())  # the model's own tensors
             dcp.load(tensors, storage_reader=reader, no_dist=True)
         else:
             tensors, model_state, optimizer_state = _training_tensors(model, optimizer)
             dcp.load(tensors, storage_reader=reader)
-            # The two state dicts are filled now. Their tensors usually are those of the model and
-            # the optimizer, but DCP does not promise it: copy them into model and optimizer.
+            # The two state dicts of get_state_dict are filled now. It does not promise that they
+            # hold the model's and the optimizer's own tensors, so copy them there.
             set_state_dict(
                 model,
                 optimizer,
