@@ -9,19 +9,15 @@ next.
 
 import itertools
 import sys
-from contextlib import ExitStack
-from functools import partial
 
 from common.errors import run_program
 from configurator import configure
 from experiments.intervals import format_mean
 from experiments.runs import PRESETS, mean_curve, shape_of_run, train_variant, val_losses, variants
-from experiments.steps import open_run
+from experiments.steps import time_steps
 from experiments.study import Study, StudyConfig, complete_rows
-from tools.bench.runs import take_step
 from tools.results.plot import COLORS, draw_line
 from tools.results.table import markdown_table
-from tools.results.turns import take_turns
 
 SHOWN = ("base", "RoPE", "GQA 1/4", "SWA 1/4", "all three")  # in the plot
 
@@ -35,14 +31,10 @@ def measure_step_seconds(config, device, dtype):
     """Return {name: median seconds of an optimizer step}: its micro-steps times one of them."""
     B, T = config.run["batch_size"], config.run["block_size"]
     shape = shape_of_run(config.run)
-    steps = {}
-    with ExitStack() as stack:
-        for name, options in variants(config.run).items():
-            run = stack.enter_context(open_run(shape | options, B, device, dtype))
-            steps[name] = partial(take_step, run)
-        seconds = take_turns(10 * config.rounds, device, steps)
+    shapes = {name: shape | options for name, options in variants(config.run).items()}
+    seconds = time_steps(shapes, B, 10 * config.rounds, device, dtype)
     micro_steps = config.run["total_batch_size"] // (B * T)
-    return {name: micro_steps * seconds[name] for name in steps}
+    return {name: micro_steps * seconds[name] for name in seconds}
 
 
 def step_of_loss(curve, loss):

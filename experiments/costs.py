@@ -6,8 +6,6 @@ At the shape of GPT-2 124M. The models take turns in training steps and in decod
 """
 
 import sys
-from contextlib import ExitStack
-from functools import partial
 
 import torch
 
@@ -18,14 +16,13 @@ from experiments.runs import PRESETS, variants
 from experiments.steps import (
     build_model,
     cache_bytes,
-    make_decoding_step,
     measure_step_memory,
-    open_run,
+    time_decoding,
+    time_steps,
 )
 from experiments.study import Study, StudyConfig
-from tools.bench.runs import take_step
 from tools.results.table import markdown_table
-from tools.results.turns import run_in_new_process, take_turns
+from tools.results.turns import run_in_new_process
 
 # Not all variants: 2 GB of weights and optimizer state each are in memory at the same time.
 NAMES = ("base", "RoPE", "GQA 1/2", "GQA 1/4", "MQA", "SWA 1/4", "SWA 1/16", "all three")
@@ -34,8 +31,10 @@ DECODING = ("base", "GQA 1/2", "GQA 1/4", "MQA", "SWA 1/4", "all three")
 # Measurements ---------------------------------------------------------------------------------
 
 
-def shape_of(config, name):
-    return config.shape | variants(config.shape)[name]
+def shapes_of(config, names):
+    """Return {name: shape} of some variants."""
+    options = variants(config.shape)
+    return {name: config.shape | options[name] for name in names}
 
 
 def compute_size(shape):
@@ -53,17 +52,9 @@ def compute_size(shape):
 def measure_speed(config, device, dtype):
     """Return {name: tokens per second of training, and of decoding at position T - 1}."""
     B, T = config.batch_size, config.shape["block_size"]
-    training_steps, decoding_steps = {}, {}
-    with ExitStack() as stack:
-        for name in NAMES:
-            run = stack.enter_context(open_run(shape_of(config, name), B, device, dtype))
-            training_steps[name] = partial(take_step, run)
-        training = take_turns(config.rounds, device, training_steps)
-    del run, training_steps  # frees the models and their optimizer states
-    for name in NAMES:
-        shape = shape_of(config, name)
-        decoding_steps[name], _ = make_decoding_step(shape, T - 1, device, dtype)
-    decoding = take_turns(10 * config.rounds, device, decoding_steps)
+    shapes = shapes_of(config, NAMES)
+    training = time_steps(shapes, B, config.rounds, device, dtype)
+    decoding, _ = time_decoding(shapes, 1, T - 1, 10 * config.rounds, device, dtype)
     return {
         name: {"training": B * T / training[name], "decoding": 1 / decoding[name]} for name in NAMES
     }
@@ -71,11 +62,9 @@ def measure_speed(config, device, dtype):
 
 def measure_decoding(config, B, position, device, dtype):
     """Return {name: seconds of a decode step of B samples at a position} for DECODING."""
-    steps = {}
-    for name in DECODING:
-        shape = shape_of(config, name)
-        steps[name], _ = make_decoding_step(shape, position, device, dtype, B)
-    return take_turns(10 * config.rounds, device, steps)
+    shapes = shapes_of(config, DECODING)
+    seconds, _ = time_decoding(shapes, B, position, 10 * config.rounds, device, dtype)
+    return seconds
 
 
 # Tables ------------------------------------------------------------------------------
@@ -147,8 +136,7 @@ def decoding_key(B, position):
 def main(argv):
     study = Study("costs", configure(StudyConfig, argv, __doc__), PRESETS)
     config, device, dtype = study.config, study.device, study.dtype
-    for name in NAMES:
-        shape = shape_of(config, name)
+    for name, shape in shapes_of(config, NAMES).items():
         study.add(name, f"{name}, size", compute_size, shape)
         memory = (measure_step_memory, shape, config.batch_size, device, dtype)
         study.add(name, f"{name}, memory", run_in_new_process, *memory)

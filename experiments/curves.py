@@ -7,13 +7,11 @@ import sys
 from dataclasses import dataclass
 
 from common.errors import run_program
-from common.models import model_module, models_with_option
-from configurator import configure, configure_with_model
+from configurator import configure
 from experiments.runs import train_run, val_losses
 from experiments.study import Study, StudyConfig
 from tools.results.plot import COLORS, draw_line, label_points
 from tools.results.table import markdown_table
-from train import TrainConfig
 
 
 @dataclass
@@ -38,15 +36,7 @@ PRESETS = {
 
 def measure_curve(name):
     """Train config/NAME.py; return [step, validation loss] of each evaluation."""
-    path = f"config/{name}.py"
-    config, _ = configure_with_model(
-        TrainConfig,
-        [path],
-        "",
-        model_config=lambda config: model_module(config.model).GPTConfig,
-        hint=models_with_option,
-    )
-    return val_losses(train_run(name, {"max_steps": config.max_steps}, path))
+    return val_losses(train_run(name, {}, f"config/{name}.py"))
 
 
 def losses(result):

@@ -4,18 +4,15 @@ python -m experiments.long_sequences --preset=cpu
 """
 
 import sys
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 from common.errors import run_program
 from configurator import configure
-from experiments.steps import make_decoding_step, measure_step_memory, open_run
+from experiments.steps import measure_step_memory, time_decoding, time_steps
 from experiments.study import Study, StudyConfig
-from tools.bench.runs import take_step
 from tools.results.plot import COLORS, draw_line, label_points
 from tools.results.table import markdown_table
-from tools.results.turns import run_in_new_process, take_turns
+from tools.results.turns import run_in_new_process
 
 
 @dataclass
@@ -47,16 +44,12 @@ def model_shapes(config, T):
         "block_size": T,
     }
     n_kv_head, window = config.n_head // 4, config.window
+    both = {"n_kv_head": n_kv_head, "window": window}
     return {
         "base": {**shape, "model": "model"},
         "GQA 1/4": {**shape, "model": "model_gqa", "n_kv_head": n_kv_head},
         "SWA": {**shape, "model": "model_swa", "window": window},
-        "all three": {
-            **shape,
-            "model": "model_rope_gqa_swa",
-            "n_kv_head": n_kv_head,
-            "window": window,
-        },
+        "all three": {**shape, "model": "model_rope_gqa_swa", **both},
     }
 
 
@@ -65,12 +58,7 @@ def model_shapes(config, T):
 
 def measure_training(config, T, device, dtype):
     """Return {name: seconds of a training step on one sequence of T tokens}."""
-    steps = {}
-    with ExitStack() as stack:
-        for name, shape in model_shapes(config, T).items():
-            run = stack.enter_context(open_run(shape, 1, device, dtype))
-            steps[name] = partial(take_step, run)
-        return take_turns(config.rounds, device, steps)
+    return time_steps(model_shapes(config, T), 1, config.rounds, device, dtype)
 
 
 def measure_memory(config, T, device, dtype):
@@ -83,11 +71,9 @@ def measure_memory(config, T, device, dtype):
 
 def measure_decoding(config, T, device, dtype):
     """Return {name: seconds of decoding the token at position T - 1, bytes of the KV cache}."""
-    steps, cache_bytes = {}, {}
-    for name, shape in model_shapes(config, T).items():
-        steps[name], cache_bytes[name] = make_decoding_step(shape, T - 1, device, dtype)
-    seconds = take_turns(10 * config.rounds, device, steps)
-    return {name: {"seconds": seconds[name], "cache_bytes": cache_bytes[name]} for name in steps}
+    shapes, rounds = model_shapes(config, T), 10 * config.rounds
+    seconds, cache_bytes = time_decoding(shapes, 1, T - 1, rounds, device, dtype)
+    return {name: {"seconds": seconds[name], "cache_bytes": cache_bytes[name]} for name in shapes}
 
 
 # Table and plot -------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import train
 from common.errors import UserError
 from experiments.study import OUT
 from prepare_data import open_dataset
-from tools.plot_loss import read_log
+from tools.plot_loss import is_finished, read_log
 
 GPT2_SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
 
@@ -35,11 +35,7 @@ class Config:
     rounds: int = 3  # timed training steps of each model; ten times as many of decoding
 
 
-SHARED = {
-    "optimizer": "muon",
-    "min_lr": 1e-5,
-    "lr_schedule": "wsd",
-}
+SHARED = {"optimizer": "muon", "min_lr": 1e-5, "lr_schedule": "wsd"}
 SMALL = SHARED | {
     "dataset": "stdlib",
     "n_layer": 2,
@@ -57,15 +53,11 @@ SMALL = SHARED | {
     "beta2": 0.99,
     "log_interval": 100,
 }
-LONG = SMALL | {
-    "max_steps": 4000,
-    "eval_interval": 500,
-}
+LONG = SMALL | {"max_steps": 4000, "eval_interval": 500}
 LONG_3M = LONG | {
     "n_layer": 4,
     "n_embd": 256,
     "total_batch_size": 4096,
-    "max_steps": 4000,
     "learning_rate": 4e-3,
 }
 MEDIUM = SHARED | {
@@ -136,11 +128,9 @@ def train_run(name, options, *config_files):
     arguments = [f"--{key}={value}" for key, value in options.items()]
     torch.compiler.reset()  # torch limits how often one function is compiled in a process
     train.main([*config_files, *arguments, f"--out_dir={out_dir}"])
-    step, max_steps = read_log(out_dir)[-1]["step"], options["max_steps"]
-    if step < max_steps:
-        raise UserError(
-            f"{out_dir} was stopped at step {step} of {max_steps}: the same command resumes it"
-        )
+    if not is_finished(out_dir):
+        step = read_log(out_dir)[-1]["step"]
+        raise UserError(f"{out_dir} was stopped at step {step}: the same command resumes it")
     return out_dir
 
 
@@ -159,14 +149,6 @@ def mean_curve(curves):
 
 def shape_of_run(options):
     """Return the model options, common to all variants, that these options of train.py give."""
-    vocab_size = options.get("vocab_size")
-    if vocab_size is None:
-        _, meta = open_dataset(options["dataset"])
-        vocab_size = meta["vocab_size"]
-    return {
-        "n_layer": options["n_layer"],
-        "n_head": options["n_head"],
-        "n_embd": options["n_embd"],
-        "block_size": options["block_size"],
-        "vocab_size": vocab_size,
-    }
+    _, meta = open_dataset(options["dataset"])
+    shape = {key: options[key] for key in GPT2_SHAPE}
+    return shape | {"vocab_size": options.get("vocab_size", meta["vocab_size"])}

@@ -2,6 +2,7 @@
 
 import tempfile
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from common.models import model_module
 from tools.bench.runs import prepare_run, take_step
 from tools.bench.sampling import make_decode_step
 from tools.bench.sizes import dtype_name
+from tools.results.turns import take_turns
 
 # Options of train.py for small models on data that are made on the spot.
 TRAINING = {
@@ -90,6 +92,16 @@ def train_to_end(run):
         take_step(run)
 
 
+def time_steps(shapes, B, rounds, device, dtype):
+    """Return the median seconds of a training step of each of {name: shape}; they take turns."""
+    steps = {}
+    with ExitStack() as stack:
+        for name, shape in shapes.items():
+            run = stack.enter_context(open_run(shape, B, device, dtype))
+            steps[name] = partial(take_step, run)
+        return take_turns(rounds, device, steps)
+
+
 def measure_step_memory(shape, B, device, dtype):
     """Return the peak memory of training steps in GB, beyond what the process used before."""
     before = peak_memory(device)
@@ -102,13 +114,17 @@ def measure_step_memory(shape, B, device, dtype):
 # Decoding -------------------------------------------------------------------------------------
 
 
-def make_decoding_step(shape, position, device, dtype, B=1):
-    """Return a function that decodes one token at this position, and the bytes of its KV cache.
+def time_decoding(shapes, B, position, rounds, device, dtype):
+    """Return two dicts: seconds of a decode step, and bytes of the KV cache, of {name: shape}.
 
-    Each call decodes at the same position, with the same cached tokens before it, as sample.py does
-    for B samples of one prompt.
+    The models take turns, with B samples each. A step decodes at the same position each time, with
+    the same cached tokens before it, as sample.py does for B samples of one prompt.
     """
-    model = build_model(shape).to(device, dtype).eval()
-    prepare_for_sampling(model, rows=B)  # on a CPU, as sample.py does
-    cache = model.make_cache(B, position + 1)
-    return make_decode_step(model, cache, position), cache.nbytes
+    steps, bytes_of_caches = {}, {}
+    for name, shape in shapes.items():
+        model = build_model(shape).to(device, dtype).eval()
+        prepare_for_sampling(model, rows=B)  # on a CPU, as sample.py does
+        cache = model.make_cache(B, position + 1)
+        steps[name] = make_decode_step(model, cache, position)
+        bytes_of_caches[name] = cache.nbytes
+    return take_turns(rounds, device, steps), bytes_of_caches
