@@ -25,7 +25,6 @@ if __name__ == "__main__" and not __package__:
 import gc
 import os
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 import torch
 
 from common.device import is_out_of_memory, keep_freed_memory, pick_device
-from common.errors import UserError, run_program
+from common.errors import UserError, one_line, run_program
 from configurator import check_minimum, configure
 from tools.bench.attention import measure_attention
 from tools.bench.ladder import measure_ladder
@@ -54,7 +53,7 @@ from tools.results.table import markdown_rows
 class BenchConfig:
     what: str = "all"  # the benchmark, all of them, or plots
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    budget_seconds: int | None = None  # of the whole call; None: the benchmarks' own
+    budget_seconds: int | None = None  # of all rounds of the call; None: the benchmarks' own
     nanogpt: str | None = None  # directory with nanoGPT's train.py and model.py, a peer
     position: int = 100_000  # decode: timed here and at position = window
     tiny: bool = False  # tiny models and tensors: shows that the benchmarks run, measures nothing
@@ -128,7 +127,6 @@ BENCHMARKS = {
         ("rung",),
     ),
 }
-SMALLEST_PART = 0.3  # of its own budget, below which a benchmark is left out of `all`
 
 
 def chosen_benchmarks(what):
@@ -140,33 +138,21 @@ def chosen_benchmarks(what):
     return [what]
 
 
-class Plan:
-    """Divides the seconds of a call over its benchmarks, in proportion to their own budgets."""
-
-    def __init__(self, names, device, budget_seconds):
-        kind = "cuda" if device.type == "cuda" else "cpu"
-        self.own = {name: BENCHMARKS[name].seconds[kind] for name in names}
-        self.budget = sum(self.own.values()) if budget_seconds is None else budget_seconds
-        self.is_only = len(names) == 1
-        self.start = time.perf_counter()
-
-    def seconds(self, name):
-        """Return the seconds of the next benchmark, of those that are left; None: too few."""
-        left = self.budget - (time.perf_counter() - self.start)
-        seconds = max(0.0, left * self.own[name] / sum(self.own.values()))
-        own = self.own.pop(name)
-        return seconds if self.is_only or seconds >= SMALLEST_PART * own else None
-
-
-def choose_sizes(config, device):
-    if config.tiny:
-        return TINY
-    return CUDA if device.type == "cuda" else CPU
+def divide_budget(names, device, budget_seconds):
+    """Return {name: seconds} of the benchmarks, in proportion to their own budgets."""
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    own = {name: BENCHMARKS[name].seconds[kind] for name in names}
+    total = sum(own.values())
+    budget = total if budget_seconds is None else budget_seconds
+    return {name: seconds * budget / total for name, seconds in own.items()}
 
 
 def run_benchmark(name, config, device, seconds):
     """Run one benchmark; print its tables, and write its result file and its plot."""
-    sizes = choose_sizes(config, device)
+    if config.tiny:
+        sizes = TINY
+    else:
+        sizes = CUDA if device.type == "cuda" else CPU
     bench = Bench(device, seconds, sizes, config.nanogpt, config.position)
     options = {
         "device": config.device,
@@ -200,38 +186,17 @@ def draw_plot(path):
 
 
 def run_all(names, config, device):
-    """Run benchmarks within the budget; if there are several, one that fails does not end them."""
-    plan = Plan(names, device, config.budget_seconds)
-    for name in names:
-        seconds = plan.seconds(name)
-        if seconds is None:
-            print(f"{name} is skipped: too little is left of {plan.budget} s (--budget_seconds)")
-            continue
+    """Run benchmarks; if there are several, one that fails does not end them."""
+    for name, seconds in divide_budget(names, device, config.budget_seconds).items():
         try:
             run_benchmark(name, config, device, seconds)
         except Exception as error:  # of any kind: the other benchmarks still run
-            if len(names) == 1 and not is_users(error):
-                raise
-            message = explain(name, error)
+            if is_out_of_memory(error):
+                error = UserError(f"out of memory in the benchmark {name}: use a larger device")
             if len(names) == 1:
-                raise UserError(message) from error
-            print(f"{name} failed: {message}", flush=True)
+                raise error
+            print(f"{name} failed: {type(error).__name__}: {one_line(error)[:300]}", flush=True)
         release_memory(device)
-
-
-def is_users(error):
-    """Return whether an error is one that the user can cure, and not a bug."""
-    return isinstance(error, UserError) or is_out_of_memory(error)
-
-
-def explain(name, error):
-    """Return a benchmark's error as one line."""
-    if isinstance(error, UserError):
-        return str(error)
-    if is_out_of_memory(error):
-        return f"out of memory in the benchmark {name}, which needs a larger device"
-    reason = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {reason}"
 
 
 def release_memory(device):

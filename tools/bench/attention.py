@@ -18,9 +18,10 @@ from torch.nn.attention.varlen import varlen_attn
 from common.device import peak_memory, pick_dtype
 from common.models import model_module
 from tools.bench.limits import matmul_rates
-from tools.bench.runs import compile_run, prepare_run, take_step
+from tools.bench.runs import prepare_run, take_step
 from tools.bench.sizes import dtype_name
 from tools.results.turns import compare, milliseconds, ratio, run_in_new_process, stopwatch
+from training.parallel import compile_forward
 
 N_HEAD, HEAD_DIM = 12, 64
 LONGEST_DENSE = 1024  # a dense mask beyond this many tokens takes too long
@@ -180,7 +181,7 @@ def step_speed(device, seconds):
                 for block in run.model.transformer.h:
                     block.attn.attend = flash(block.attn.window)
             if device.type == "cuda":
-                compile_run(run)
+                compile_forward(run)
             contestants[name] = stopwatch(device, take_step, run)
         times = compare(seconds, contestants)
     row = {"dtype": dtype_name(dtype), "batch": STEP_BATCH, "T": STEP_MODEL["block_size"]}

@@ -54,16 +54,14 @@ def check_nanogpt(path):
 
 
 def copy_given_nanogpt(bench, folder):
-    """Return the path of a copy of the user's nanoGPT; None, and a note, if it is not given."""
+    """Copy the programs, configs and data preparation of the user's nanoGPT; return the path.
+
+    Return None, and add a note, if no nanoGPT is given.
+    """
     if bench.nanogpt is None:
         bench.note("nanoGPT is skipped: --nanogpt=PATH names a directory with its programs")
         return None
-    return copy_nanogpt(bench.nanogpt, folder)
-
-
-def copy_nanogpt(path, folder):
-    """Copy nanoGPT's programs, configs and the preparation of its data; return the copy's path."""
-    path, copy = Path(path), Path(folder) / "nanogpt"
+    path, copy = Path(bench.nanogpt), Path(folder) / "nanogpt"
     files = [*path.glob("*.py"), *path.glob("config/*.py"), *path.glob("data/*/*.py")]
     for file in files:
         target = copy / file.relative_to(path)

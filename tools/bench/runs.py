@@ -37,13 +37,8 @@ def prepare_run(folder, stack, model_options, **options):
     config = train.TrainConfig(**options, out_dir=str(folder / "out"))
     run = train.setup(config, model_options, ProcessGroup(timeout=60), stack)
     if parallel.uses_compile(config, run.device):
-        compile_run(run)
+        parallel.compile_forward(run)
     return run
-
-
-def compile_run(run):
-    """Compile the forward and backward pass of a run, as train.py does before its first step."""
-    parallel.compile_forward(run)
 
 
 def step_options(sizes, device, dtype):

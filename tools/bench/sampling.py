@@ -3,7 +3,6 @@
 The models have the size of GPT-2 small, 124M parameters, and random weights.
 """
 
-import contextlib
 import functools
 import itertools
 import os
@@ -121,21 +120,14 @@ def generating_rows(bench, dtype, streams, reader, programs, with_transformers):
     return rows
 
 
-@contextlib.contextmanager
-def openmp_as_in_sample():
-    """Let processes started in the block have the OpenMP setting of sample.py."""
+def in_process_of_sample(measure, bench):
+    """Return the rows that measure(bench) returns in a process with sample.py's OpenMP setting."""
     before = os.environ["GOMP_SPINCOUNT"]
     os.environ["GOMP_SPINCOUNT"] = sample.SPIN_COUNT
     try:
-        yield
+        rows, bench.notes = run_in_new_process(measure, bench)
     finally:
         os.environ["GOMP_SPINCOUNT"] = before
-
-
-def in_process_of_sample(measure, bench):
-    """Return the rows that measure(bench) returns in a process with sample.py's OpenMP setting."""
-    with openmp_as_in_sample():
-        rows, bench.notes = run_in_new_process(measure, bench)
     return rows
 
 
