@@ -101,7 +101,7 @@ def _read_source(source):
         return _read_transformers(path)
     if (path / "ckpt.pt").exists() and not run_dir.list_checkpoints(path):
         return _read_nanogpt(path / "ckpt.pt")
-    return _read_run(path)
+    return run_dir.load_best(path, _read_checkpoint)
 
 
 def _is_transformers(directory):
@@ -285,12 +285,8 @@ def _read_nanogpt(path):
     return source
 
 
-def _read_run(directory):
-    """Return the Source of a run's best checkpoint, its last one if none has a validation loss."""
-    return run_dir.load_best(directory, _read_checkpoint)
-
-
 def _read_checkpoint(path, record):
+    """Return the Source of a checkpoint of ours."""
     name, shape = record["options"]["model"], record["model_config"]
     meta = check_meta(record["meta"], path / "config.json")
     with prefix_errors(path / "config.json"), torch.device("meta"):

@@ -55,7 +55,11 @@ def _read_file(path, field, bar):
     try:
         with open(path, "rb") as raw:
             stream = gzip.open(raw) if path.endswith(".gz") else raw
-            for document in _documents(path, stream, field):
+            if path.removesuffix(".gz").endswith(".jsonl"):
+                documents = _jsonl_documents(path, stream, field)
+            else:
+                documents = [_text_pieces(path, stream)]
+            for document in documents:
                 is_first = True
                 for piece in filter(None, document):
                     yield is_first, piece
@@ -66,14 +70,8 @@ def _read_file(path, field, bar):
         raise UserError(f"{path} cannot be read to its end: {error}") from error
 
 
-def _documents(path, stream, field):
-    """Return the documents of a file, each an iterable of pieces."""
-    if path.removesuffix(".gz").endswith(".jsonl"):
-        return _jsonl_documents(path, stream, field)
-    return [_text_pieces(path, stream)]
-
-
 def _text_pieces(path, stream):
+    """Yield the text of a file in pieces."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # without a byte order mark
     text, read, block = "", 0, True
     while block:
@@ -105,6 +103,7 @@ def _safe_cut(text):
 
 
 def _jsonl_documents(path, stream, field):
+    """Yield the document of each line, a list with one piece."""
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue

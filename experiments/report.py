@@ -5,7 +5,7 @@
 A block between the lines "<!-- begin WHAT -->" and "<!-- end -->" is what a function returns:
 
     costs.sizes cpu     sizes() of experiments/costs.py, for docs/experiments/costs_cpu.json
-    bench decode        bench("decode") of this file; so are made, texts and times
+    bench decode        bench("decode") of this file; so are made and times
 
 All other text is written by hand.
 """
@@ -18,7 +18,6 @@ from pathlib import Path
 
 from common.errors import UserError, run_program
 from configurator import configure
-from experiments import study
 from experiments.study import DOCS
 from tools.results.plot import save_lines
 from tools.results.result_file import describe_source, read_result
@@ -63,12 +62,6 @@ def made(name, preset):
     return image(name, path) + describe_source(result, path)
 
 
-def texts(name, preset):
-    """Return the values of a study whose values are texts."""
-    result, _ = read_experiment(name, preset)
-    return study.texts(result)
-
-
 def times(preset):
     """Return a table of the minutes that the studies of a preset took."""
     rows = []
@@ -99,7 +92,7 @@ def bench(name):
     return "\n\n".join(blocks)
 
 
-BLOCKS = {"made": made, "texts": texts, "times": times, "bench": bench}
+BLOCKS = {"made": made, "times": times, "bench": bench}
 
 
 # Documents ------------------------------------------------------------------------------------

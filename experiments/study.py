@@ -205,16 +205,14 @@ def seed_key(row, seed):
     return f"{row}, seed {seed}"
 
 
-def values_of_seeds(result, row):
-    """Return the values of a row, one for each seed; None if one is missing."""
-    values = [result["values"].get(seed_key(row, seed)) for seed in result["config"]["seeds"]]
-    return None if None in values else values
-
-
 def complete_rows(result, rows):
-    """Return {row: values of all seeds}: a study may be unfinished."""
-    complete = {row: values_of_seeds(result, row) for row in rows}
-    return {row: values for row, values in complete.items() if values is not None}
+    """Return {row: values of all seeds}, without the rows that an unfinished study lacks."""
+    complete = {}
+    for row in rows:
+        keys = [seed_key(row, seed) for seed in result["config"]["seeds"]]
+        if result["values"].keys() >= set(keys):
+            complete[row] = [result["values"][key] for key in keys]
+    return complete
 
 
 def texts(result):

@@ -47,7 +47,7 @@ GPT2_FILES = {  # name in transformers: (name there, SHA-256)
         "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     ),
 }
-EXPORTED_META = ("tokenizer", "vocab_size", "chars")  # fields of meta.json
+META_FIELDS = ("tokenizer", "vocab_size", "chars")  # of an exported meta.json
 
 
 @dataclass
@@ -104,13 +104,9 @@ def write_model(folder, model, meta):
     (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     write_json(folder / "config.json", theirs)
     write_json(folder / "generation_config.json", generation_config(model, eot))
-    write_json(folder / "meta.json", exported_meta(meta))
+    # Without the rest, such as the path of the text.
+    write_json(folder / "meta.json", {key: meta[key] for key in META_FIELDS if key in meta})
     write_tokenizer(folder, meta, eot, model.config.block_size)
-
-
-def exported_meta(meta):
-    """Return the meta.json of an export, without the rest, such as the path of the text."""
-    return {key: meta[key] for key in EXPORTED_META if key in meta}
 
 
 def generation_config(model, eot):

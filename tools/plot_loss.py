@@ -102,26 +102,14 @@ def draw(runs, path):
 
 def draw_run(panel, key, label, records, color):
     """Draw the two curves of a run over records[key]; a loss of None or none at all is left out."""
-    train = [record for record in records if record.get("train_loss") is not None]
-    panel.plot(
-        [record[key] for record in train],
-        [record["train_loss"] for record in train],
-        color=color,
-        linewidth=0.8,
-        alpha=0.5,
-        label=f"{label}, training",
-    )
-    val = [record for record in records if "val_loss" in record]
-    if not val:
-        return
-    panel.plot(
-        [record[key] for record in val],
-        [record["val_loss"] for record in val],
-        color=color,
-        marker="o",
-        markersize=4,
-        label=f"{label}, validation",
-    )
+    train_style = {"linewidth": 0.8, "alpha": 0.5, "label": f"{label}, training"}
+    val_style = {"marker": "o", "markersize": 4, "label": f"{label}, validation"}
+    for loss, style in (("train_loss", train_style), ("val_loss", val_style)):
+        shown = [record for record in records if record.get(loss) is not None]
+        if shown:
+            x = [record[key] for record in shown]
+            y = [record[loss] for record in shown]
+            panel.plot(x, y, color=color, **style)
 
 
 def main(argv):

@@ -188,7 +188,7 @@ def make_decode_step(model, cache, position):
     return step
 
 
-def decode_contestant(bench, name, dtype, streams, position):
+def decode_contestant(bench, dtype, name, streams, position):
     """Return a contestant that decodes, the bytes of its KV cache, and the bytes that a step reads.
 
     A step reads the weights, and all keys and values in the cache.
@@ -222,31 +222,37 @@ def decode_positions(bench, dtype, seconds, reader):
     """Return two rows: model_rope_gqa_swa at position = window and at a far position."""
     name = "model_rope_gqa_swa"
     window = model_module(name).GPTConfig(**bench.sizes.sampled_model).window
-    made = {p: decode_contestant(bench, name, dtype, 1, p) for p in (window, bench.position)}
-    times = compare(seconds, {p: turn for p, (turn, *_) in made.items()} | {"read": reader})
-    rows = []
-    for position, (_, cache_bytes, read) in made.items():
-        row = {"dtype": dtype_name(dtype), "model": name, "batch": 1, "position": position}
-        row |= {"ms": milliseconds(times[position]), "cache_bytes": cache_bytes}
-        row["this_over_window"] = ratio(times[position], times[window])
-        row["of_read_limit"] = ratio([read / bandwidth(bench, times["read"])], times[position])
-        rows.append(bench.show(row))
-    return rows
+    near, far = (name, 1, window), (name, 1, bench.position)
+    times, rows = time_decode_steps(bench, dtype, seconds, reader, [near, far])
+    for case, row in rows.items():
+        row["this_over_window"] = ratio(times[case], times[near])
+    return [bench.show(row) for row in rows.values()]
 
 
 def decode_models(bench, dtype, seconds, reader):
     """Return one row per model: a decode step of several samples, KV heads and windows compared."""
-    position = bench.sizes.samples_position
-    made = {}
-    for name in ("model", "model_gqa", "model_swa"):
-        made[name] = decode_contestant(bench, name, dtype, SAMPLES, position)
-    times = compare(seconds, {name: turn for name, (turn, *_) in made.items()} | {"read": reader})
-    rows = []
-    for name, (_, cache_bytes, read) in made.items():
-        row = {"dtype": dtype_name(dtype), "model": name, "batch": SAMPLES}
-        row |= {"position": position, "cache_bytes": cache_bytes}
-        row["ms"] = milliseconds(times[name])
-        row["model_over_this"] = ratio(times["model"], times[name])
-        row["of_read_limit"] = ratio([read / bandwidth(bench, times["read"])], times[name])
-        rows.append(bench.show(row))
-    return rows
+    names = ("model", "model_gqa", "model_swa")
+    cases = [(name, SAMPLES, bench.sizes.samples_position) for name in names]
+    times, rows = time_decode_steps(bench, dtype, seconds, reader, cases)
+    for case, row in rows.items():
+        row["model_over_this"] = ratio(times[cases[0]], times[case])
+    return [bench.show(row) for row in rows.values()]
+
+
+def time_decode_steps(bench, dtype, seconds, reader, cases):
+    """Return {case: seconds of each round} and {case: row} of decode steps.
+
+    A case is (model, streams, position).
+    """
+    made = {case: decode_contestant(bench, dtype, *case) for case in cases}
+    contestants = {case: turn for case, (turn, *_) in made.items()}
+    times = compare(seconds, contestants | {"read": reader})
+    rows = {}
+    for case, (_, cache_bytes, bytes_read) in made.items():
+        name, streams, position = case
+        row = {"dtype": dtype_name(dtype), "model": name, "batch": streams, "position": position}
+        row |= {"cache_bytes": cache_bytes, "ms": milliseconds(times[case])}
+        read_limit = bytes_read / bandwidth(bench, times["read"])
+        row["of_read_limit"] = ratio([read_limit], times[case])
+        rows[case] = row
+    return times, rows
