@@ -79,15 +79,12 @@ def configure(options, argv, doc, positional=None):
     return config
 
 
-def configure_with_model(
-    options, argv, doc, model_config, hint, positional=None, ignored_in_files=()
-):
+def configure_with_model(options, argv, doc, model_config, hint, positional=None):
     """Fill the dataclass `options`, and collect the options of a model that one of them chooses.
 
-    model_config       function from the filled `options` to a second dataclass, the model's
-                       GPTConfig, or to None
-    hint               function from an unknown name to a sentence about it, or ""; or None
-    ignored_in_files   names that config files may set although this program has no such option
+    model_config   function from the filled `options` to a second dataclass, the model's GPTConfig,
+                   or to None
+    hint           function from an unknown name to a sentence about it, or ""; or None
 
     Returns the filled `options` and a dict of the model options that were given.
     """
@@ -99,9 +96,8 @@ def configure_with_model(
     if "--help" in argv or "-h" in argv:
         _print_help(doc, options, model_options)
     known |= model_types
-    for name, value in given.items():
-        is_ignored = name in ignored_in_files and not isinstance(value, _Text)
-        if name not in known and not is_ignored:
+    for name in given:
+        if name not in known:
             raise UserError(f"unknown option {name}: {_suggest(name, known, hint)}")
     return config, _convert_all(given, model_types)
 

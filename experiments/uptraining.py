@@ -13,14 +13,7 @@ from statistics import mean
 from common.errors import run_program
 from configurator import configure
 from experiments.intervals import format_difference, format_mean
-from experiments.runs import (
-    PRESETS,
-    mean_curve,
-    train_run,
-    train_variant,
-    val_losses,
-    variants,
-)
+from experiments.runs import PRESETS, mean_curve, train_run, train_variant, val_losses, variants
 from experiments.study import Study, StudyConfig, complete_rows
 from tools.plot_loss import read_log
 from tools.results.plot import COLORS, draw_line, label_points

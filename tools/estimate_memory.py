@@ -19,7 +19,7 @@ import sys
 if __name__ == "__main__" and not __package__:
     sys.exit("error: run it from the repository root as: python -m tools.estimate_memory")
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,7 +34,7 @@ FLOAT32 = 4  # bytes of a master weight, of its gradient, of each of AdamW's mom
 
 
 @dataclass
-class EstimateConfig:
+class EstimateConfig(TrainConfig):  # so that a config file may set the other options, too
     # As in train.py
     model: str = "model"  # the model file, without .py
     batch_size: int = 16  # sequences per forward pass and process
@@ -230,7 +230,6 @@ def main(argv):
         __doc__,
         model_config=lambda config: model_module(config.model).GPTConfig,
         hint=models_with_option,
-        ignored_in_files={field.name for field in fields(TrainConfig)},
     )
     check_minimum(config, 1, "batch_size", "total_batch_size", "micro_steps", "world_size")
     check_minimum(config, 0, "shard_degree")

@@ -101,15 +101,14 @@ def draw(runs, path):
 
 
 def draw_run(panel, key, label, records, color):
-    """Draw the two curves of a run over records[key]; a loss of None or none at all is left out."""
+    """Draw the two curves of a run over records[key], where it has a loss."""
     train_style = {"linewidth": 0.8, "alpha": 0.5, "label": f"{label}, training"}
     val_style = {"marker": "o", "markersize": 4, "label": f"{label}, validation"}
     for loss, style in (("train_loss", train_style), ("val_loss", val_style)):
         shown = [record for record in records if record.get(loss) is not None]
-        if shown:
-            x = [record[key] for record in shown]
-            y = [record[loss] for record in shown]
-            panel.plot(x, y, color=color, **style)
+        x = [record[key] for record in shown]
+        y = [record[loss] for record in shown]
+        panel.plot(x, y, color=color, **style)
 
 
 def main(argv):

@@ -450,21 +450,6 @@ def test_the_filled_options_choose_the_model():
     assert received == [Options(model="model_swa")]
 
 
-def test_a_config_file_may_set_options_of_another_program(config_file):
-    path = config_file("max_steps = 5\nn_layer = 3")
-    assert with_shape(path, ignored_in_files={"max_steps"}) == (Options(), {"n_layer": 3})
-
-
-def test_the_command_line_may_not_set_options_of_another_program(config_file):
-    kwargs = {"parse": with_shape, "ignored_in_files": {"max_steps"}}
-    assert "max_steps" in user_error(config_file("max_steps = 5"), "--max_steps=6", **kwargs)
-
-
-def test_an_option_of_no_program_in_a_config_file_is_refused(config_file):
-    kwargs = {"parse": with_shape, "ignored_in_files": {"max_steps"}}
-    assert "max_stepz" in user_error(config_file("max_stepz = 5"), **kwargs)
-
-
 def test_an_option_of_the_model_with_a_wrong_type_is_refused():
     message = user_error("--n_layer=x", parse=with_shape)
     assert "n_layer=x" in message

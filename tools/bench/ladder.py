@@ -8,7 +8,6 @@ process of its own, because some settings last as long as a process.
 import functools
 import statistics
 import tempfile
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from common.cpu import use_float32_attention
 from common.device import keep_freed_memory, pick_dtype
 from tools.bench.limits import matmul_rates, products_flops
 from tools.bench.runs import prepare_run, take_step
-from tools.results.turns import Budget, milliseconds, run_in_new_process, synchronize, time_turns
+from tools.results.turns import Budget, milliseconds, run_in_new_process, stopwatch, time_turns
 
 
 @dataclass
@@ -142,14 +141,9 @@ def measure_rung(settings, model_options, device, steps):
     """Return the seconds of a step. Must run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         run = prepare_rung(settings, model_options, device, Path(folder), stack)
-        for _ in range(steps):
-            take_step(run)
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(steps):
-            take_step(run)
-        synchronize(device)
-        return (time.perf_counter() - start) / steps
+        turn = stopwatch(device, take_step, run, calls=steps)
+        turn()  # to warm up
+        return turn()
 
 
 def possible_rungs(bench):

@@ -4,6 +4,7 @@ The models have the size of GPT-2 small, 124M parameters, and random weights.
 """
 
 import functools
+import importlib.util
 import itertools
 import os
 import statistics
@@ -18,14 +19,7 @@ from common.models import model_module
 from tools.bench.limits import bandwidth, fastest_reader
 from tools.bench.nanogpt import copy_given_nanogpt, generating_seconds
 from tools.bench.sizes import dtype_name, dtypes
-from tools.results.turns import (
-    compare,
-    milliseconds,
-    ratio,
-    run_in_new_process,
-    spread,
-    stopwatch,
-)
+from tools.results.turns import compare, milliseconds, ratio, run_in_new_process, spread, stopwatch
 
 # Generating ----------------------------------------------------------------------------------
 
@@ -87,12 +81,10 @@ def transformers_contestant(model, prompt, streams, new_tokens):
 
 def has_transformers(bench):
     """Return whether transformers is installed; if not, say that it is skipped."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        bench.note("transformers is skipped: it is not installed")
-        return False
-    return True
+    if importlib.util.find_spec("transformers") is not None:
+        return True
+    bench.note("transformers is skipped: it is not installed")
+    return False
 
 
 def generating_rows(bench, dtype, streams, reader, programs, with_transformers):

@@ -1,7 +1,6 @@
 """Training: the time of a step, and the time to a validation loss, beside nanoGPT's train.py."""
 
 import functools
-import json
 import statistics
 import subprocess
 import sys
@@ -29,15 +28,8 @@ from tools.bench.nanogpt import (
 )
 from tools.bench.runs import prepare_run, step_options, take_step, write_random_dataset
 from tools.bench.sizes import dtype_name, dtypes
-from tools.results.turns import (
-    Budget,
-    compare,
-    milliseconds,
-    ratio,
-    spread,
-    stopwatch,
-    time_turns,
-)
+from tools.plot_loss import read_log
+from tools.results.turns import Budget, compare, milliseconds, ratio, spread, stopwatch, time_turns
 
 NANOGPT_ITERATIONS = {"cpu": 2, "cuda": 40}  # of one turn, after the first one
 
@@ -186,8 +178,7 @@ def run_recipe(recipe, dataset, device):
         seconds = time.perf_counter() - start
         if result.returncode != 0:
             raise UserError(f"{recipe.name}: {result.stderr.strip()[-300:]}")
-        last_line = (Path(folder) / "run" / "log.jsonl").read_text().splitlines()[-1]
-    record = json.loads(last_line)
+        record = read_log(Path(folder) / "run")[-1]
     return seconds, record["step"], record["val_loss"]
 
 
