@@ -354,8 +354,8 @@ def input_files(pattern):
     raise UserError(message)
 
 
-def prepare(config, root="data", only_missing=False):
-    """Make the dataset that a PrepareConfig describes in root/NAME; return its meta.json.
+def prepare(config, only_missing=False):
+    """Make the dataset that a PrepareConfig describes in data/NAME; return its meta.json.
 
     only_missing   use a complete dataset of that name as it is
 
@@ -367,7 +367,7 @@ def prepare(config, root="data", only_missing=False):
             "explains)"
         )
     if config.import_nanogpt:
-        return prepare_nanogpt(config, Path(root, config.name))
+        return prepare_nanogpt(config, Path("data", config.name))
     if not config.input and config.name not in DATASETS:
         raise UserError(
             f"{config.name} is not one of {', '.join(DATASETS)}: --input='FILES' names its text"
@@ -387,7 +387,7 @@ def prepare(config, root="data", only_missing=False):
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction} must be above 0 and below 1")
 
-    folder, source = Path(root, config.name), config.input or config.name
+    folder, source = Path("data", config.name), config.input or config.name
     made = {"source": source, "tokenizer": tokenizer, "val_fraction": val_fraction}
     with lock_dataset(folder) as waited:
         if has_dataset(folder) and not config.overwrite:
@@ -398,7 +398,7 @@ def prepare(config, root="data", only_missing=False):
                 return meta
         if is_fineweb:
             return prepare_fineweb(folder, config.shards, config.overwrite)
-        paths = source_files(config, root)
+        paths = source_files(config)
         return prepare_text(folder, tokenizer, paths, config.field, val_fraction, source)
 
 
@@ -431,13 +431,13 @@ def check_replaceable(folder, source):
         )
 
 
-def source_files(config, root):
+def source_files(config):
     """Return the text files of a dataset; download tinyshakespeare unless it is there."""
     if config.input:
         return input_files(config.input)
     if config.name == "stdlib":
         return stdlib_files()
-    path = Path(root, "download", "tinyshakespeare.txt")
+    path = Path("data", "download", "tinyshakespeare.txt")
     with lock_dataset(path.parent):  # shakespeare and shakespeare_char both download it
         if not path.exists():
             download_shakespeare(path)

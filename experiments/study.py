@@ -88,8 +88,6 @@ class Study:
         for key in ("device", "cpu", "threads", "dtype"):
             if stored["machine"].get(key) != self.result["machine"][key]:
                 changed.append(key)
-        if "values" not in stored:
-            changed.append("format")
         if changed:
             names = " and ".join(changed)
             print(f"{self.path} was measured with another {names}: measuring all points again")
