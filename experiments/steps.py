@@ -1,18 +1,16 @@
 """Training and decoding outside of a whole run: on data made on the spot, and to be timed."""
 
-import tempfile
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from common.cpu import prepare_for_sampling
 from common.device import peak_memory
 from common.models import model_module
-from tools.bench.runs import prepare_run, take_step
+from tools.bench import runs as bench_runs
+from tools.bench.runs import take_step
 from tools.bench.sampling import make_decode_step
-from tools.bench.sizes import dtype_name
 from tools.results.turns import take_turns
 
 # Options of train.py for small models on data that are made on the spot.
@@ -46,7 +44,6 @@ def cache_bytes(shape, tokens):
 # Training -------------------------------------------------------------------------------------
 
 
-@contextmanager
 def open_run(shape, B, device, dtype, **options):
     """Give a Run of train.py with one micro-step of B sequences in a `with` block.
 
@@ -54,15 +51,9 @@ def open_run(shape, B, device, dtype, **options):
     options   further options of train.py; without a dataset it trains on random tokens
     """
     model_options = dict(shape)
-    options |= {
-        "model": model_options.pop("model"),
-        "batch_size": B,
-        "total_batch_size": B * shape["block_size"],
-        "device": str(device),
-        "dtype": dtype_name(dtype),
-    }
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        yield prepare_run(Path(folder), stack, model_options, **options)
+    options |= {"model": model_options.pop("model")}
+    options |= bench_runs.step_options(B, shape["block_size"], device, dtype)
+    return bench_runs.open_run(model_options, **options)
 
 
 class Task:

@@ -7,9 +7,7 @@ is worth that if a step of 4096 tokens or more becomes 1.5 times as fast.
 Shapes: B batch, T tokens, H heads, D head_dim.
 """
 
-import tempfile
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 from common.device import peak_memory, pick_dtype
 from common.models import model_module
 from tools.bench.limits import matmul_rates
-from tools.bench.runs import prepare_run, take_step
+from tools.bench.runs import open_run, step_options, take_step
 from tools.bench.sizes import dtype_name
 from tools.results.turns import compare, milliseconds, ratio, run_in_new_process, stopwatch
 from training.parallel import compile_forward
@@ -170,13 +168,12 @@ def attention_memory(bench, dtype):
 def step_speed(device, seconds):
     """Return one row: a training step of model_swa, with its own windows and with the kernel's."""
     dtype = pick_dtype("auto", device)
-    options = {"model": "model_swa", "device": str(device), "dtype": dtype_name(dtype)}
-    options["batch_size"] = STEP_BATCH
-    options["total_batch_size"] = STEP_BATCH * STEP_MODEL["block_size"]
+    options = step_options(STEP_BATCH, STEP_MODEL["block_size"], device, dtype)
+    options |= {"model": "model_swa", "compile": False}
     contestants = {}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with ExitStack() as stack:
         for name in ("sliding", "flash"):
-            run = prepare_run(Path(folder) / name, stack, STEP_MODEL, **options, compile=False)
+            run = stack.enter_context(open_run(STEP_MODEL, **options))
             if name == "flash":
                 for block in run.model.transformer.h:
                     block.attn.attend = flash(block.attn.window)

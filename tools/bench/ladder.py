@@ -7,10 +7,7 @@ process of its own, because some settings last as long as a process.
 
 import functools
 import statistics
-import tempfile
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +15,7 @@ import torch.nn.functional as F
 from common.cpu import use_float32_attention
 from common.device import keep_freed_memory, pick_dtype
 from tools.bench.limits import matmul_rates, products_flops
-from tools.bench.runs import prepare_run, take_step
+from tools.bench.runs import open_run, step_options, take_step
 from tools.results.turns import Budget, milliseconds, run_in_new_process, stopwatch, time_turns
 
 
@@ -110,20 +107,9 @@ def fused_loss(model):
     return forward
 
 
-def prepare_rung(settings, model_options, device, folder, stack):
-    """Return a Run of train.py with a rung's settings."""
-    model_options = {"vocab_size": settings.vocab_size} | model_options
-    run = prepare_run(
-        folder,
-        stack,
-        model_options,
-        batch_size=settings.batch_size,
-        total_batch_size=settings.batch_size * model_options["block_size"],
-        device=str(device),
-        dtype=settings.dtype,
-        compile=False,  # below, because the rungs before it compile nothing
-    )
-    apply_process_settings(settings, device)
+def apply_settings(settings, run):
+    """Give a run, which is not compiled, the settings of a rung."""
+    apply_process_settings(settings, run.device)
     if not settings.fused_adamw:
         for param_group in run.optimizer.param_groups:
             param_group["fused"] = None
@@ -134,13 +120,15 @@ def prepare_rung(settings, model_options, device, folder, stack):
         run.forward = fused_loss(run.model)
     if settings.compile:
         run.forward = torch.compile(run.forward)
-    return run
 
 
 def measure_rung(settings, model_options, device, steps):
     """Return the seconds of a step. Must run in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        run = prepare_rung(settings, model_options, device, Path(folder), stack)
+    model_options = {"vocab_size": settings.vocab_size} | model_options
+    T, dtype = model_options["block_size"], getattr(torch, settings.dtype)
+    options = step_options(settings.batch_size, T, device, dtype)
+    with open_run(model_options, **options, compile=False) as run:
+        apply_settings(settings, run)
         turn = stopwatch(device, take_step, run, calls=steps)
         turn()  # to warm up
         return turn()

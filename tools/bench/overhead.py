@@ -15,13 +15,10 @@ there are per step, if every evaluation is a new best loss, which is saved.
 import contextlib
 import functools
 import io
-import tempfile
 import threading
 import time
 from collections import defaultdict
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import train
 from common import run_dir
@@ -30,7 +27,7 @@ from common.device import pick_dtype
 from common.distributed import ProcessGroup
 from common.models import ROOT, model_module, models_with_option
 from configurator import configure_with_model
-from tools.bench.runs import prepare_run, step_options
+from tools.bench.runs import open_run, step_options
 from tools.results.turns import Budget, spread, synchronize, time_turns
 
 BYTES = 257  # the vocabulary of quickstart's dataset
@@ -138,7 +135,8 @@ def read_config(short, bench):
     )
     device = bench.device
     if short.name != "quickstart":  # the batch of the other benchmarks
-        options = step_options(bench.sizes, device, pick_dtype("auto", device))
+        B, T = bench.sizes.batch_size, bench.sizes.config().block_size
+        options = step_options(B, T, device, pick_dtype("auto", device))
         return replace(config, **options), bench.sizes.model
     return replace(config, device=str(device)), model_options | {"vocab_size": BYTES}
 
@@ -153,18 +151,16 @@ def time_run(short, bench):
     }
     del changed["dataset"], changed["out_dir"]
     clock = Clock()
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        T = model_module("model").GPTConfig(**model_options).block_size
-        changed["eval_tokens"] = short.eval_batches * config.batch_size * T
-        run = prepare_run(Path(folder), stack, model_options, **changed)
+    T = model_module("model").GPTConfig(**model_options).block_size
+    changed["eval_tokens"] = short.eval_batches * config.batch_size * T
+    with open_run(model_options, **changed) as run:
         train.train_step(run)  # allocates the optimizer's state; not counted as a step
         run.out_dir.mkdir(exist_ok=True)
         run.forward = forward_and_wait(run, clock)
-        stack.enter_context(clock.around(IN_STEP | IN_LOOP))
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        start = time.perf_counter()
-        train.train_loop(run)
-        seconds = time.perf_counter() - start
+        with clock.around(IN_STEP | IN_LOOP), contextlib.redirect_stdout(io.StringIO()):
+            start = time.perf_counter()
+            train.train_loop(run)
+            seconds = time.perf_counter() - start
     return clock, seconds, run, config
 
 

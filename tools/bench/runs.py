@@ -1,5 +1,9 @@
 """Runs of train.py in this process, taken step by step."""
 
+import tempfile
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
 import numpy as np
 
 import train
@@ -22,30 +26,31 @@ def write_random_dataset(folder, vocab_size):
     write_json(folder / "meta.json", {"tokenizer": "gpt2", "vocab_size": vocab_size})
 
 
-def prepare_run(folder, stack, model_options, **options):
-    """Return a Run of train.py, compiled where train.py compiles.
+@contextmanager
+def open_run(model_options, **options):
+    """Give a Run of train.py in a `with` block, compiled where train.py compiles.
 
-    folder          for its data, which are random tokens unless the options name a dataset
-    stack           ExitStack that holds the lock on the run's directory
     model_options   of GPTConfig
-    options         of TrainConfig
+    options         of TrainConfig; without a dataset it trains on random tokens
     """
-    if "dataset" not in options:
-        module = model_module(options.get("model", "model"))
-        write_random_dataset(folder / "data", make_config(module, model_options).vocab_size)
-        options["dataset"] = str(folder / "data")
-    config = train.TrainConfig(**options, out_dir=str(folder / "out"))
-    run = train.setup(config, model_options, ProcessGroup(timeout=60), stack)
-    if parallel.uses_compile(config, run.device):
-        parallel.compile_forward(run)
-    return run
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        folder = Path(folder)
+        if "dataset" not in options:
+            module = model_module(options.get("model", "model"))
+            write_random_dataset(folder / "data", make_config(module, model_options).vocab_size)
+            options["dataset"] = str(folder / "data")
+        config = train.TrainConfig(**options, out_dir=str(folder / "out"))
+        run = train.setup(config, model_options, ProcessGroup(timeout=60), stack)
+        if parallel.uses_compile(config, run.device):
+            parallel.compile_forward(run)
+        yield run
 
 
-def step_options(sizes, device, dtype):
-    """Return the options of train.py for a training step of a benchmark: one micro-step."""
+def step_options(B, T, device, dtype):
+    """Return the options of train.py for steps of one micro-step: B sequences of T tokens."""
     return {
-        "batch_size": sizes.batch_size,
-        "total_batch_size": sizes.tokens,
+        "batch_size": B,
+        "total_batch_size": B * T,
         "device": str(device),
         "dtype": dtype_name(dtype),
     }

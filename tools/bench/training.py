@@ -26,7 +26,7 @@ from tools.bench.nanogpt import (
     last_val_loss,
     run_nanogpt,
 )
-from tools.bench.runs import prepare_run, step_options, take_step, write_random_dataset
+from tools.bench.runs import open_run, step_options, take_step, write_random_dataset
 from tools.bench.sizes import dtype_name, dtypes
 from tools.plot_loss import read_log
 from tools.results.turns import Budget, compare, milliseconds, ratio, spread, stopwatch, time_turns
@@ -80,9 +80,8 @@ def measure_train(bench):
     contestants, runs = {}, {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for dtype in kinds:
-            options = step_options(sizes, device, dtype)
-            place = Path(folder) / dtype_name(dtype)
-            runs[dtype] = prepare_run(place, stack, sizes.model, **options)
+            options = step_options(sizes.batch_size, sizes.config().block_size, device, dtype)
+            runs[dtype] = stack.enter_context(open_run(sizes.model, **options))
             contestants["step", dtype] = stopwatch(device, take_step, runs[dtype])
             linear = step_products(sizes, device, dtype)
             contestants["linear", dtype] = stopwatch(device, linear)
