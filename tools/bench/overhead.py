@@ -25,10 +25,10 @@ from common import run_dir
 from common.dataloader import Loader
 from common.device import pick_dtype
 from common.distributed import ProcessGroup
-from common.models import ROOT, model_module, models_with_option
-from configurator import configure_with_model
+from common.models import ROOT, model_module
 from tools.bench.runs import open_run, step_options
 from tools.results.turns import Budget, spread, synchronize, time_turns
+from training.start import read_options
 
 BYTES = 257  # the vocabulary of quickstart's dataset
 
@@ -126,13 +126,8 @@ def forward_and_wait(run, clock):
 
 def read_config(short, bench):
     """Return the filled TrainConfig and the model options of a config file."""
-    config, model_options = configure_with_model(
-        train.TrainConfig,
-        [str(ROOT / short.config_file)],
-        "",
-        lambda config: model_module(config.model).GPTConfig,
-        models_with_option,
-    )
+    path = str(ROOT / short.config_file)
+    config, model_options, _ = read_options(train.TrainConfig, [path], doc="")
     device = bench.device
     if short.name != "quickstart":  # the batch of the other benchmarks
         B, T = bench.sizes.batch_size, bench.sizes.config().block_size
