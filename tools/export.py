@@ -22,7 +22,7 @@ from safetensors.torch import save
 from tiktoken.load import read_file_cached
 
 from common.errors import UserError, prefix_errors, run_program
-from common.files import fsync, lock, name_in_errors, write_json
+from common.files import fsync, name_in_errors, write_json
 from common.pretrained import load_model
 from common.tokenizer import EOT, get_tokenizer
 from common.transformers_format import to_gpt2, to_gpt_neo, to_starcoder2
@@ -65,32 +65,27 @@ def export(source, out_dir):
     transformers has no such model.
     """
     out_dir = Path(out_dir)
-
-    def refuse():
-        raise UserError(f"another process exports to {out_dir}: choose another directory")
-
-    with lock(out_dir.with_name(out_dir.name + ".lock"), on_busy=refuse):
-        if out_dir.exists():
-            raise UserError(f"{out_dir} exists already: choose a new directory")
-        model, meta = load_model(source)
-        name = type(model).__module__
-        if name not in FORMATS:
-            raise UserError(
-                f"{source} is a {name}, which is not among the models of transformers: only "
-                f"{', '.join(FORMATS)} can be exported"
-            )
-        part = out_dir.with_name(out_dir.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
-        part.mkdir()
-        try:
-            with name_in_errors(part), prefix_errors(source):
-                write_model(part, model, meta)
-            for path in (*part.iterdir(), part):
-                fsync(path)
-            part.replace(out_dir)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
+    if out_dir.exists():
+        raise UserError(f"{out_dir} exists already: choose a new directory")
+    model, meta = load_model(source)
+    name = type(model).__module__
+    if name not in FORMATS:
+        raise UserError(
+            f"{source} is a {name}, which is not among the models of transformers: only "
+            f"{', '.join(FORMATS)} can be exported"
+        )
+    part = out_dir.with_name(out_dir.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
+    part.mkdir(parents=True)
+    try:
+        with name_in_errors(part), prefix_errors(source):
+            write_model(part, model, meta)
+        for path in (*part.iterdir(), part):
+            fsync(path)
+        part.replace(out_dir)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def write_model(folder, model, meta):
