@@ -59,19 +59,16 @@ def open_run(shape, B, device, dtype, **options):
 class Task:
     """Takes the place of a run's Loader: batches that a function makes on the spot.
 
-    next_batch   function that returns inputs and targets (B, T), int64, on the CPU
+    next_batch   function from the step to inputs and targets (B, T), int64, on the CPU
     """
 
     def __init__(self, block_size, next_batch):
         self.block_size = block_size
         self.next_batch = next_batch
-        self.step = 0
 
     def train_batch(self, first, count):
-        """Return the batch of the next step, as Loader does for the sequences from `first` on."""
-        batch = self.next_batch(self.step)
-        self.step += 1
-        return batch
+        """Return the `count` sequences of a step, as Loader does from the number `first` on."""
+        return self.next_batch(first // count)
 
     def prefetch(self, *arguments):
         """Do nothing: these batches are made when they are used."""
