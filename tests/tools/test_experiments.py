@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, refused, write_tiny
+from matplotlib.figure import Figure
 
 from common.dataloader import Loader
 from common.errors import UserError
@@ -31,7 +32,7 @@ from experiments import (
     steps,
     study,
 )
-from tools.results import result_file
+from tools.results import plot, result_file
 from tools.results.turns import run_in_new_process
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,6 @@ EXPERIMENTS = [
     "associative",
     "full_layers",
 ]
-REAL_SAVE_LINES = study.save_lines
 WITHOUT_PLOT = ("samples", "look", "costs")  # their results are texts or a table
 SHAPE = {"n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": 32}
 OTHER_SHAPE = SHAPE | {"n_head": 8}  # for size and speed, with another number of heads
@@ -59,8 +59,9 @@ RUN = {
     "n_layer": 1,
     "n_head": 4,
     "n_embd": 32,
-    "max_steps": 16,
-    "eval_interval": 4,
+    "max_steps": 10,
+    "eval_interval": 5,
+    "checkpoint_interval": 10,
     "total_batch_size": 64,
     "optimizer": "muon",
     "muon_learning_rate": 0.01,
@@ -88,7 +89,9 @@ def tiny(folder, monkeypatch):
     monkeypatch.chdir(folder)
     run_config = runs.Config("tiny", run=RUN, seeds=(1, 2), shape=OTHER_SHAPE, rounds=1)
     training = steps.TRAINING | {"max_steps": 2}
-    recall_config = recall.Config(shape=SHAPE, windows=(4, 8), training=training, tested=256)
+    recall_config = recall.Config(
+        shape=SHAPE, windows=(4, 8), training=training, tested=256, seeds=(1, 2)
+    )
     associative_config = associative.Config(
         shape=SHAPE,
         keys=8,
@@ -101,7 +104,7 @@ def tiny(folder, monkeypatch):
     )
     local_run = {"dataset": "tiny", "batch_size": 2, **SHAPE, "n_layer": 4, "n_kv_head": 4}
     local_config = full_layers.Config(local_run, training, eval_tokens=128, seeds=(1, 2))
-    long_config = long_sequences.Config(n_embd=32, lengths=(512, 1024), rounds=1)
+    long_config = long_sequences.Config(n_embd=32, window=16, lengths=(32, 64), rounds=1)
     monkeypatch.setitem(runs.PRESETS, "cpu", run_config)
     monkeypatch.setitem(recall.PRESETS, "cpu", recall_config)
     monkeypatch.setitem(associative.PRESETS, "cpu", associative_config)
@@ -112,9 +115,11 @@ def tiny(folder, monkeypatch):
     optimizers_config = optimizers.Config(run=RUN, sizes={"tiny": {"max_steps": 4}}, **rates)
     monkeypatch.setitem(optimizers.PRESETS, "cpu", optimizers_config)
     monkeypatch.setitem(samples.PROMPTS, "tiny", "def ")
+    monkeypatch.setattr(samples, "variants", lambda run: {"base": {}, "all three": {}})
     monkeypatch.setattr(study, "save_lines", lambda *arguments: None)  # tested below
     for module in (costs, long_sequences):  # a new process takes seconds; one test below starts one
         monkeypatch.setattr(module, "run_in_new_process", call_in_this_process)
+    monkeypatch.setattr(costs, "measure_step_memory", lambda shape, B, device, dtype: 0.5)
     return folder
 
 
@@ -137,16 +142,16 @@ def published(name):
 def test_an_experiment_writes_a_result_file_with_points(tiny, name):
     run_experiment(name)
     text = (tiny / "docs" / "experiments" / f"{name}_cpu.json").read_text(encoding="utf-8")
-    assert json.loads(text)["values"]
+    result = json.loads(text)
+    assert result["values"]
+    assert result["command"] == f"python -m experiments.{name} --preset=cpu"
     assert "NaN" not in text
 
 
-@each_experiment
-def test_a_result_file_says_how_it_was_made(tiny, name):
-    run_experiment(name)
-    result = published(name)
-    assert result["name"] == name
-    assert result["command"] == f"python -m experiments.{name} --preset=cpu"
+def test_a_result_file_says_how_it_was_made(tiny):
+    run_experiment("look")
+    result = published("look")
+    assert result["name"] == "look"
     assert result["config"]
     assert result["machine"]["device"]
     assert result["versions"]["torch"] == torch.__version__
@@ -164,10 +169,23 @@ def test_an_experiment_prints_its_tables_at_the_end(tiny, capsys, name):
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in WITHOUT_PLOT])
-def test_an_experiment_draws_a_plot(tiny, name, monkeypatch):
-    monkeypatch.setattr(study, "save_lines", REAL_SAVE_LINES)
+def test_an_experiment_plots_lines_in_each_panel(tiny, name, monkeypatch):
+    panels = []
+
+    def draw_without_file(draw, count, size, path):
+        panels.extend(Figure(size).subplots(1, count, squeeze=False)[0])
+        draw(*panels)
+
+    monkeypatch.setattr(study, "save_lines", plot.save_lines)
+    monkeypatch.setattr(plot, "save_figure", draw_without_file)  # rendering takes longest
     run_experiment(name)
-    assert (tiny / "docs" / "experiments" / f"{name}_cpu.png").stat().st_size > 10_000
+    assert panels and all(panel.lines for panel in panels)
+
+
+def test_the_plot_of_an_experiment_is_beside_its_result_file(tiny, monkeypatch):
+    monkeypatch.setattr(study, "save_lines", plot.save_lines)
+    run_experiment("curves")
+    assert (tiny / "docs/experiments/curves_cpu.png").stat().st_size > 10_000
 
 
 @each_program
@@ -325,15 +343,17 @@ def test_an_unfinished_study_is_published_without_the_models_that_lack_seeds(tin
             raise UserError("stopped")
         return measure_quality(config, name, seed)
 
+    run_experiment("quality")
+    complete = Path("out/experiments/quality_cpu.json").read_bytes()
     measure_quality = quality.measure_quality
     monkeypatch.setattr(quality, "measure_quality", stop_at_the_third_run)
-    Path("docs/experiments/quality_cpu.json").unlink(missing_ok=True)
+    Path("docs/experiments/quality_cpu.json").unlink()
     with pytest.raises(UserError):
         quality.main(["--preset=cpu", "--overwrite=True"])
     result = published("quality")
     assert list(quality.measured_variants(result)) == ["base"]
     assert "RoPE" not in quality.losses(result)
-    (tiny / "out/experiments/quality_cpu.json").unlink()  # for the other tests
+    Path("out/experiments/quality_cpu.json").write_bytes(complete)  # for the other tests
 
 
 # Measurements ---------------------------------------------------------------------------------
@@ -476,19 +496,11 @@ def test_look_draws_the_receptive_field_of_stacked_windows(layers, window):
 
 
 def test_step_memory_grows_by_weights_gradients_and_optimizer_state():
-    shape = {
-        "model": "model",
-        "n_layer": 1,
-        "n_head": 2,
-        "n_embd": 64,
-        "block_size": 64,
-        "vocab_size": 257,
-    }
+    shape = {"model": "model", "n_layer": 1, "n_head": 2, "block_size": 64, "vocab_size": 257}
     arguments = (1, torch.device("cpu"), torch.float32)
-    small = steps.measure_step_memory(shape, *arguments)
-    wide = {**shape, "n_embd": 1024}
-    large = run_in_new_process(steps.measure_step_memory, wide, *arguments)
-    weights = 12 * 1024 * 1024
+    small = steps.measure_step_memory({**shape, "n_embd": 64}, *arguments)
+    large = run_in_new_process(steps.measure_step_memory, {**shape, "n_embd": 512}, *arguments)
+    weights = 12 * 512 * 512
     gigabytes = 4 * 4 * weights / 1e9  # float32 weights, gradients and two moments of AdamW
     assert large - small > 0.9 * gigabytes
 

@@ -1,12 +1,8 @@
 """tools/plot_loss.py draws the curves of all runs into one PNG file."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +10,8 @@ import pytest
 from conftest import arguments, read_log, refused
 
 import train
+from common.errors import run_program
 from tools import plot_loss
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -132,27 +127,18 @@ def test_without_follow_an_unfinished_run_is_drawn_once(tiny_run, drawn):
     assert drawn == [12]
 
 
-def test_ctrl_c_ends_follow_with_one_line_and_a_complete_file(tiny_run, workdir):
+def test_ctrl_c_ends_follow_with_one_line_and_a_complete_file(tiny_run, workdir, capsys, between):
     shutil.rmtree(tiny_run / "step_00000012")
-    png = workdir / "out/loss.png"
-    command = [sys.executable, "-m", "tools.plot_loss", "out/tiny", "--follow=True"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    # A background job of a shell ignores SIGINT, which its children would inherit.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    signal.signal(signal.SIGINT, before)
+    between.append(lambda: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # not that of pytest
     try:
-        deadline = time.monotonic() + 60
-        while not png.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        with pytest.raises(SystemExit) as stopped:
+            run_program(plot_loss.main, ["out/tiny", "--follow=True"])
     finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 130
-    assert errors == "error: interrupted\n"
-    assert png.read_bytes().endswith(b"IEND\xaeB`\x82")
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+    assert (workdir / "out/loss.png").read_bytes().endswith(b"IEND\xaeB`\x82")
 
 
 # Odd runs -------------------------------------------------------------------------------------
