@@ -120,6 +120,7 @@ def tiny(folder, monkeypatch):
     for module in (costs, long_sequences):  # a new process takes seconds; one test below starts one
         monkeypatch.setattr(module, "run_in_new_process", call_in_this_process)
     monkeypatch.setattr(costs, "measure_step_memory", lambda shape, B, device, dtype: 0.5)
+    monkeypatch.setattr(costs, "DECODING", ("base", "all three"))
     return folder
 
 
