@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 from conftest import TEXT, arguments
-from test_pretrained import random_gpt2
+from documents import BLOCK
+from foreign import random_gpt2
 from test_python import streams_of_a_notebook
 from test_variants import MODELS
 from torch.distributed.run import get_args_parser
@@ -36,7 +37,6 @@ from tools.bench import __main__ as bench
 ROOT = Path(__file__).parents[2]
 PATHS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
-BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
 FILE = re.compile(
     r"[\w./*-]+\.(py|md|txt|toml)(::\S+)?|(config|docs|tests|experiments|common|tools)/[\w./*-]*"
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import arguments, read_log
+from documents import block
 from test_variants import close, feed, last_logits, make, make_vivid, tokens
 
 import model_rope
@@ -23,16 +24,6 @@ from sample import generate_text
 from tools.results.plot import COLORS
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("RECIPES", "EXPORTS", "YOUR_OWN_VARIANT")
-TEXTS = [(ROOT / f"docs/{page}.md").read_text(encoding="utf-8") for page in PAGES]
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-BLOCKS = [block for text in TEXTS for block in BLOCK.findall(text)]  # (language, code)
-
-
-def block(language, part):
-    """Return the one block of code of these pages in this language that contains `part`."""
-    [code] = [code for name, code in BLOCKS if name == language and part in code]
-    return code
 
 
 def apply_diff(text, diff):

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import arguments, read_log
-from test_conversions import train_vivid
+from foreign import load_error, max_difference, train_vivid
+from nanogpt_files import CHAR_IDS, CHARS, meta_of_chars, write_pickle, write_their_data
 from test_hostile import Bomb
-from test_pretrained import load_error, max_difference
 
 import model as model_file
 import prepare_data
@@ -28,9 +28,7 @@ from common.tokenizer import get_tokenizer
 from sample import generate_text
 from tools import export
 
-CHARS = ["\n", *map(chr, range(32, 127)), "é"]  # of a char tokenizer
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "dropout": 0.0}
-CHAR_IDS = range(len(CHARS))
 GPT2_IDS = [*range(1000), 50256]
 
 
@@ -64,17 +62,6 @@ def checkpoint_of(model, prefix=""):
     }
 
 
-def meta_of_chars(chars):
-    """Return what nanoGPT has in its meta.pkl."""
-    itos = dict(enumerate(chars))
-    return {"vocab_size": len(itos), "itos": itos, "stoi": {c: i for i, c in itos.items()}}
-
-
-def write_pickle(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(pickle.dumps(value))
-
-
 def write_checkpoint(checkpoint, chars=CHARS):
     """Write theirs/ckpt.pt and, for a char tokenizer, theirs/meta.pkl; return its path."""
     path = Path("theirs/ckpt.pt")
@@ -89,17 +76,6 @@ def assert_same_weights(first, second):
     first, second = first.state_dict(), second.state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(w, second[name]) for name, w in first.items())
-
-
-def write_their_data(chars=CHARS, ids=CHAR_IDS, folder="theirs"):
-    """Write a data directory of nanoGPT; return its path."""
-    folder = Path(folder)
-    folder.mkdir(parents=True)
-    for name in ("train.bin", "val.bin"):
-        np.array([*ids], dtype="<u2").tofile(folder / name)
-    if chars is not None:
-        write_pickle(folder / "meta.pkl", meta_of_chars(chars))
-    return folder
 
 
 def prepare(*argv):

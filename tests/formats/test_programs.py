@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXT, arguments, write_dataset
-from test_pretrained import logits, max_difference
-from test_recipes import block
+from documents import block
+from foreign import logits, max_difference
 
 import train
 from common.pretrained import load_model

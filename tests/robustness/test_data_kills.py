@@ -10,8 +10,8 @@ import pytest
 from conftest import TEXT
 from faults import EFFORTS, Forked, failed_cases, files_of, kill, needs_fork, run_in
 from huggingface_hub import constants
+from nanogpt_files import write_their_data
 from test_fineweb import FINEWEB, shard_file, shard_name
-from test_nanogpt import write_their_data
 
 import prepare_data
 from common.dataloader import Loader
