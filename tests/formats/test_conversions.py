@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import arguments, read_log
-from foreign import logits, max_difference, random_gpt2, train_vivid
+from foreign import assert_equal_logits, logits, random_gpt2, train_vivid
 from transformers import AutoModelForCausalLM
 
 import sample
@@ -79,8 +79,7 @@ def test_grouping_kv_heads_that_are_equal_leaves_the_logits_as_they_are(gpt2, ca
             heads[..., 1:, 3, :] = heads[..., 1:, 2, :]
     gpt2.save_pretrained("released")
     model, _ = load_released("model_gqa", capsys, n_kv_head=2)
-    ids = torch.randint(257, (2, 37))
-    assert max_difference(logits(model, ids), logits(gpt2, ids)) < 1e-4
+    assert_equal_logits(model, gpt2, length=37)
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2])
@@ -106,9 +105,8 @@ def test_the_number_of_kv_heads_and_the_group_size_are_reported(gpt2, capsys, n_
 
 def test_one_kv_head_per_query_head_leaves_the_logits_as_they_are(gpt2, capsys):
     model, printed = load_released("model_gqa", capsys, n_kv_head=4)
-    ids = torch.randint(257, (2, 37))
     assert printed == ""
-    assert max_difference(logits(model, ids), logits(gpt2, ids)) < 1e-4
+    assert_equal_logits(model, gpt2, length=37)
 
 
 def test_rotary_positions_drop_wpe_and_keep_all_other_weights(gpt2, capsys):
@@ -280,9 +278,8 @@ def test_grouped_queries_are_exported_as_gpt2_and_read_back_bit_for_bit(workdir,
     export("out/tiny", "exported")
     ours, _ = load_model("out/tiny")
     theirs = AutoModelForCausalLM.from_pretrained("exported")
-    ids = torch.randint(257, (2, 16))
     assert type(theirs).__name__ == "GPT2LMHeadModel"
-    assert max_difference(logits(ours, ids), logits(theirs, ids)) < 1e-4
+    assert_equal_logits(ours, theirs)
     back, _ = load_model("exported", "model_gqa", {"n_kv_head": n_kv_head})
     assert all(torch.equal(p, back.state_dict()[name]) for name, p in ours.state_dict().items())
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import arguments, read_log
 from foreign import (
+    assert_equal_logits,
     change_json,
     change_tensors,
     load_error,
@@ -73,11 +74,6 @@ def save(theirs, folder, **options):
     Path(folder, "meta.json").write_text('{"tokenizer": "byte", "vocab_size": 61}')
 
 
-def random_ids(length, vocab_size=61):
-    generator = torch.Generator().manual_seed(length)
-    return torch.randint(vocab_size, (2, length), generator=generator)
-
-
 # Ours, transformers, ours ---------------------------------------------------------------------
 
 
@@ -89,9 +85,8 @@ def test_an_export_has_equal_logits_in_transformers_and_the_same_bits_here(
     ours, _ = load_model("out/tiny")
     theirs = AutoModelForCausalLM.from_pretrained("exported")
     is_rotary = options in STARCODER2_RUNS
-    ids = random_ids(45 if is_rotary else 16, 257)
     assert type(theirs).__name__ == ("Starcoder2" if is_rotary else "GPTNeo") + "ForCausalLM"
-    assert max_difference(logits(ours, ids), logits(theirs, ids)) < 1e-4
+    assert_equal_logits(ours, theirs, length=45 if is_rotary else 16)  # 45 exceeds block_size
 
     capsys.readouterr()
     back, meta = load_model("exported")
@@ -120,7 +115,7 @@ def test_an_export_of_another_vocabulary_or_head_dim_has_equal_logits(workdir, o
     ours, _ = load_model("out/tiny")
     theirs = AutoModelForCausalLM.from_pretrained("exported")
     back, _ = load_model("exported")
-    ids = random_ids(16, 257)
+    ids = torch.randint(257, (2, 16))
     expected = logits(ours, ids)[..., :257]
     assert theirs.config.vocab_size == 257
     assert max_difference(expected, logits(theirs, ids)) < 1e-4
@@ -208,9 +203,8 @@ def test_starcoder2_of_transformers_has_its_logits_here(tmp_path, n_kv_head, win
     theirs = starcoder2(2, 4, 32, 61, n_kv_head, rope_theta=777.0, window=window)
     save(theirs, tmp_path)
     ours, _ = load_model(str(tmp_path))
-    ids = random_ids(400)
     assert type(ours).__module__ == name
-    assert max_difference(logits(ours, ids), logits(theirs, ids)) < 1e-4
+    assert_equal_logits(ours, theirs, length=400)
 
 
 @pytest.mark.parametrize(("n_head", "window"), [(2, 5), (4, 5), (2, 100)])
@@ -218,9 +212,8 @@ def test_gpt_neo_of_transformers_has_its_logits_here(tmp_path, n_head, window):
     theirs = random_gpt_neo(n_head=n_head, window=window)
     save(theirs, tmp_path)
     ours, _ = load_model(str(tmp_path))
-    ids = random_ids(48)
     assert type(ours).__module__ == "model_swa"
-    assert max_difference(logits(ours, ids), logits(theirs, ids)) < 1e-4
+    assert_equal_logits(ours, theirs, length=48)
 
 
 def test_gpt_neo_with_biases_is_read_and_exported_with_the_same_tensors(workdir):
@@ -237,8 +230,7 @@ def test_a_model_in_several_files_is_joined(tmp_path, make):
     theirs = make()
     save(theirs, tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    ids = random_ids(20)
-    assert max_difference(logits(load_model(str(tmp_path))[0], ids), logits(theirs, ids)) < 1e-4
+    assert_equal_logits(load_model(str(tmp_path))[0], theirs)
 
 
 @pytest.mark.parametrize("make", [lambda: starcoder2(2, 4, 32, 61), random_gpt_neo])
@@ -248,8 +240,7 @@ def test_a_stored_head_must_equal_the_embedding(tmp_path, make):
     tensors = load_file(tmp_path / "model.safetensors")
     head = theirs.lm_head.weight.detach()
     save_file(tensors | {"lm_head.weight": head.clone()}, tmp_path / "model.safetensors")
-    ids = random_ids(20)
-    assert max_difference(logits(load_model(str(tmp_path))[0], ids), logits(theirs, ids)) < 1e-4
+    assert_equal_logits(load_model(str(tmp_path))[0], theirs)
     save_file(tensors | {"lm_head.weight": head + 1}, tmp_path / "model.safetensors")
     assert "lm_head.weight" in load_error(tmp_path)
 
@@ -258,9 +249,8 @@ def test_starcoder2_in_bfloat16_is_read_in_float32(tmp_path):
     save(starcoder2(2, 4, 32, 61).bfloat16(), tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ours, _ = load_model(str(tmp_path))
-    ids = random_ids(20)
     assert ours.transformer.wte.weight.dtype == torch.float32
-    assert max_difference(logits(ours, ids), logits(theirs, ids)) < 1e-4
+    assert_equal_logits(ours, theirs)
 
 
 def test_rope_theta_is_read_where_transformers_4_has_it(tmp_path):

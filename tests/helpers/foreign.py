@@ -39,6 +39,12 @@ def max_difference(first, second):
     return (first - second).abs().max()
 
 
+def assert_equal_logits(first, second, length=16):
+    """Assert that two models have equal logits for random tokens, up to rounding."""
+    ids = torch.randint(first.config.vocab_size, (2, length))
+    assert max_difference(logits(first, ids), logits(second, ids)) < 1e-4
+
+
 def load_error(source):
     """Return the message of the UserError that loading this model raises; it is one line."""
     with pytest.raises(UserError) as error:

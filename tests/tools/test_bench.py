@@ -128,9 +128,12 @@ def error_of(capsys, *argv):
 
 
 @pytest.mark.parametrize("name", [name for name in bench.BENCHMARKS if name != "ladder"])
-def test_a_benchmark_writes_rows(tiny, name):
+def test_a_benchmark_writes_rows_and_says_that_nanogpt_is_missing(tiny, name, capsys):
     run_bench(name)
     assert rows_of(name)
+    notes = [note for note in result_of(name)["notes"] if "nanogpt" in note]
+    assert len(notes) == (name in ("train", "loss", "sample"))
+    assert set(notes) <= set(capsys.readouterr().out.splitlines())
 
 
 def test_the_ladder_has_a_row_for_each_rung(tiny, monkeypatch):
@@ -201,13 +204,6 @@ def test_a_wrong_option_is_an_error_of_one_line(tiny, capsys, argument, named):
 
 
 # Peers ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["train", "loss", "sample"])
-def test_a_benchmark_without_nanogpt_says_so(tiny, name, capsys):
-    run_bench(name)
-    (note,) = [note for note in result_of(name)["notes"] if "nanogpt" in note]
-    assert note in capsys.readouterr().out.splitlines()
 
 
 def test_sampling_without_transformers_says_so(tiny, monkeypatch, capsys):
