@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import refused
 from hub import use_hub
 
+import prepare_data
 from common.errors import UserError
 from common.hub import cached_file, download
 
@@ -227,11 +229,18 @@ def test_a_process_uses_the_endpoint_and_the_home_of_its_environment(cache, hub,
     assert path.read_bytes() == BODY
 
 
-def test_a_program_that_is_offline_ends_with_one_line_and_status_2(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    completed = run(ROOT / "prepare_data.py", "fineweb", HF_HUB_OFFLINE="1", HF_HUB_CACHE="cache")
-    assert completed.returncode == 2
-    assert completed.stderr.startswith("error: ")
-    assert completed.stderr.count("\n") == 1
+def test_a_process_is_offline_if_its_environment_says_so(cache, hub, tmp_path):
+    code = f"from common import hub; hub.download('owner/model', '{NAME}')"
+    completed = run("-c", code, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert "UserError" in completed.stderr
     assert "HF_HUB_OFFLINE" in completed.stderr
+    assert hub.requests == []
+
+
+def test_preparing_fineweb_offline_is_refused_and_leaves_no_file(
+    cache, hub, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    use_hub(monkeypatch, hub.url, cache, offline=True)
+    assert "HF_HUB_OFFLINE" in refused(capsys, ["fineweb"], prepare_data.main)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -70,4 +70,5 @@ def train_vivid(**options):
     """Train a run whose weights are so large that each token depends on those before it."""
     shape = {"block_size": 16, "n_head": 4, "n_embd": 32}
     learning = {"max_steps": 8, "learning_rate": 0.03, "dropout": 0.0}
-    train.main(arguments(**(shape | options), **learning))
+    intervals = {"eval_interval": 8, "checkpoint_interval": 8}
+    train.main(arguments(**(shape | options), **learning, **intervals))
