@@ -36,21 +36,10 @@ from tools.results import plot, result_file
 from tools.results.turns import run_in_new_process
 
 ROOT = Path(__file__).parents[2]
-EXPERIMENTS = [
-    "quality",
-    "costs",
-    "convergence",
-    "length",
-    "uptraining",
-    "samples",
-    "recall",
-    "long_sequences",
-    "look",
-    "curves",
-    "optimizers",
-    "associative",
-    "full_layers",
-]
+EXPERIMENTS = (
+    "quality costs convergence length uptraining samples recall long_sequences look curves "
+    "optimizers associative full_layers"
+).split()
 WITHOUT_PLOT = ("samples", "look", "costs")  # their results are texts or a table
 SHAPE = {"n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": 32}
 OTHER_SHAPE = SHAPE | {"n_head": 8}  # for size and speed, with another number of heads
