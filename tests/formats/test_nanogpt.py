@@ -427,33 +427,23 @@ def test_overwrite_replaces_a_dataset_from_another_source():
     assert meta_json(Path("data/mine"))["source"] == "theirs"
 
 
-def write_odd_bin(folder):
-    (folder / "val.bin").write_bytes(b"\0\0\0\0\0")
-
-
-def remove_train_bin(folder):
-    (folder / "train.bin").unlink()
-
-
-def empty_val_bin(folder):
-    (folder / "val.bin").write_bytes(b"")
-
-
-def write_id_beyond(folder):
-    np.array([1, len(CHARS)], dtype="<u2").tofile(folder / "train.bin")
+ID_BEYOND = np.array([1, len(CHARS)], dtype="<u2").tobytes()
 
 
 @pytest.mark.parametrize(
-    "spoil, expected",
+    "name, content, expected",
     [
-        (write_odd_bin, ["theirs/val.bin", "5"]),
-        (empty_val_bin, ["theirs/val.bin", "0"]),
-        (remove_train_bin, ["theirs/train.bin", "--import_nanogpt"]),
-        (write_id_beyond, ["theirs/train.bin", str(len(CHARS)), "char", "meta.pkl"]),
+        ("val.bin", b"\0" * 5, ["theirs/val.bin", "5"]),
+        ("val.bin", b"", ["theirs/val.bin", "0"]),
+        ("train.bin", None, ["theirs/train.bin", "--import_nanogpt"]),  # None: there is no file
+        ("train.bin", ID_BEYOND, ["theirs/train.bin", str(len(CHARS)), "char", "meta.pkl"]),
     ],
 )
-def test_bins_that_do_not_fit_are_refused_and_nothing_is_made(capsys, spoil, expected):
-    spoil(write_their_data())
+def test_bins_that_do_not_fit_are_refused_and_nothing_is_made(capsys, name, content, expected):
+    path = write_their_data() / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
     line = refused(capsys, "mine", "--import_nanogpt=theirs")
     assert [text for text in expected if text not in line] == []
     assert not Path("data/mine").exists()
