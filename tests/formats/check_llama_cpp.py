@@ -22,7 +22,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for conftest
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # for conftest
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import gguf

@@ -21,7 +21,8 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for conftest
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # for conftest
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch

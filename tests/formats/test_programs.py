@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,12 @@ def greedy(model, tokenizer):
     prompt = tokenizer.encode(PROMPT)
     tokens = generate(model, torch.tensor([prompt]), 50 - len(prompt), temperature=0)
     return prompt + [token.item() for token in tokens]
+
+
+def test_the_check_of_nanogpt_starts_and_asks_for_its_directory():
+    script = Path(__file__).parent / "check_nanogpt.py"
+    completed = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert completed.stderr.startswith("error: name a directory")
 
 
 # CTranslate2 ----------------------------------------------------------------------------------
