@@ -76,7 +76,8 @@ def folder(tmp_path_factory):
 def tiny(folder, monkeypatch):
     """The working directory of the experiments, whose cpu presets become tiny."""
     monkeypatch.chdir(folder)
-    run_config = runs.Config("tiny", run=RUN, seeds=(1, 2), shape=OTHER_SHAPE, rounds=1)
+    rounds = 0.1  # one, also where the experiments take ten times as many
+    run_config = runs.Config("tiny", run=RUN, seeds=(1, 2), shape=OTHER_SHAPE, rounds=rounds)
     training = steps.TRAINING | {"max_steps": 2}
     recall_config = recall.Config(
         shape=SHAPE, windows=(4, 8), training=training, tested=256, seeds=(1, 2)
@@ -93,7 +94,7 @@ def tiny(folder, monkeypatch):
     )
     local_run = {"dataset": "tiny", "batch_size": 2, **SHAPE, "n_layer": 4, "n_kv_head": 4}
     local_config = full_layers.Config(local_run, training, eval_tokens=128, seeds=(1, 2))
-    long_config = long_sequences.Config(n_embd=32, window=16, lengths=(32, 64), rounds=1)
+    long_config = long_sequences.Config(n_embd=32, window=16, lengths=(32, 64), rounds=rounds)
     monkeypatch.setitem(runs.PRESETS, "cpu", run_config)
     monkeypatch.setitem(recall.PRESETS, "cpu", recall_config)
     monkeypatch.setitem(associative.PRESETS, "cpu", associative_config)
