@@ -353,29 +353,18 @@ def test_auto_tokenizer_of_a_byte_model_has_all_ids_and_the_end_of_text(tiny_run
     assert tokenizer("a<|endoftext|>")["input_ids"] == [97, 256]
 
 
-@pytest.fixture
-def char_export(workdir):
-    """The characters of an exported char model, in an order of their own, and its tokenizer."""
-    chars = [*"\n\t é☕𝕏.,zyxba", "<|endoftext|>"]
-    meta = {"tokenizer": "char", "chars": chars}
+def test_auto_tokenizer_of_a_char_model_gives_its_ids_the_text_and_no_unknown_character(workdir):
+    chars = [*"\n\t é☕𝕏.,zyxba", "<|endoftext|>"]  # in an order of their own
     ids = list(range(len(chars) - 1)) * 200
-    write_dataset(workdir / "data/chars", ids, ids, meta)
+    write_dataset(workdir / "data/chars", ids, ids, {"tokenizer": "char", "chars": chars})
     train.main(arguments(dataset="chars", max_steps=1))
     export("out/tiny", "exported")
-    return chars, AutoTokenizer.from_pretrained("exported")
-
-
-def test_auto_tokenizer_of_a_char_model_gives_its_ids_and_the_text(char_export):
-    chars, tokenizer = char_export
+    tokenizer = AutoTokenizer.from_pretrained("exported")
     text = "a  b ,é\n\n\t☕𝕏. xyz "
     ids = tokenizer(text)["input_ids"]
     assert ids == [chars.index(char) for char in text]
     assert tokenizer.decode(ids) == text
     assert tokenizer.eos_token_id == len(chars) - 1
-
-
-def test_auto_tokenizer_of_a_char_model_refuses_an_unknown_character(char_export):
-    _, tokenizer = char_export
     with pytest.raises(Exception, match="vocabulary"):
         tokenizer("aQb")
 
