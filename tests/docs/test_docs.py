@@ -293,15 +293,10 @@ each_edit = pytest.mark.parametrize("number", EDITS)
 
 
 @each_edit
-def test_an_edit_replaces_a_text_that_occurs_once(number):
-    file, old, new, _ = EDITS[number]
+def test_an_edit_replaces_a_text_that_occurs_once_and_names_a_test(number):
+    file, old, new, test = EDITS[number]
     assert (ROOT / file).read_text(encoding="utf-8").count(old) == 1
     assert new != old
-
-
-@each_edit
-def test_an_edit_names_a_test_that_exists(number):
-    *_, test = EDITS[number]
     assert exists(test)
 
 

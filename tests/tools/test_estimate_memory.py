@@ -256,15 +256,11 @@ def test_a_config_of_train_is_accepted(path):
     estimate_memory.main([str(path), "--n_layer=2", "--micro_steps=1"])
 
 
-def test_micro_steps_follow_from_total_batch_size():
+def test_micro_steps_follow_from_total_batch_size_unless_they_are_given():
     tokens = 8 * 2 * 24  # of a micro-step, over all ranks
     columns = estimated(batch_size=2, total_batch_size=3 * tokens)
     assert columns == estimated(batch_size=2, micro_steps=3)
-
-
-def test_micro_steps_that_are_given_replace_those_of_total_batch_size():
-    columns = estimated(micro_steps=3, total_batch_size=5000)
-    assert columns == estimated(micro_steps=3)
+    assert columns == estimated(batch_size=2, micro_steps=3, total_batch_size=5000)
 
 
 def test_billions_of_parameters_take_no_memory(monkeypatch):
