@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_commands import FINEWEB, shard_file, shard_name
 
 import prepare_data
 from common.dataloader import Loader
@@ -16,21 +17,6 @@ from common.errors import UserError
 from prepare_data import PrepareConfig, prepare, verify
 
 FOLDER = Path("data/fineweb")
-FINEWEB = f"datasets/{prepare_data.FINEWEB}"
-
-
-def shard_file(token_ids, magic=20240520, version=1, count=None):
-    """Return the bytes of a shard: 256 int32 numbers, then the tokens as uint16."""
-    header = np.zeros(256, "<i4")
-    header[0] = magic
-    header[1] = version
-    header[2] = len(token_ids) if count is None else count
-    return header.tobytes() + np.array(token_ids, "<u2").tobytes()
-
-
-def shard_name(shard):
-    """Return the name of a shard on the hub; number 0 is the one for validation."""
-    return "fineweb_val_000000.bin" if shard == 0 else f"fineweb_train_{shard:06d}.bin"
 
 
 @pytest.fixture

@@ -116,31 +116,6 @@ def test_a_piece_is_yielded_before_the_next_ones_are_read(monkeypatch):
     assert max(map(len, read_pieces(["text.txt"], "text", ""))) <= 20
 
 
-# fmt: off
-SPACES = [" ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", " \n", "\x1c", "\x85", "\u00a0", "\u2028"]
-FRAGMENTS = [
-    *SPACES, "\u3000", "\u200b",
-    "a", "word", "Don't", "'s", "'ll", "'", "é", "e\u0301", "ß", "日本", "👍🏽",
-    "7", "1234", "...", "!?", "_", "<|endoftext|>", "<|", "\ufeff", "\x00",
-]
-# fmt: on
-
-
-def test_pieces_give_the_gpt2_tokens_of_the_whole_text(gpt2_tokenizer, monkeypatch):
-    for seed in range(200):
-        rng = random.Random(seed)
-        monkeypatch.setattr("common.text.PIECE_BYTES", rng.randint(1, 30))
-        monkeypatch.setattr("common.text.BATCH_CHARS", rng.randint(1, 100))
-        space_probability = rng.choice([0, 0.5])
-        text = ""
-        for _ in range(120):
-            text += rng.choice(SPACES if rng.random() < space_probability else FRAGMENTS)
-        write("text.txt", text)
-        ids = ids_of(read_pieces(["text.txt"], "text", ""), gpt2_tokenizer)
-        expected = gpt2_tokenizer.encode_ordinary(text.removeprefix("\ufeff"))
-        assert ids == expected, f"seed {seed}"
-
-
 # Token ids ------------------------------------------------------------------------------------
 
 

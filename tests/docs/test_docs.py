@@ -20,9 +20,9 @@ import pytest
 from conftest import TEXT, arguments
 from documents import BLOCK
 from foreign import random_gpt2
-from test_python import streams_of_a_notebook
-from test_variants import MODELS
+from notebook import streams_of_a_notebook
 from torch.distributed.run import get_args_parser
+from variants import MODELS
 
 import prepare_data
 import sample

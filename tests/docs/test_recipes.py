@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import arguments, read_log
 from documents import block
-from test_variants import close, feed, last_logits, make, make_vivid, tokens
+from variants import close, feed, last_logits, make, make_vivid, tokens
 
 import model_rope
 from common.pretrained import load_model

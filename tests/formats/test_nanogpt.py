@@ -13,10 +13,10 @@ import conftest
 import numpy as np
 import pytest
 import torch
+from bomb import Bomb
 from conftest import arguments, read_log
 from foreign import load_error, max_difference, train_vivid
 from nanogpt_files import CHAR_IDS, CHARS, meta_of_chars, write_pickle, write_their_data
-from test_hostile import Bomb
 
 import model as model_file
 import prepare_data

@@ -17,7 +17,7 @@ from foreign import (
     train_vivid,
 )
 from safetensors.torch import load_file, save_file
-from test_model_rope import starcoder2
+from starcoder2 import starcoder2
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 import sample

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from test_variants import MODELS, SMALL, close, fields, make, make_vivid, tokens
+from variants import MODELS, SMALL, close, fields, make, make_vivid, tokens
 
 
 @pytest.fixture(params=MODELS)

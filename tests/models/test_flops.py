@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 import torch
-from test_variants import MODELS, SMALL, WINDOW, fields, make, tokens
 from torch.utils.flop_counter import FlopCounterMode
+from variants import MODELS, SMALL, WINDOW, fields, make, tokens
 
 from common.flops import flops_per_token, mfu_flops_per_token
 from common.models import model_module

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_variants import close, feed, make_vivid, tokens
 from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+from variants import close, feed, make_vivid, tokens
 
 import model
 import model_gqa

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_model_rope import loaded, relative_errors, starcoder2
-from test_variants import close, feed, make_vivid, tokens
+from starcoder2 import loaded, relative_errors, starcoder2
+from variants import close, feed, make_vivid, tokens
 
 import model_rope
 import model_rope_gqa_swa

@@ -10,7 +10,7 @@ import conftest
 import pytest
 import torch
 from conftest import arguments, write_dataset
-from test_variants import WINDOW, make_vivid, tokens
+from variants import WINDOW, make_vivid, tokens
 
 import sample
 import train

@@ -8,9 +8,9 @@ import time
 
 import pytest
 from conftest import read_log, write_tiny
+from data_commands import make_text, prepare_stdlib
 from faults import Forked, files_of, fork_at_once, is_one_error, needs_fork, run_in
-from test_data_kills import make_text, prepare_stdlib
-from test_kills import RUN, train_call
+from runs import RUN, train_call
 
 import prepare_data
 from common.files import lock

@@ -13,6 +13,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from bomb import Bomb
 from forked import run_forked
 from readers import PROGRAMS, SHARD, STEP, copy_template, make_templates
 
@@ -42,16 +43,6 @@ def problem_of(program, folder, *names):
 
 
 # Pickles --------------------------------------------------------------------------------------
-
-
-class Bomb:
-    """An object whose pickle, when it is loaded, creates the file `marker`."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return open, (self.marker, "w")
 
 
 def plain_pickle(bomb):

@@ -29,10 +29,10 @@ from faults import (
     needs_fork,
     run_in,
 )
+from runs import RUN, result_of, train_call
 from safetensors.torch import load_file
 
 import train
-from common import run_dir
 from common.errors import UserError
 from common.pretrained import load_model
 from tools import export
@@ -40,8 +40,6 @@ from tools import export
 pytestmark = needs_fork
 
 ROOT = Path(train.__file__).parent
-TIMES = {"seconds", "tokens_per_second", "mfu", "memory_gb"}  # differ between equal runs
-RUN = Path("out/tiny")
 SHORT = {"max_steps": 6}
 # A training: (options of the finished run that it finds, its own options).
 TRAININGS = {
@@ -49,35 +47,6 @@ TRAININGS = {
     "continued": ({}, {"max_steps": 15}),
     "overwriting": (SHORT, SHORT | {"overwrite": True}),
 }
-
-
-def train_call(**options):
-    return lambda: train.main(arguments(**options))
-
-
-def result_of(run):
-    """Return all that a run left, without times: names, log, checkpoints and the best of them."""
-    records, tensors = {}, {}
-    for path in run.glob("step_*"):
-        record = json.loads((path / "config.json").read_text())
-        del record["crc32"], record["files"]  # of the times
-        record["metrics"] = without_times(record["metrics"])
-        records[path.name] = record
-        for file in path.glob("*.safetensors"):
-            for name, tensor in load_file(file).items():
-                tensors[f"{path.name}/{file.name}/{name}"] = tensor.numpy().tobytes()
-    log = (run / "log.jsonl").read_text().splitlines()
-    return {
-        "names": sorted(str(path.relative_to(run)) for path in run.rglob("*")),
-        "log": [without_times(json.loads(line)) for line in log],
-        "records": records,
-        "tensors": tensors,
-        "best": run_dir.best_checkpoint(run)[0].name,
-    }
-
-
-def without_times(metrics):
-    return {key: value for key, value in metrics.items() if key not in TIMES}
 
 
 # Training -------------------------------------------------------------------------------------

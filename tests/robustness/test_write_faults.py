@@ -13,6 +13,7 @@ import shutil
 
 import pytest
 from conftest import write_tiny
+from data_commands import COMMANDS, dataset_in, export_run, serve, start_of
 from faults import (
     EFFORTS,
     ERRORS,
@@ -27,8 +28,7 @@ from faults import (
     needs_fork,
     run_in,
 )
-from test_data_kills import COMMANDS, dataset_in, export_run, serve, start_of
-from test_kills import RUN, result_of, train_call
+from runs import RUN, result_of, train_call
 
 pytestmark = needs_fork
 

@@ -6,8 +6,8 @@ import re
 import subprocess
 from pathlib import Path
 
-from test_variants import MODELS
 from torch.distributed.run import get_args_parser
+from variants import MODELS
 
 import sample
 import train

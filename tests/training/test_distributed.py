@@ -5,27 +5,24 @@ ranks of each world size from one process, they do many runs one after the other
 at the runs' directories and at what the ranks recorded. These runs are a job of
 tests/helpers/background.py. test_launches.py tests torchrun itself.
 
-    pytest -k model_mine                            trains that model alone
-    PYTHONPATH=. python tests/training/test_distributed.py  writes docs/DISTRIBUTED.md's tables
+    pytest -k model_mine          trains that model alone
+    PYTHONPATH=.:tests:tests/helpers python tests/training/test_distributed.py
+                                  writes docs/DISTRIBUTED.md's tables
 """
 
 import itertools
-import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-import test_resume
 import torch
-from background import kill_tree
-from conftest import TEXT, arguments, read_log, write_dataset, write_tiny
-from test_checkpoint import save_memory
-from test_variants import MODELS
+from conftest import TEXT, read_log, write_dataset, write_tiny
+from ranks import ROOT, SHORT, command, fork, losses, same_weights
+from runs import stop_in_step
+from save_memory import save_memory
 from transformers import AutoModelForCausalLM
+from variants import MODELS
 
 import sample
 import train
@@ -33,23 +30,6 @@ from common import checkpoint
 from common.pretrained import load_model
 from tools.export import export
 
-ROOT = Path(train.__file__).parent
-# 2 and 4 divide the sizes and 3 does not; the vocabulary has an odd size, 257; a step has two
-# micro-steps for every world size.
-SHAPE = {
-    "n_head": 4,
-    "n_embd": 40,
-    "n_kv_head": 2,
-    "window": 5,
-    "total_batch_size": 384,
-    "dropout": 0.0,
-    "learning_rate": 3e-3,
-    "max_steps": 50,
-    "eval_interval": 25,
-    "checkpoint_interval": 100,
-    "eval_tokens": 400,
-    "log_interval": 50,
-}
 # mode: world size, options
 MODES = {
     "ddp2": (2, {}),
@@ -61,13 +41,11 @@ MODES = {
 ALL_MODES = MODES | {"fsdp4": (4, {"fsdp": True})}
 WIDE = {"n_layer": 4, "n_embd": 128, "max_steps": 3}  # parameters need most of the memory
 NARROW = {"n_embd": 2, "n_head": 1, "max_steps": 12}  # vectors of 2 elements, for 4 ranks
-SHORT = {"max_steps": 12, "eval_interval": 6, "dropout": 0.1}
 # One run that each mode resumes from the checkpoint of the mode before it, in launch order.
 CHAIN = ["fsdp2", "ddp2", "fsdp3", "hsdp 2x2", "ddp4", "fsdp4"]
 LOGGED = ["train_loss", "grad_norm", "val_loss"]
 MUON = {"optimizer": "muon"}
 MUON_STEPS = {"max_steps": 20}
-LONGEST_LAUNCH = 1200  # seconds until a launch counts as hung, on a machine that is busy otherwise
 MUON_MODEL = "model_rope_gqa_swa"  # c_attn has fewer rows for k and v than for q
 
 
@@ -81,91 +59,7 @@ def is_slow(mode, model):
     return world_size > 2 and model in ("model_rope", "model_gqa", "model_swa")
 
 
-def command(name, world_size=1, model="model", **options):
-    """Return the command line of a run on world_size ranks, in out/NAME-MODEL."""
-    fields = train.model_module(model).GPTConfig.__dataclass_fields__
-    shape = dict(SHAPE)
-    for option in ("n_kv_head", "window"):
-        if option not in fields:
-            del shape[option]
-    shape["batch_size"] = 12 // world_size
-    shape["out_dir"] = f"out/{name}-{model}"
-    return arguments(model=model, **shape | options)
-
-
 # Launches -------------------------------------------------------------------------------------
-
-
-def start(line):
-    """Start a command; return the process."""
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def torchrun(world_size, *argv, **options):
-    """Start torchrun on one machine; return the process."""
-    flags = ["--standalone", f"--nproc_per_node={world_size}"]
-    for name, value in options.items():
-        flags.append(f"--{name.replace('_', '-')}={value}")
-    return start([sys.executable, "-m", "torch.distributed.run", *flags, *map(str, argv)])
-
-
-def finish(process, timeout=300):
-    """Wait for a launch; return (status, stdout, stderr). Kill one that hangs, with its workers."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        kill_tree(process.pid)
-        out, err = process.communicate()
-        pytest.fail(f"hung: {out[-2000:]} {err[-2000:]}")
-    return process.returncode, out, err
-
-
-def read_records(world_size, path):
-    """Return what each rank recorded, a list with one record for each run."""
-    return [json.loads(Path(f"{path}.{rank}").read_text()) for rank in range(world_size)]
-
-
-def launch(world_size, runs, **options):
-    """Do runs in one launch of torchrun; return the list of records of each rank."""
-    Path("runs.json").write_text(json.dumps(runs))
-    process = torchrun(world_size, ROOT / "tests/helpers/launched.py", "runs.json", **options)
-    status, out, err = finish(process, timeout=LONGEST_LAUNCH)
-    assert status == 0, out[-2000:] + err[-4000:]
-    return read_records(world_size, "runs.json")
-
-
-def fork(runs):
-    """Do the runs of several world sizes, {world size: runs}, in forked processes.
-
-    Returns {world size: the list of records of each rank}, and the stderr of all.
-    """
-    files = []
-    for world_size in runs:
-        Path(f"runs{world_size}.json").write_text(json.dumps(runs[world_size]))
-        files.append(f"{world_size}:runs{world_size}.json")
-    line = [sys.executable, ROOT / "tests/helpers/launched.py", *files]
-    status, out, err = finish(start(line), timeout=LONGEST_LAUNCH)
-    assert status == 0, out[-2000:] + err[-4000:]
-    records = {}
-    for world_size in runs:
-        records[world_size] = read_records(world_size, f"runs{world_size}.json")
-    return records, err
-
-
-def stop_in_step(step, argv):
-    """Train in this process until a SIGTERM in a step, counted from 0."""
-    original = train.train_step
-
-    def signal_and_train_step(run):
-        if run.step == step:
-            signal.raise_signal(signal.SIGTERM)
-        return original(run)
-
-    train.train_step = signal_and_train_step
-    try:
-        train.main(argv)
-    finally:
-        train.train_step = original
 
 
 # The runs -------------------------------------------------------------------------------------
@@ -383,10 +277,6 @@ def log(name, model="model"):
     return read_log(Path(f"out/{name}-{model}"))
 
 
-def losses(name):
-    return test_resume.losses(Path(f"out/{name}-model"))
-
-
 def largest_difference(log_a, log_b, key):
     """Return the largest relative difference of a logged number in two logs of the same steps."""
     assert [a["step"] for a in log_a] == [b["step"] for b in log_b]
@@ -420,13 +310,6 @@ def weight_difference(mode, model, one="one"):
         difference = (a - b).norm() / a.norm()
         differences.append(difference.item())
     return max(differences)
-
-
-def same_weights(name, other_name):
-    """Return whether two runs have the same weights, bit for bit."""
-    weights = load_model(f"out/{name}-model")[0].state_dict()
-    others = load_model(f"out/{other_name}-model")[0].state_dict()
-    return all(torch.equal(weights[key], others[key]) for key in weights)
 
 
 # The same numbers in every mode ---------------------------------------------------------------

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import arguments, read_log, write_tiny
-from test_distributed import launch, stop_in_step
-from test_model_swa import attention, by_brute_force
-from test_variants import MODELS, PROMPTS, close, feed, last_logits, make_vivid, tokens
+from ranks import launch
+from runs import stop_in_step
+from variants import MODELS, PROMPTS, close, feed, last_logits, make_vivid, tokens
+from windows import attention, by_brute_force
 
 import sample
 import train

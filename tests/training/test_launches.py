@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import read_log
-from test_distributed import (
+from ranks import (
     ROOT,
     SHORT,
     command,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from conftest import arguments, read_log, refused
+from ranks import fork
+from runs import losses, same_weights
 from spoiled import spoiled
-from test_distributed import fork
-from test_resume import losses
 
 import train
 from common import checkpoint, run_dir
@@ -51,11 +51,6 @@ def assert_checkpoints_are_good(out_dir, what):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def same_weights(out_dir, other):
-    weights, others = load_model(out_dir)[0].state_dict(), load_model(other)[0].state_dict()
-    return all(weights[name].equal(others[name]) for name in weights)
-
-
 # One process ----------------------------------------------------------------------------------
 
 
@@ -74,7 +69,7 @@ def test_one_process_resumes_as_if_nothing_had_happened(workdir, capsys):
     train.main(arguments(**OPTIONS))
     train.main(arguments(**OPTIONS, out_dir="out/other"))
     assert losses(Path("out/tiny")) == losses(Path("out/other"))
-    assert same_weights("out/tiny", "out/other")
+    assert same_weights(Path("out/tiny"), Path("out/other"))
 
 
 # Two ranks ------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ test_distributed.py compares Muon under DDP, FSDP and HSDP with one process.
 import pytest
 import torch
 from conftest import arguments, read_log, refused
+from runs import losses, same_weights
 from spoiled import spoiled
-from test_resume import assert_same_weights, losses
-from test_variants import MODELS
+from variants import MODELS
 
 import train
 from common import checkpoint, run_dir
@@ -260,7 +260,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(muon_run, workdir, m
     monkeypatch.setattr(train, "train_step", original)
     train.main(arguments(optimizer="muon", out_dir="out/killed"))
     assert losses(workdir / "out/killed") == losses(muon_run)
-    assert_same_weights(workdir / "out/killed", muon_run)
+    assert same_weights(workdir / "out/killed", muon_run)
 
 
 def test_a_loaded_muon_has_the_saved_momentum(muon_run):

@@ -18,8 +18,7 @@ import torch
 from conftest import GPT2
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_text import FRAGMENTS, SPACES
-from test_variants import MODELS, close, feed, make_vivid, tokens
+from variants import MODELS, close, feed, make_vivid, tokens
 
 from common.dataloader import Loader
 from common.errors import DamagedError, UserError
@@ -290,6 +289,15 @@ def test_any_chunks_through_a_cache_give_the_logits_of_a_full_forward(scale, nam
 
 
 # Text -----------------------------------------------------------------------------------------
+
+# fmt: off
+SPACES = [" ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", " \n", "\x1c", "\x85", "\u00a0", "\u2028"]
+FRAGMENTS = [
+    *SPACES, "\u3000", "\u200b",
+    "a", "word", "Don't", "'s", "'ll", "'", "é", "e\u0301", "ß", "日本", "👍🏽",
+    "7", "1234", "...", "!?", "_", "<|endoftext|>", "<|", "\ufeff", "\x00",
+]
+# fmt: on
 
 
 def joined(fragments):

@@ -18,6 +18,7 @@ import matplotlib
 import pytest
 from conftest import arguments
 from faults import Forked, needs_fork
+from notebook import streams_of_a_notebook
 
 import prepare_data
 import sample
@@ -59,33 +60,11 @@ FAILING = {
 each_failing = pytest.mark.parametrize("name", FAILING)
 
 
-class NotebookStream:
-    """Has what print() needs, and no reconfigure, fileno, buffer, encoding or isatty."""
-
-    def __init__(self):
-        self.text = ""
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self):
-        pass
-
-
 @pytest.fixture
 def folder(tiny_run, workdir):
     """Return the working directory, with a run, out/tiny, and a text, text.txt."""
     (workdir / "text.txt").write_text(100 * "def f(x): return x\n")
     return workdir
-
-
-@contextlib.contextmanager
-def streams_of_a_notebook():
-    """Put streams like a notebook's in the place of stdout and stderr; yield the two."""
-    # Not in a fixture: pytest captures again between a fixture and its test.
-    out, err = NotebookStream(), NotebookStream()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        yield out, err
 
 
 @contextlib.contextmanager

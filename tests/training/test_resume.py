@@ -11,43 +11,25 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import arguments, read_log
+from runs import losses, same_weights, weights
 
 import train
 from common import checkpoint, run_dir
 from common.dataloader import Loader
 from common.distributed import ProcessGroup
 from common.errors import UserError
-from common.pretrained import load_model
 
 ROOT = Path(train.__file__).parent
-
-
-def losses(run):
-    """Return (step, train_loss, grad_norm, val_loss) for each line of a run's log."""
-    return [
-        (r["step"], r.get("train_loss"), r.get("grad_norm"), r.get("val_loss"))
-        for r in read_log(run)
-    ]
 
 
 def steps(run):
     return [record["step"] for record in read_log(run)]
 
 
-def weights(run):
-    return load_model(str(run / "step_00000012"))[0].state_dict()
-
-
-def assert_same_weights(run, other):
-    expected = weights(other)
-    for name, weight in weights(run).items():
-        assert torch.equal(weight, expected[name]), name
-
-
 def test_two_equal_runs_give_the_same_bits(tiny_run, workdir):
     train.main(arguments(out_dir="out/again"))
     assert losses(workdir / "out/again") == losses(tiny_run)
-    assert_same_weights(workdir / "out/again", tiny_run)
+    assert same_weights(workdir / "out/again", tiny_run)
 
 
 def test_another_seed_gives_other_losses(tiny_run, workdir):
@@ -86,7 +68,7 @@ def test_resuming_after_any_step_gives_the_same_bits(tiny_run, workdir, monkeypa
     monkeypatch.setattr(train, "train_step", original)
     train.main(arguments(out_dir="out/stopped"))
     assert losses(stopped) == losses(tiny_run)
-    assert_same_weights(stopped, tiny_run)
+    assert same_weights(stopped, tiny_run)
 
 
 def test_a_signal_between_micro_steps_drops_the_unfinished_step(tiny_run, workdir, monkeypatch):
@@ -104,7 +86,7 @@ def test_a_signal_between_micro_steps_drops_the_unfinished_step(tiny_run, workdi
     monkeypatch.setattr(Loader, "train_batch", original)
     assert read_log(workdir / "out/stopped")[-1]["step"] in (2, 3)
     train.main(arguments(out_dir="out/stopped"))
-    assert_same_weights(workdir / "out/stopped", tiny_run)
+    assert same_weights(workdir / "out/stopped", tiny_run)
 
 
 def test_a_signal_during_an_evaluation_changes_no_logged_number(tiny_run, workdir, monkeypatch):
@@ -145,7 +127,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_and_truncates_the_log(
     monkeypatch.setattr(train, "train_step", original)
     train.main(arguments(out_dir="out/killed"))
     assert losses(killed) == losses(tiny_run)
-    assert_same_weights(killed, tiny_run)
+    assert same_weights(killed, tiny_run)
 
 
 def wait_for_lines(log, count):
