@@ -203,14 +203,6 @@ def test_the_seed_decides_the_initial_weights(module):
 # Compilation ----------------------------------------------------------------------------------
 
 
-def test_training_compiles_without_graph_breaks(module):
-    model = make(module, n_layer=1)
-    x, y = tokens(2, 16), tokens(2, 16, seed=2)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    close(compiled(x, y), model(x, y))
-
-
 def test_a_compiled_model_accepts_other_lengths_without_graph_breaks(module):
     model = make(module, n_layer=1, block_size=400)
     torch._dynamo.reset()

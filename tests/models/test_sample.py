@@ -2,14 +2,13 @@
 
 import itertools
 import re
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import conftest
 import pytest
 import torch
 from conftest import arguments, write_dataset
+from faults import Forked, needs_fork
 from variants import WINDOW, make_vivid, tokens
 
 import sample
@@ -102,19 +101,14 @@ def test_an_empty_prompt_begins_a_document(tiny_run, capsys):
     assert run(capsys, "--temperature=0", "--max_new_tokens=8").out == text_of(ids) + "\n"
 
 
-def test_a_single_sample_is_printed_while_it_is_generated(tiny_run):
-    program = Path(train.__file__).parent / "sample.py"
-    argv = ["--init_from=out/tiny", "--prompt=def ", "--temperature=0"]
-    process = subprocess.Popen(
-        [sys.executable, program, *argv, "--max_new_tokens=100000000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        assert len(process.stdout.read(200)) == 200  # of a text that takes days
-    finally:
-        process.kill()
-        process.communicate()
+@needs_fork
+def test_a_single_sample_is_printed_while_it_is_generated(tiny_run, workdir):
+    argv = [*TINY_RUN, "--prompt=def ", "--max_new_tokens=100000000"]  # a text that takes days
+    process = Forked(lambda: sample.main(argv), workdir)
+    deadline = time.monotonic() + 60
+    while len(process.printed()) < 200 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.kill().out.startswith("def ")
 
 
 def test_padding_ids_are_never_sampled(workdir, capsys):

@@ -4,14 +4,14 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import arguments, read_log
+from faults import Forked, needs_fork
 from safetensors.torch import load_file
 from save_memory import save_memory
 
@@ -192,10 +192,10 @@ def test_files_and_directory_are_flushed_before_the_checkpoint_is_renamed(workdi
     assert events[len(before) + 1] == "out/tiny"  # flushed after the rename
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
-def test_a_save_needs_the_extra_memory_of_two_files_not_of_the_state(workdir):
-    state, extra = save_memory(n_layer=4, n_embd=384, file_bytes=8e6)
-    largest = 50257 * 384 * 4  # the embedding, which is a file of its own
+@needs_fork
+def test_a_save_needs_the_extra_memory_of_two_files_not_of_the_state(tmp_path):
+    state, extra = save_memory(tmp_path, n_layer=10, n_embd=192, file_bytes=8e6)
+    largest = 50257 * 192 * 4  # the embedding, which is a file of its own
     assert state > 3.9 * largest
     assert extra < 2.3 * largest
 
@@ -257,12 +257,15 @@ def test_a_loaded_optimizer_has_the_saved_state(tiny_run):
         assert state["exp_avg_sq"].max() > 0
 
 
-def test_a_full_disk_ends_the_run_with_one_line_and_keeps_earlier_checkpoints(tiny_run):
-    command = [sys.executable, ROOT / "train.py", *arguments(max_steps=13)]
-    limited = "ulimit -f 30; exec " + " ".join(map(str, command))  # files of 30 KiB at most
-    completed = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
-    assert completed.returncode == 2
-    assert completed.stderr.count("\n") == 1
-    assert "step_00000013.part" in completed.stderr
-    assert "GB" in completed.stderr  # the free space
+@needs_fork
+def test_a_full_disk_ends_the_run_with_one_line_and_keeps_earlier_checkpoints(tiny_run, workdir):
+    def train_with_small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30 * 1024, 30 * 1024))
+        train.main(arguments(max_steps=13))
+
+    outcome = Forked(train_with_small_files, workdir).finish()
+    assert outcome.status == 2
+    assert outcome.err.count("\n") == 1
+    assert "step_00000013.part" in outcome.err
+    assert "GB" in outcome.err  # the free space
     assert load_model(str(tiny_run))

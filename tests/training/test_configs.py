@@ -1,17 +1,15 @@
 """config/*.py: every file trains, and a variant's config adds only the variant's own options."""
 
 import runpy
-import signal
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import arguments
+from runs import same_weights, stop_in_step
 
 import prepare_data
 import sample
 import train
-from common.pretrained import load_model
 
 CONFIGS = Path(__file__).parents[2] / "config"
 # variant: the options that its configs set besides `model`
@@ -57,30 +55,16 @@ def test_a_variant_config_equals_its_base_except_for_the_variant_options(base, v
     assert added.keys() == VARIANTS[variant]
 
 
-@pytest.mark.parametrize("base", ["gpt2", "shakespeare_char"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_variant_config_trains_resumes_bit_for_bit_and_can_be_sampled(
-    workdir, monkeypatch, capsys, base, variant
-):
-    config = str(CONFIGS / f"{base}_{variant}.py")
-    argv = [config, *arguments(n_head=4, n_embd=32, max_steps=4, vocab_size=257)]
-    original = train.train_step
-
-    def stop_in_step_3(run):
-        if run.step == 2 and not run.stop.received:
-            signal.raise_signal(signal.SIGTERM)
-        return original(run)
-
-    monkeypatch.setattr(train, "train_step", stop_in_step_3)
-    train.main(argv)
+@pytest.mark.parametrize("name", [f"gpt2_{variant}" for variant in VARIANTS] + ["shakespeare_char"])
+def test_a_config_trains_resumes_bit_for_bit_and_can_be_sampled(workdir, capsys, name):
+    changes = {"n_head": 4, "n_embd": 32, "max_steps": 4, "vocab_size": 257}
+    argv = [str(CONFIGS / f"{name}.py"), *arguments(**changes)]
+    stop_in_step(2, argv)
     assert (workdir / "out/tiny/step_00000002").exists()
     assert not (workdir / "out/tiny/step_00000004").exists()
-    monkeypatch.setattr(train, "train_step", original)
     train.main(argv)
     train.main([*argv, "--out_dir=out/uninterrupted"])
-    resumed = load_model("out/tiny")[0].state_dict()
-    uninterrupted = load_model("out/uninterrupted")[0].state_dict()
-    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
+    assert same_weights(workdir / "out/tiny", workdir / "out/uninterrupted")
     capsys.readouterr()
     sample.main(["--init_from=out/tiny", "--prompt=def ", "--max_new_tokens=30", "--temperature=0"])
     assert capsys.readouterr().out.startswith("def ")

@@ -519,7 +519,7 @@ def memory_table(records):
 
 
 def saving_table():
-    state, extra = save_memory(n_layer=12, n_embd=768, file_bytes=checkpoint.FILE_BYTES)
+    state, extra = save_memory(Path(), n_layer=12, n_embd=768, file_bytes=checkpoint.FILE_BYTES)
     return [
         "| one process | GB of state | GB more while it saves |",
         "|---|---|---|",

@@ -210,26 +210,8 @@ EXPERIMENTS = sorted(
 TOOLS = ["tools.bench.__main__", "tools.estimate_memory", "tools.export", "tools.plot_loss"]
 
 
-def is_one_line_with(text, word):
-    return text.startswith("error: ") and text.count("\n") == 1 and word in text
-
-
-@pytest.mark.parametrize("name", ["train.py", "sample.py", "prepare_data.py"])
-def test_a_program_refuses_an_option_in_one_line_with_status_2(tmp_path, name):
-    completed = subprocess.run(
-        [sys.executable, str(ROOT / name), "--color=red"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert completed.returncode == 2
-    assert is_one_line_with(completed.stderr, "color")
-    assert completed.stdout == ""
-
-
 @needs_fork
-@pytest.mark.parametrize("name", EXPERIMENTS + TOOLS)
+@pytest.mark.parametrize("name", ["train", "sample", "prepare_data", *EXPERIMENTS, *TOOLS])
 def test_a_module_refuses_an_option_in_one_line_with_status_2(tmp_path, monkeypatch, name):
     monkeypatch.setattr(sys, "argv", ["experiment", "--color=red"])
 
@@ -241,14 +223,33 @@ def test_a_module_refuses_an_option_in_one_line_with_status_2(tmp_path, monkeypa
 
     outcome = Forked(start, tmp_path).finish()
     assert outcome.status == 2
-    assert is_one_line_with(outcome.err, "color")
+    assert outcome.out == ""
+    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1
+    assert "color" in outcome.err
 
 
-def test_sample_as_a_program_writes_utf_8_whatever_the_locale(tiny_run, workdir):
+@needs_fork
+def test_sample_as_a_program_writes_utf_8_whatever_the_locale(tiny_run, workdir, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *SAMPLE[:1], "--prompt=Ä", "--max_new_tokens=1"])
+
+    def start():
+        sys.stdout = open(1, "w", encoding="ascii", closefd=False)
+        runpy.run_module("sample", run_name="__main__")
+
+    outcome = Forked(start, workdir).finish()
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.startswith("Ä")
+
+
+def test_a_program_refuses_an_option_in_one_line_with_status_2(tmp_path):
+    """In a process of its own, which no test has prepared."""
     completed = subprocess.run(
-        [sys.executable, ROOT / "sample.py", *SAMPLE[:1], "--prompt=Ä", "--max_new_tokens=1"],
-        env=os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
+        [sys.executable, ROOT / "prepare_data.py", "--color=red"],
+        cwd=tmp_path,
         capture_output=True,
+        text=True,
     )
-    assert completed.returncode == 0, completed.stderr
-    assert completed.stdout.startswith("Ä".encode())
+    assert completed.returncode == 2
+    assert completed.stdout == ""
+    assert completed.stderr.startswith("error: ") and completed.stderr.count("\n") == 1
+    assert "color" in completed.stderr

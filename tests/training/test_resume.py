@@ -3,15 +3,14 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import arguments, read_log
-from runs import losses, same_weights, weights
+from faults import Forked, needs_fork
+from runs import losses, same_weights, stop_in_step, train_call, weights
 
 import train
 from common import checkpoint, run_dir
@@ -52,20 +51,11 @@ def test_a_run_that_is_older_than_an_option_resumes_with_its_default(tiny_run, m
 
 
 @pytest.mark.parametrize("step", [1, 5, 8, 11])
-def test_resuming_after_any_step_gives_the_same_bits(tiny_run, workdir, monkeypatch, step):
-    original = train.train_step
-
-    def stop_in_the_next_step(run):
-        if run.step == step:
-            signal.raise_signal(signal.SIGTERM)
-        return original(run)
-
-    monkeypatch.setattr(train, "train_step", stop_in_the_next_step)
-    train.main(arguments(out_dir="out/stopped"))
+def test_resuming_after_any_step_gives_the_same_bits(tiny_run, workdir, step):
+    stop_in_step(step, arguments(out_dir="out/stopped"))
     stopped = workdir / "out/stopped"
     assert run_dir.list_checkpoints(stopped)[-1].name == f"step_{step:08d}"
     assert steps(stopped) == list(range(step + 1))
-    monkeypatch.setattr(train, "train_step", original)
     train.main(arguments(out_dir="out/stopped"))
     assert losses(stopped) == losses(tiny_run)
     assert same_weights(stopped, tiny_run)
@@ -130,6 +120,19 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_and_truncates_the_log(
     assert same_weights(killed, tiny_run)
 
 
+@needs_fork
+def test_sigterm_ends_the_program_with_status_0_after_a_finished_step(workdir):
+    run = workdir / "out/tiny"
+    process = Forked(train_call(max_steps=3000, eval_interval=1000), workdir)
+    wait_for_lines(run / "log.jsonl", 4)
+    os.kill(process.pid, signal.SIGTERM)
+    outcome = process.finish()
+    assert outcome.status == 0, outcome.err
+    last_step = steps(run)[-1]
+    assert f"step {last_step}" in outcome.out.splitlines()[-1]
+    assert run_dir.list_checkpoints(run)[-1].name == f"step_{last_step:08d}"
+
+
 def wait_for_lines(log, count):
     """Wait until a log has so many lines, at most a minute."""
     deadline = time.monotonic() + 60
@@ -137,23 +140,6 @@ def wait_for_lines(log, count):
         if log.exists() and len(log.read_text().splitlines()) >= count:
             return
         time.sleep(0.02)
-
-
-def test_sigterm_ends_the_program_with_status_0_after_a_finished_step(tiny_run, workdir):
-    run = workdir / "out/program"
-    options = arguments(out_dir="out/program", max_steps=3000, eval_interval=1000)
-    command = [sys.executable, ROOT / "train.py", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        wait_for_lines(run / "log.jsonl", 4)
-        process.send_signal(signal.SIGTERM)
-        output = process.communicate(timeout=60)[0]
-    finally:
-        process.kill()
-    assert process.returncode == 0, output
-    last_step = steps(run)[-1]
-    assert f"step {last_step}" in output.splitlines()[-1]
-    assert run_dir.list_checkpoints(run)[-1].name == f"step_{last_step:08d}"
 
 
 def test_a_second_signal_ends_the_program_at_once():
