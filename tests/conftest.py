@@ -183,6 +183,14 @@ def tiny_run(_trained, workdir):
 
 
 @pytest.fixture(scope="session")
+def templates(tmp_path_factory):
+    """Return the folder of the templates of tests/helpers/readers.py."""
+    from readers import make_templates  # which imports this file
+
+    return make_templates(tmp_path_factory.mktemp("templates"))
+
+
+@pytest.fixture(scope="session")
 def gpt2_tokenizer():
     """Return GPT-2's tokenizer. Tests that use it are skipped where it is not available."""
     return get_tokenizer({"tokenizer": "gpt2"})

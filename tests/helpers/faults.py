@@ -67,6 +67,14 @@ class Outcome:
     err: str
     operations: list = field(default_factory=list)  # that were begun; none if it was killed
 
+    def problem(self, *names):
+        """Return what is wrong with an error: it must be one line that holds one of the names."""
+        if not is_one_error(self):
+            return f"status {self.status}, {self.err[-500:]!r}"
+        if not any(name in self.err for name in names):
+            return f"{' or '.join(names)} is not named: {self.err!r}"
+        return None
+
 
 # In the forked process ------------------------------------------------------------------------
 
@@ -198,8 +206,8 @@ class Forked:
     def _call_and_exit(self, call, cwd, watched, fault):
         os.dup2(self._out.fileno(), 1)
         os.dup2(self._err.fileno(), 2)
-        sys.stdout = open(1, "w", closefd=False)
-        sys.stderr = open(2, "w", buffering=1, closefd=False)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)
         os.chdir(cwd)
         operations = _Operations(watched or ".", fault)
         if watched is not None:
@@ -244,6 +252,11 @@ class Forked:
 def _content(file):
     size = os.fstat(file.fileno()).st_size
     return os.pread(file.fileno(), size, 0).decode(errors="replace")  # the process may still write
+
+
+def run_forked(main, argv, folder):
+    """Return the Outcome of main(argv) in a forked process whose working directory is `folder`."""
+    return Forked(lambda: main(argv), folder).finish(timeout=20)
 
 
 def fork_at_once(calls, cwd):

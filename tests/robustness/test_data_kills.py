@@ -13,48 +13,44 @@ from common.errors import UserError
 pytestmark = needs_fork
 
 
-def kill_command(name, count, folder):
-    call, make = COMMANDS[name]
-    return kill(call, "data", start_of(make, folder), folder, count)
+KILLED = {}  # what the fixture `killed` returned
+each_effort = pytest.mark.parametrize("count", EFFORTS)
 
 
-def ends_as_uninterrupted(killed):
-    """Return a check of what a kill left: the same call again leaves the uninterrupted's files."""
+@pytest.fixture
+def killed(hub, tmp_path_factory, name, count):
+    """Kill a command of COMMANDS at so many operations, once per module."""
+    serve(hub)
+    if (name, count) not in KILLED:
+        folder = tmp_path_factory.mktemp("killed")
+        call, make = COMMANDS[name]
+        KILLED[name, count] = kill(call, "data", start_of(make, folder), folder, count)
+    return KILLED[name, count]
+
+
+@each_effort
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_killed_command_ends_as_the_uninterrupted_one(killed):
     expected = files_of(killed.finished)
 
     def has_right_result(folder):
         run_in(folder, killed.call)
         return files_of(folder) == expected
 
-    return has_right_result
-
-
-@pytest.mark.parametrize("count", EFFORTS)
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_killed_command_ends_as_the_uninterrupted_one(hub, tmp_path, name, count):
-    serve(hub)
-    killed = kill_command(name, count, tmp_path)
-    assert failed_cases(killed, ends_as_uninterrupted(killed)) == []
-
-
-@pytest.mark.parametrize("count", EFFORTS)
-@pytest.mark.parametrize("name", ["text", "changed", "tokenizer", "import"])
-def test_a_kill_leaves_the_old_dataset_the_new_one_or_none(tmp_path, name, count):
-    killed = kill_command(name, count, tmp_path)
-    datasets = [dataset_in(tmp_path / folder) for folder in ("start", "finished")]
-
-    def has_right_result(folder):
-        return dataset_in(folder) in (None, *datasets)
-
     assert failed_cases(killed, has_right_result) == []
 
 
-@pytest.mark.parametrize("count", EFFORTS)
-@pytest.mark.parametrize("name", ["fineweb", "more fineweb"])
-def test_a_killed_fineweb_has_whole_shards_or_is_refused(hub, tmp_path, name, count):
-    serve(hub)
-    killed = kill_command(name, count, tmp_path)
+@each_effort
+@pytest.mark.parametrize("name", ["text", "changed", "tokenizer", "import"])
+def test_a_kill_leaves_the_old_dataset_the_new_one_or_none(killed):
+    start = killed.finished.with_name("start")
+    allowed = [None, dataset_in(start), dataset_in(killed.finished)]
+    assert failed_cases(killed, lambda folder: dataset_in(folder) in allowed) == []
 
+
+@each_effort
+@pytest.mark.parametrize("name", ["fineweb", "more fineweb"])
+def test_a_killed_fineweb_has_whole_shards_or_is_refused(killed):
     def has_right_result(folder):
         try:
             tokens = Loader(folder / "data/fineweb", block_size=8, vocab_size=50257, seed=0).n_train
@@ -65,7 +61,7 @@ def test_a_killed_fineweb_has_whole_shards_or_is_refused(hub, tmp_path, name, co
     assert failed_cases(killed, has_right_result) == []
 
 
-@pytest.mark.parametrize("count", EFFORTS)
+@each_effort
 def test_a_killed_export_is_complete_or_can_be_repeated(tiny_run, workdir, tmp_path_factory, count):
     killed = kill(export_run, "data", workdir, tmp_path_factory.mktemp("killed"), count)
     expected = files_of(killed.finished)

@@ -194,8 +194,8 @@ def test_files_and_directory_are_flushed_before_the_checkpoint_is_renamed(workdi
 
 @needs_fork
 def test_a_save_needs_the_extra_memory_of_two_files_not_of_the_state(tmp_path):
-    state, extra = save_memory(tmp_path, n_layer=10, n_embd=192, file_bytes=8e6)
-    largest = 50257 * 192 * 4  # the embedding, which is a file of its own
+    state, extra = save_memory(tmp_path, n_layer=4, n_embd=384, file_bytes=8e6)
+    largest = 50257 * 384 * 4  # the embedding, which is a file of its own
     assert state > 3.9 * largest
     assert extra < 2.3 * largest
 
