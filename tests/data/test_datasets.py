@@ -35,8 +35,13 @@ def files():
     return [path for path in Path("data").rglob("*") if path.is_file()]
 
 
-def test_stdlib_is_the_text_of_python_files_as_bytes(monkeypatch):
-    paths = prepare_data.stdlib_files()[:5]
+@pytest.fixture(scope="module")
+def stdlib_paths():
+    return prepare_data.stdlib_files()
+
+
+def test_stdlib_is_the_text_of_python_files_as_bytes(stdlib_paths, monkeypatch):
+    paths = stdlib_paths[:5]
     monkeypatch.setattr(prepare_data, "stdlib_files", lambda: paths)
     train, val, meta = make("stdlib")
     documents = [Path(path).read_bytes() for path in paths]
@@ -44,18 +49,16 @@ def test_stdlib_is_the_text_of_python_files_as_bytes(monkeypatch):
     assert meta["tokenizer"] == "byte"
 
 
-def test_stdlib_files_are_distinct():
-    paths = prepare_data.stdlib_files()
-    assert len(set(paths)) == len(paths) > 300
+def test_stdlib_files_are_distinct(stdlib_paths):
+    assert len(set(stdlib_paths)) == len(stdlib_paths) > 300
 
 
-def test_stdlib_files_do_not_include_tests_or_installed_packages():
-    paths = prepare_data.stdlib_files()
-    assert not [path for path in paths if re.search(r"/(tests?|site-packages)/", path)]
+def test_stdlib_files_do_not_include_tests_or_installed_packages(stdlib_paths):
+    assert not [path for path in stdlib_paths if re.search(r"/(tests?|site-packages)/", path)]
 
 
-def test_stdlib_files_are_in_the_same_order_every_time():
-    assert prepare_data.stdlib_files() == prepare_data.stdlib_files()
+def test_stdlib_files_are_in_the_same_order_every_time(stdlib_paths):
+    assert prepare_data.stdlib_files() == stdlib_paths
 
 
 @pytest.fixture

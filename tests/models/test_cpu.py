@@ -180,7 +180,7 @@ def last_logits(model, idx, chunk):
     return logits
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 40])
+@pytest.mark.parametrize("chunk", [1, 40])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_float32_cache_is_as_near_to_float32_as_a_bfloat16_one(name, chunk):
     idx = torch.randint(101, (64, 40), generator=torch.Generator().manual_seed(1))

@@ -38,17 +38,17 @@ def test_attention_equals_brute_force(window, T):
     close(attention(window).attend(q, k, v), by_brute_force(q, k, v, window))
 
 
-LONG = [1, 5, 64, 65, 100, 256, 257, 300, 700]
+LONG = [1, 5, 64, 65, 256, 257, 700]
 
 
-@pytest.mark.parametrize("T", [321, 512, 513, 1000])
+@pytest.mark.parametrize("T", [321, 512, 1000])
 @pytest.mark.parametrize("window", LONG)
 def test_attention_over_a_long_sequence_equals_brute_force(window, T):
     q, k, v = qkv(T, T)
     close(attention(window).attend(q, k, v), by_brute_force(q, k, v, window))
 
 
-@pytest.mark.parametrize("T", [2, 5, 321, 512, 769])
+@pytest.mark.parametrize("T", [2, 321, 769])
 @pytest.mark.parametrize("window", [2, *LONG[1:]])
 @pytest.mark.parametrize("part", [0.5, 1.0])
 def test_attention_of_a_later_chunk_equals_brute_force(window, T, part):
@@ -180,7 +180,7 @@ def test_the_bytes_of_a_cache_do_not_depend_on_max_len(max_len):
     assert cache.nbytes == 2 * 3 * 2 * 4 * 5 * 8 * 4
 
 
-@pytest.mark.parametrize("window", [1, 2, 5, 8])
+@pytest.mark.parametrize("window", [1, 5])
 @pytest.mark.parametrize("prompt", [1, 7, 40])
 def test_decoding_far_past_the_window_gives_the_logits_of_a_full_forward(window, prompt):
     ours, x = vivid(window, 150), tokens(2, 150)
@@ -188,8 +188,8 @@ def test_decoding_far_past_the_window_gives_the_logits_of_a_full_forward(window,
     close(cached, ours(x)[:, prompt - 1 :])
 
 
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("window", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("window", [1, 2, 5, 8])
 def test_chunks_of_random_sizes_give_the_logits_of_a_full_forward(window, seed):
     generator = random.Random(seed)
     sizes = []

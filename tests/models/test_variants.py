@@ -118,7 +118,7 @@ def test_prefill_then_token_by_token_gives_the_logits_of_full_forwards(module, B
 
 @pytest.mark.parametrize(
     "chunks",
-    [[2, 2, 12], [5, 5, 6], [4, 1, 11], [1, 6, 1, 8], [3, 10, 3], [11, 5], [15, 1], [6, 2, 2, 6]],
+    [[2, 2, 12], [5, 5, 6], [1, 6, 1, 8], [11, 5]],
     ids=lambda chunks: "+".join(map(str, chunks)),
 )
 def test_prefill_in_chunks_gives_the_logits_of_full_forwards(module, chunks):
@@ -147,7 +147,7 @@ def test_two_caches_in_use_at_once_do_not_affect_each_other(module):
     close(torch.cat(other_logits, dim=1), last_logits(model, other))
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", [WINDOW - 1, 2 * WINDOW + 1])
 def test_a_batch_of_one_prefills_a_cache_of_several_rows(module, prompt):
     model, x = make_vivid(module), tokens(3, 16)
     x[:, :prompt] = x[:1, :prompt]
@@ -166,7 +166,7 @@ def test_a_batch_of_one_prefills_a_cache_of_several_rows_in_chunks(module):
     close(decoded, last_logits(model, x)[:, 9:])
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", [WINDOW - 1, 2 * WINDOW + 1])
 def test_a_cached_bf16_model_is_close_to_its_full_forward(module, prompt):
     model, x = make_vivid(module).bfloat16(), tokens(2, 16)
     cached = feed(model, model.make_cache(2), x[:, :prompt], *x[:, prompt:].split(1, dim=1))

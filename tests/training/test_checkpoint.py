@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import arguments, read_log
+from bomb import Bomb
+from conftest import arguments
 from faults import Forked, needs_fork
+from runs import losses
 from safetensors.torch import load_file
 from save_memory import save_memory
 
@@ -155,12 +157,7 @@ def test_whitespace_and_key_order_of_config_json_do_not_matter(tiny_run):
 
 def test_a_checkpoint_with_a_pickle_is_refused_before_it_is_opened(tiny_run, workdir):
     path = tiny_run / "step_00000012"
-
-    class Bomb:
-        def __reduce__(self):
-            return open, (str(workdir / "exploded"), "w")
-
-    (path / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    (path / ".metadata").write_bytes(pickle.dumps(Bomb(str(workdir / "exploded"))))
     assert ".metadata" in refusal_of_last(tiny_run)
     with pytest.raises(UserError):
         load_model(str(path))
@@ -201,14 +198,10 @@ def test_a_save_needs_the_extra_memory_of_two_files_not_of_the_state(tmp_path):
 
 
 def test_a_run_resumes_from_the_previous_checkpoint_after_the_last_is_removed(tiny_run, workdir):
-    def losses():
-        records = read_log(tiny_run)
-        return [(r["step"], r.get("train_loss"), r.get("val_loss")) for r in records]
-
-    uninterrupted = losses()
+    uninterrupted = losses(tiny_run)
     shutil.rmtree(tiny_run / "step_00000012")
     train.main(arguments())
-    assert losses() == uninterrupted
+    assert losses(tiny_run) == uninterrupted
 
 
 def test_an_unfinished_save_is_no_checkpoint(tiny_run):

@@ -102,22 +102,6 @@ def test_modules_functions_and_names_that_begin_with_underscore_are_not_options(
     assert options_of(config_file(NO_OPTIONS)) == Options(batch_size=5)
 
 
-def test_the_later_of_two_config_files_wins(config_file):
-    first = config_file("batch_size = 1\ntop_k = 5", "first.py")
-    second = config_file("batch_size = 2", "second.py")
-    assert options_of(first, second) == Options(batch_size=2, top_k=5)
-
-
-def test_the_later_of_a_config_file_and_an_option_wins(config_file):
-    path = config_file("batch_size = 1")
-    assert options_of(path, "--batch_size=3").batch_size == 3
-    assert options_of("--batch_size=3", path).batch_size == 1
-
-
-def test_the_later_of_two_options_wins():
-    assert options_of("--batch_size=3", "--batch_size=5").batch_size == 5
-
-
 # Typed values ---------------------------------------------------------------------------------
 
 # (option, text on the command line, value)
@@ -480,27 +464,14 @@ HELP = """
 
 
 @pytest.mark.parametrize(("flag", "parse"), [("--help", options_of), ("-h", with_shape)])
-def test_help_exits_with_status_0(flag, parse):
+def test_help_shows_group_type_default_and_comment_of_each_option(capsys, flag, parse):
     with pytest.raises(SystemExit) as end:
         parse(flag)
     assert end.value.code == 0
-
-
-@pytest.mark.parametrize(("flag", "parse"), [("--help", options_of), ("-h", with_shape)])
-def test_help_shows_group_type_default_and_comment_of_each_option(capsys, flag, parse):
-    with pytest.raises(SystemExit):
-        parse(flag)
     text = capsys.readouterr().out
     assert text.startswith("A program.")
     assert HELP.rstrip() in text
     assert "folders of runs" in text
-
-
-@pytest.mark.parametrize(("flag", "parse"), [("--help", options_of), ("-h", with_shape)])
-def test_help_shows_the_options_of_a_model_if_there_is_one(capsys, flag, parse):
-    with pytest.raises(SystemExit):
-        parse(flag)
-    text = capsys.readouterr().out
     has_model_options = "--n_layer: int = 12" in text and "query heads" in text
     assert has_model_options == (parse is with_shape)
 

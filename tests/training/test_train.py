@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, arguments, read_log, refused
+from runs import losses
 
 import train
 from common import checkpoint, run_dir
@@ -22,12 +23,6 @@ from training import report
 from training.optimizer import make_optimizer
 from training.parallel import checkpoint_activations
 from training.start import default_out_dir
-
-
-def losses(run):
-    """Return the step, the losses and the gradient norm of every line of the log."""
-    fields = ("step", "train_loss", "grad_norm", "val_loss")
-    return [tuple(record.get(name) for name in fields) for record in read_log(run)]
 
 
 def val_loss_of(run):
