@@ -38,6 +38,7 @@ def spoiled(what, value, step, rank=0):
     what    loss: only its value; gradient; weight: one of them; validation: the loss of the
             evaluation before the step
     value   nan or inf
+    step    None: every one
     """
     value = float(value)
     digests = []
@@ -49,7 +50,7 @@ def spoiled(what, value, step, rank=0):
         def spoiled_forward(x, y):
             loss = forward(x, y)
             is_in_step = run.model.training == (what != "validation")
-            if run.step != step or run.group.rank != rank or not is_in_step:
+            if step not in (None, run.step) or run.group.rank != rank or not is_in_step:
                 return loss
             if what == "gradient":
                 loss.register_hook(lambda grad: grad * value)
@@ -61,7 +62,7 @@ def spoiled(what, value, step, rank=0):
         train_loop(run)
 
     def spoiled_step(run):
-        if run.step != step:
+        if step not in (None, run.step):
             return train_step(run)
         if what == "weight" and run.group.rank == rank:
             spoil_weight(run, value)

@@ -6,9 +6,10 @@ import re
 
 import pytest
 import torch
+from variants import make_vivid
 
+import model as gpt2
 from common.tokenizer import TextStream, byte_tokenizer
-from model import GPT, GPTConfig
 from sample import generate, sample_next_token
 
 EOT = 256  # <|endoftext|> of the byte tokenizer
@@ -133,18 +134,7 @@ def test_sampling_leaves_the_logits_as_they_were():
 
 @pytest.fixture(params=[16, 15, 1], ids=lambda block_size: f"block_size={block_size}")
 def model(request):
-    return vivid(request.param)
-
-
-def vivid(block_size, vocab_size=61):
-    """Return a model whose weights are so large that each token depends on those before it."""
-    torch.manual_seed(0)
-    config = GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=16)
-    model = GPT(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.3)
-    return model
+    return make_vivid(gpt2, block_size=request.param)
 
 
 def prompt(length):
@@ -183,7 +173,7 @@ def test_past_block_size_the_last_half_becomes_the_prompt(model, length):
 
 
 def test_past_block_size_every_row_continues_its_own_text(monkeypatch):
-    model = vivid(16)
+    model = make_vivid(gpt2)
     received = []
 
     def recording_sample(logits, **sampling):
@@ -205,25 +195,25 @@ def test_greedy_rows_are_equal_for_any_number_of_samples(model):
 
 
 def test_the_same_seed_gives_the_same_rows():
-    first = generated(vivid(16), prompt(4), 40, num_samples=5, generator=seeded(7))
-    second = generated(vivid(16), prompt(4), 40, num_samples=5, generator=seeded(7))
+    first = generated(make_vivid(gpt2), prompt(4), 40, num_samples=5, generator=seeded(7))
+    second = generated(make_vivid(gpt2), prompt(4), 40, num_samples=5, generator=seeded(7))
     assert torch.equal(first, second)
 
 
 def test_sampled_rows_differ():
-    rows = generated(vivid(16), prompt(4), 40, num_samples=5, generator=seeded(7))
+    rows = generated(make_vivid(gpt2), prompt(4), 40, num_samples=5, generator=seeded(7))
     assert len({tuple(row[:10]) for row in rows.tolist()}) == 5
 
 
 @pytest.mark.parametrize("count", [1, 12, 13, 40])
 def test_as_many_tokens_are_generated_as_the_caller_asks_for(count):
-    assert generated(vivid(16), prompt(4), count).shape == (1, count)
+    assert generated(make_vivid(gpt2), prompt(4), count).shape == (1, count)
 
 
 def overflows(count):
     """Return the sentences of on_overflow for this number of new tokens after a prompt of 4."""
     sentences = []
-    generated(vivid(16), prompt(4), count, on_overflow=sentences.append)
+    generated(make_vivid(gpt2), prompt(4), count, on_overflow=sentences.append)
     return sentences
 
 
@@ -241,7 +231,7 @@ def test_passing_block_size_is_reported_once_with_block_size_and_its_half(count)
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_padding_ids_are_never_sampled(temperature):
-    model = vivid(16)
+    model = make_vivid(gpt2)
     options = {"num_samples": 8, "temperature": temperature}
     unlimited = generated(model, prompt(4), 60, **options, generator=seeded())
     limited = generated(model, prompt(4), 60, **options, generator=seeded(), vocab_size=20)
@@ -250,12 +240,12 @@ def test_padding_ids_are_never_sampled(temperature):
 
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="prompt"):
-        generated(vivid(16), prompt(0), 5)
+        generated(make_vivid(gpt2), prompt(0), 5)
 
 
 def test_a_prompt_longer_than_block_size_is_refused_with_both_lengths():
     with pytest.raises(ValueError, match=r"\b17\b.*\b16\b|\b16\b.*\b17\b"):
-        generated(vivid(16), prompt(17), 5)
+        generated(make_vivid(gpt2), prompt(17), 5)
 
 
 # TextStream -----------------------------------------------------------------------------------

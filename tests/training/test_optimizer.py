@@ -8,7 +8,7 @@ import torch
 from conftest import arguments, read_log, refused
 from runs import losses, same_weights, stop_in_step
 from spoiled import spoiled
-from variants import MODELS
+from variants import MODELS, make
 
 import train
 from common import checkpoint, run_dir
@@ -23,17 +23,11 @@ from training.optimizer import (
     orthogonalize_,
 )
 
-SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 8, "vocab_size": 32}
 WIDE_SHAPES = [(3, 20, 50), (2, 16, 16), (1, 1, 8)]
 
 
 def make_model(name="model"):
-    module = train.model_module(name)
-    options = {"n_kv_head": 2, "window": 5}
-    fields = module.GPTConfig.__dataclass_fields__
-    options = {name: value for name, value in options.items() if name in fields}
-    torch.manual_seed(0)
-    return module.GPT(module.GPTConfig(**SHAPE, **options))
+    return make(train.model_module(name), n_layer=2, n_embd=16)
 
 
 def set_gradients(parameters, seed):
