@@ -17,7 +17,7 @@ import random
 import re
 import shutil
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -178,14 +178,8 @@ TARGETS = {
 
 
 @pytest.fixture(scope="module")
-def results():
-    """Return a dict for the results of the undamaged templates."""
-    return {}
-
-
-@pytest.fixture
-def bench(templates, results, tmp_path):
-    return Bench(templates, tmp_path, results)
+def bench(templates, tmp_path_factory):
+    return Bench(templates, tmp_path_factory.mktemp("bench"))
 
 
 # Mutants and their outcomes -------------------------------------------------------------------
@@ -232,13 +226,13 @@ class Bench:
 
     templates: Path
     folder: Path
-    results: dict  # of the undamaged templates
+    results: dict = field(default_factory=dict)  # of the undamaged templates
 
     def expected(self, template, program, without=None):
         """Return the result of a program in a template, without one of its folders."""
         key = (template, program, without)
         if key not in self.results:
-            folder = copy_template(self.templates, template, self.folder)
+            folder = copy_template(self.templates, template, self.folder / "undamaged")
             if without:
                 shutil.rmtree(folder / without)
             main, argv, result = PROGRAMS[program]
@@ -251,9 +245,6 @@ class Bench:
     def outcome(self, mutant):
         """Return the name of a mutant's outcome and, if it is "wrong", why."""
         target = TARGETS[mutant.target]
-        expected = [self.expected(target.template, mutant.program)]
-        if target.path.startswith(STEP):
-            expected.append(self.expected(target.template, mutant.program, without=STEP))
         folder = copy_template(self.templates, target.template, self.folder)
         mutant.damage(folder / target.path)
         main, argv, result = PROGRAMS[mutant.program]
@@ -266,7 +257,10 @@ class Bench:
             warnings = [line for line in outcome.err.splitlines() if line.startswith("warning: ")]
             if not all(name in line for line in warnings):
                 return "wrong", f"{name} is not named: {warnings}"
-            if result(folder, outcome.out) not in expected[: 2 if warnings else 1]:
+            expected = [self.expected(target.template, mutant.program)]
+            if warnings and target.path.startswith(STEP):
+                expected.append(self.expected(target.template, mutant.program, without=STEP))
+            if result(folder, outcome.out) not in expected:
                 return "unnoticed", outcome.out[-200:] + outcome.err
             return ("warning" if warnings else "right"), None
         finally:

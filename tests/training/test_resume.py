@@ -50,7 +50,7 @@ def test_a_run_that_is_older_than_an_option_resumes_with_its_default(tiny_run, m
         train.main(arguments(optimizer="muon"))
 
 
-@pytest.mark.parametrize("step", [1, 5, 8, 11])
+@pytest.mark.parametrize("step", [1, 5, 8])
 def test_resuming_after_any_step_gives_the_same_bits(tiny_run, workdir, step):
     stop_in_step(step, arguments(out_dir="out/stopped"))
     stopped = workdir / "out/stopped"
