@@ -157,3 +157,11 @@ def test_cached_logits_equal_those_of_transformers():
         cached = torch.cat([model(chunk, cache=cache) for chunk in chunks], dim=1)
         expected = theirs(x).logits[:, [5, 9, 10, 11, 16]]
     torch.testing.assert_close(cached, expected, atol=1e-4, rtol=0)
+
+
+def test_logits_at_the_size_of_gpt2_small_equal_those_of_transformers():
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(attn_implementation="sdpa")).eval()
+    x = tokens(1, 19, vocab_size=50257)
+    with torch.no_grad():
+        torch.testing.assert_close(copy_of(theirs)(x), theirs(x).logits, atol=1e-4, rtol=0)
