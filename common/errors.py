@@ -57,7 +57,10 @@ def run_program(main, argv, encoding=None, errors="backslashreplace"):
     """
     try:
         _prepare_output(encoding, errors)
-        main(argv)
+        try:
+            main(argv)
+        finally:
+            sys.stdout.flush()  # an error of buffered output belongs here, not to Python's exit
     except OtherRankError:
         sys.exit(2)
     except UserError as error:

@@ -424,7 +424,7 @@ for end in (lambda: None, lambda: 1 / 0, lambda: sys.exit(3)):
         Loader(sys.argv[1], 8, 100, 1).prefetch(0, 20, torch.device("cpu"))
         end()
         sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)  # before the next fork
 """
 
 

@@ -508,13 +508,18 @@ def test_an_error_that_rank_0_prints_is_only_a_status_on_another_rank(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_closed_pipe_is_status_1_and_no_line():
-    code = "from common.errors import run_program; run_program(print, [])"
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("main", ["print", "lambda argv: sys.exit(print())"])  # as for --help
+def test_a_closed_pipe_is_status_1_and_no_line(main, unbuffered):
+    code = f"import sys; from common.errors import run_program; run_program({main}, [])"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer) as pipe:
         command = [sys.executable, "-c", code]
-        completed = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE)
+        completed = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.PIPE
+        )
     assert (completed.returncode, completed.stderr) == (1, b"")
 
 
