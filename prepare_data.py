@@ -166,7 +166,8 @@ def describe_bin(path, tokenizer):
 
 
 def file_sha256(path):
-    """Return the SHA-256 of a file, as hex digits."""
+    """Return the SHA-256 of a file, as hex digits. Raises UserError for a folder or a pipe."""
+    check_regular(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(CHUNK):
