@@ -192,7 +192,7 @@ def setup(config, model_options, group, stack):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, metrics = 0, {"tokens": 0, "seconds": 0.0}
     if start.checkpoint:
-        load_checkpoint(start.checkpoint, model, optimizer)
+        load_checkpoint(start.checkpoint, model, optimizer, group)
         scaler.load_state_dict(start.record["scaler"])
         step, metrics = start.record["step"], start.record["metrics"]
     uses_ddp = group.launched and not config.fsdp

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
+from torch.distributed.checkpoint import (
+    CheckpointException,
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
@@ -236,16 +236,18 @@ def _file_crc32(path):
 # Load -----------------------------------------------------------------------------------------
 
 
-def load_checkpoint(path, model, optimizer=None):
+def load_checkpoint(path, model, optimizer=None, group=None):
     """Load a checkpoint into a model, and its optimizer, in place.
 
-    Collective with an optimizer; without one, a rank may load a model by itself. The caller has
-    called verify_checkpoint. Raises DamagedError if the files do not hold the tensors that the
-    model needs.
+    Collective with an optimizer and, if there are several ranks, their group; without them a rank
+    may load a model by itself. The caller has called verify_checkpoint. Raises DamagedError if the
+    files do not hold the tensors that the model needs.
     """
+    together = group.exit_together if group else contextlib.nullcontext
     reader = HuggingFaceStorageReader(str(path))
-    _check_headers(reader, path)
-    with _without_process_group_warning(), _explain_load_failure(path):
+    with together():  # by itself: a rank that fails here does not enter DCP's collectives
+        _check_headers(reader, path)
+    with together(), _without_process_group_warning(), _explain_load_failure(path):
         if optimizer is None:
             tensors = _with_prefix("model", model.state_dict())  # the model's own tensors
             dcp.load(tensors, storage_reader=reader, no_dist=True)
@@ -302,16 +304,18 @@ def _check_headers(reader, path):
 def _explain_load_failure(path):
     """Raise DamagedError for what DCP raises, and keep DCP from logging its traceback."""
 
-    def is_not_of_dcp(log_record):
-        return log_record.module != "state_dict_loader"
+    def drop(log_record):
+        return False
 
-    logging.getLogger().addFilter(is_not_of_dcp)  # DCP logs to the root logger
+    logging.getLogger().addFilter(
+        drop
+    )  # DCP logs to the root logger itself, nothing else here does
     try:
         yield
     except (CheckpointException, FileNotFoundError) as error:
         raise DamagedError(f"{path} failed to load: {_last_line(error)}") from error
     finally:
-        logging.getLogger().removeFilter(is_not_of_dcp)
+        logging.getLogger().removeFilter(drop)
 
 
 @contextlib.contextmanager
