@@ -58,7 +58,8 @@ def save_checkpoint(path, model, optimizer, record, group):
     record   what config.json says about the run: a dict with "step", "metrics" and more
 
     A checkpoint that exists is not written again, but it gets the validation loss if it has none: a
-    run that was stopped before an evaluation is evaluated when it resumes.
+    run that was stopped before an evaluation is evaluated when it resumes. So is one whose
+    eval_tokens have changed.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -77,7 +78,7 @@ def save_checkpoint(path, model, optimizer, record, group):
         if group.rank == 0 and is_new:
             _publish(part, path, record | {"files": files})
         elif group.rank == 0:
-            _add_val_loss(part, path, record["metrics"])
+            _add_val_loss(part, path, record)
 
 
 def _write_shards(part, model, optimizer, group):
@@ -150,15 +151,18 @@ def _write_record(path, record):
     write_json(path / "config.json", {"crc32": _record_crc32(record)} | record)
 
 
-def _add_val_loss(part, path, metrics):
-    """Add the validation loss to a checkpoint that was saved before its evaluation."""
+def _add_val_loss(part, path, record):
+    """Add the validation loss to a checkpoint that has none, or has that of other eval_tokens."""
     stored = read_record(path)
-    if "val_loss" not in metrics or "val_loss" in stored["metrics"]:
+    eval_tokens = {"eval_tokens": record["options"]["eval_tokens"]}
+    options = stored["options"] | eval_tokens
+    is_evaluated = "val_loss" in stored["metrics"] and stored["options"] == options
+    if "val_loss" not in record["metrics"] or is_evaluated:
         return
     # The new config.json is written beside the checkpoint and moved into it. A kill while writing
     # inside it would leave a stray file, which verify_checkpoint refuses.
     part.mkdir(exist_ok=True)
-    _write_record(part, stored | {"metrics": metrics})
+    _write_record(part, stored | {"metrics": record["metrics"], "options": options})
     (part / "config.json").replace(path / "config.json")
     fsync(path)
     part.rmdir()

@@ -6,9 +6,10 @@
         log.jsonl         one line per optimizer step
         .lock             while a process trains
 
-The best checkpoint is the one whose metrics have the lowest validation loss. A checkpoint that is
-found damaged is renamed to NAME.damaged. While a directory is deleted it is NAME.deleting, so that
-a kill in between leaves no half of a checkpoint under its name.
+The best checkpoint is the one whose metrics have the lowest validation loss. Losses of different
+eval_tokens, if that has changed, are not compared: each has a best checkpoint, which is kept. A
+checkpoint that is found damaged is renamed to NAME.damaged. While a directory is deleted it is
+NAME.deleting, so that a kill in between leaves no half of a checkpoint under its name.
 
 Functions that change the directory are for rank 0 alone, except save_step.
 """
@@ -97,9 +98,9 @@ def save_step(out_dir, model, optimizer, record, keep, group):
 
 def prune_checkpoints(out_dir, keep):
     """Delete all checkpoints but the last `keep`, the best, and those with a damaged record."""
-    best, _ = best_checkpoint(out_dir)
+    best = [path for path, _ in best_checkpoints(out_dir).values()]
     for path in list_checkpoints(out_dir)[:-keep]:
-        if path != best and read_val_loss(path) is not None:
+        if path not in best and read_evaluation(path) is not None:
             remove_directory(path)
 
 
@@ -111,34 +112,43 @@ def list_checkpoints(out_dir):
     return sorted(Path(out_dir).glob(CHECKPOINT_GLOB))
 
 
-def read_val_loss(path, on_damaged=None):
-    """Return the validation loss of a checkpoint, infinity if it was not evaluated.
+def read_evaluation(path, on_damaged=None):
+    """Return a checkpoint's eval_tokens and validation loss, infinity if it was not evaluated.
 
     on_damaged   called with the path and the error if config.json cannot be read, which gives None
     """
     try:
-        metrics = read_record(path)["metrics"]
+        record = read_record(path)
     except (DamagedError, FileNotFoundError) as error:
         if on_damaged is not None:
             on_damaged(path, error)
         return None
-    return metrics.get("val_loss", math.inf)
+    return record["options"]["eval_tokens"], record["metrics"].get("val_loss", math.inf)
+
+
+def best_checkpoints(out_dir, on_damaged=None):
+    """Return {eval_tokens: (path, lowest validation loss)}; the entry used last is the last.
+
+    on_damaged   see read_evaluation; the checkpoint is then passed over
+
+    The loss is in nats per token. Only config.json is verified here.
+    """
+    best = {}
+    for path in list_checkpoints(out_dir):
+        eval_tokens, loss = read_evaluation(path, on_damaged) or (None, math.inf)
+        if loss < math.inf:
+            earlier, lowest = best.pop(eval_tokens, (None, math.inf))
+            best[eval_tokens] = (path, loss) if loss < lowest else (earlier, lowest)
+    return best
 
 
 def best_checkpoint(out_dir, on_damaged=None):
-    """Return the path and the loss of the checkpoint with the lowest validation loss.
+    """Return the path and the loss of the best checkpoint by the run's last eval_tokens.
 
-    on_damaged   see read_val_loss; the checkpoint is then passed over
-
-    The loss is in nats per token. Without an evaluated checkpoint: (None, infinity). Only
-    config.json is verified here.
+    Without an evaluated checkpoint: (None, infinity). on_damaged: see read_evaluation.
     """
-    best, best_loss = None, math.inf
-    for path in list_checkpoints(out_dir):
-        loss = read_val_loss(path, on_damaged)
-        if loss is not None and loss < best_loss:
-            best, best_loss = path, loss
-    return best, best_loss
+    best = best_checkpoints(out_dir, on_damaged)
+    return list(best.values())[-1] if best else (None, math.inf)
 
 
 def checkpoint_to_resume(out_dir, rename_damaged):

@@ -18,12 +18,14 @@ MAX_TIMEOUT = 10**7  # seconds, four months
 # Options that may change when a run is resumed: they say when something is saved or printed, or how
 # the same global batch is computed. The results stay equal up to rounding, with two exceptions:
 # max_steps stretches the learning rate schedule, and with dropout > 0 the masks depend on the rank
-# and on batch_size. No other option may change. dtype is stored as it was chosen: a machine where
-# "auto" would choose another one needs the stored one by --dtype.
+# and on batch_size.
 RESUMABLE_CHANGES = {
     "out_dir",
     "overwrite",
+    "allow_changes",
     "eval_only",
+    "eval_train",
+    "tracker",
     "batch_size",
     "max_steps",
     "eval_interval",
@@ -37,6 +39,22 @@ RESUMABLE_CHANGES = {
     "fsdp",
     "shard_degree",
     "dist_timeout",
+}
+# Options that may change with --allow_changes=True. A step reads them anew, and nothing that is
+# saved depends on their old values. No other option may change: model, data, their order (seed,
+# total_batch_size), the optimizer and the decay of its means (beta1, beta2), or the dtype. That is
+# stored as it was chosen: a machine where "auto" would choose another one needs --dtype. The table
+# in docs/RELIABILITY.md has all options.
+ALLOWED_CHANGES = {
+    "learning_rate",
+    "muon_learning_rate",
+    "min_lr",
+    "warmup_steps",
+    "lr_schedule",
+    "weight_decay",
+    "grad_clip",
+    "dropout",
+    "eval_tokens",
 }
 
 # Options --------------------------------------------------------------------------------------
@@ -197,8 +215,11 @@ def find_checkpoint(config, model_options, meta):
         model_config = record["model_config"] | model_options
     # Options added since the run began take their defaults.
     record["options"] = asdict(type(config)()) | record["options"]
-    check_same_options(asdict(config) | model_config, record, config.out_dir)
-    _, best_loss = run_dir.best_checkpoint(config.out_dir)
+    check_same_options(config, model_config, record)
+    if record["options"]["eval_tokens"] != config.eval_tokens:
+        record["metrics"].pop("val_loss", None)  # that of other tokens: evaluate again
+    best = run_dir.best_checkpoints(config.out_dir)
+    _, best_loss = best.get(config.eval_tokens, (None, float("inf")))
     return Start(model_config, path, record, best_loss)
 
 
@@ -232,19 +253,24 @@ def with_vocab_size(model_options, meta):
     return {"vocab_size": meta["vocab_size"]} | model_options
 
 
-def check_same_options(options, record, out_dir):
-    """Raise UserError if the run in out_dir was started with other options or another model.
+def check_same_options(config, model_config, record):
+    """Raise UserError if the run in out_dir has other options or another model, or print changes.
 
-    options   of this command, the model's included; record   the record of the run's checkpoint
+    record   the record of the run's checkpoint
     """
     before = record["options"] | record["model_config"]
-    changes = [
-        f"{name} was {before.get(name)}, is {value}"
-        for name, value in options.items()
+    changes = {
+        name: f"{name} was {before.get(name)}, is {value}"
+        for name, value in (asdict(config) | model_config).items()
         if name not in RESUMABLE_CHANGES and before.get(name) != value
-    ]
+    }
+    allowed = ALLOWED_CHANGES if config.allow_changes else set()
+    refused = [text for name, text in changes.items() if name not in allowed]
+    if refused:
+        can_be_allowed = changes.keys() <= ALLOWED_CHANGES
+        refuse_other_run(config.out_dir, "; ".join(refused), can_be_allowed)
     if changes:
-        refuse_other_run(out_dir, "; ".join(changes))
+        print(f"{config.out_dir} continues with changes: {'; '.join(changes.values())}", flush=True)
 
 
 def identify_data(loader, config, start):
@@ -282,8 +308,8 @@ def prepare_out_dir(config, step, group):
             run_dir.truncate_log(config.out_dir, step)
 
 
-def refuse_other_run(out_dir, difference):
-    raise UserError(
-        f"{out_dir} holds another run ({difference}): choose another --out_dir, or start over "
-        "with --overwrite=True"
-    )
+def refuse_other_run(out_dir, difference, can_be_allowed=False):
+    remedy = "choose another --out_dir, or start over with --overwrite=True"
+    if can_be_allowed:
+        remedy += ", or continue it with --allow_changes=True"
+    raise UserError(f"{out_dir} holds another run ({difference}): {remedy}")

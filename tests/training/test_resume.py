@@ -1,6 +1,7 @@
 """Two equal runs have the same bits, and so has a run that was interrupted and resumed."""
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -17,6 +18,7 @@ from common import checkpoint, run_dir
 from common.dataloader import Loader
 from common.distributed import ProcessGroup
 from common.errors import UserError
+from training import start
 
 ROOT = Path(train.__file__).parent
 
@@ -299,3 +301,127 @@ def test_intervals_and_batch_size_may_change_when_a_run_is_resumed(tiny_run):
     changes = {"batch_size": 8, "eval_interval": 7, "log_interval": 1, "keep_checkpoints": 1}
     train.main(arguments(max_steps=14, **changes))
     assert steps(tiny_run)[-1] == 14
+
+
+# Changed options ------------------------------------------------------------------------------
+
+OUR_MODELS = ["model", "model_rope", "model_gqa", "model_swa", "model_rope_gqa_swa"]
+CHANGED = {
+    "learning_rate": 0.02,
+    "min_lr": 0.005,
+    "warmup_steps": 40,
+    "lr_schedule": "wsd",
+    "weight_decay": 0.5,
+    "grad_clip": 0.1,
+    "dropout": 0.4,
+}
+
+
+def apply_change(run, name, value):
+    """Change an option of a run that is training, wherever it is used."""
+    setattr(run.config, name, value)  # also for options that only the model has: nobody reads it
+    if name == "weight_decay":
+        for group in run.optimizer.param_groups:
+            if group["weight_decay"] > 0:
+                group["weight_decay"] = value
+    if name == "dropout":
+        run.model.config.dropout = value
+        for block in run.model.transformer.h:
+            block.attn.dropout = block.mlp.dropout = value
+
+
+@pytest.mark.parametrize(("name", "value"), CHANGED.items())
+def test_an_allowed_change_gives_the_bits_of_a_run_that_changes_it_while_it_trains(
+    tiny_run, workdir, monkeypatch, name, value
+):
+    original = train.train_step
+
+    def change_and_train_step(run):
+        apply_change(run, name, value)
+        return original(run)
+
+    shutil.copytree(tiny_run, workdir / "out/resumed")
+    shutil.copytree(tiny_run, workdir / "out/unchanged")
+    train.main(arguments(out_dir="out/unchanged", max_steps=14))
+    monkeypatch.setattr(train, "train_step", change_and_train_step)
+    train.main(arguments(max_steps=14))
+    monkeypatch.setattr(train, "train_step", original)
+    train.main(arguments(out_dir="out/resumed", max_steps=14, allow_changes=True, **{name: value}))
+    assert same_weights(workdir / "out/resumed", tiny_run)
+    assert not same_weights(workdir / "out/unchanged", tiny_run)
+
+
+def test_muon_s_learning_rate_may_change_if_that_is_allowed(workdir):
+    muon = {"optimizer": "muon", "max_steps": 2}
+    train.main(arguments(**muon))
+    with pytest.raises(UserError, match=r"muon_learning_rate.*--allow_changes=True"):
+        train.main(arguments(**muon, muon_learning_rate=0.01))
+    train.main(arguments(**muon, muon_learning_rate=0.01, allow_changes=True))
+
+
+def test_a_checkpoint_records_allowed_changes_which_are_the_run_s_options_then(tiny_run):
+    train.main(arguments(max_steps=13, allow_changes=True, learning_rate=0.02, dropout=0.3))
+    record = checkpoint.read_record(tiny_run / "step_00000013")
+    assert record["options"]["learning_rate"] == 0.02
+    assert record["model_config"]["dropout"] == 0.3
+    train.main(arguments(max_steps=14, learning_rate=0.02, dropout=0.3))
+    assert steps(tiny_run)[-1] == 14
+    with pytest.raises(UserError, match=r"learning_rate was 0\.02"):
+        train.main(arguments(max_steps=15))
+
+
+def test_allowed_changes_are_made_again_after_a_kill_before_the_first_checkpoint(
+    tiny_run, workdir, monkeypatch
+):
+    def die(run):
+        raise ZeroDivisionError("stands for a crash")
+
+    changed = arguments(max_steps=14, allow_changes=True, learning_rate=0.02)
+    shutil.copytree(tiny_run, workdir / "out/killed")
+    train.main(changed)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", die)
+        with pytest.raises(ZeroDivisionError):
+            train.main([*changed, "--out_dir=out/killed"])
+    train.main([*changed, "--out_dir=out/killed"])
+    assert losses(workdir / "out/killed") == losses(tiny_run)
+
+
+def test_a_finished_run_is_evaluated_again_on_other_eval_tokens(tiny_run, workdir):
+    train.main(arguments(out_dir="out/other", init_from="out/tiny/step_00000012", eval_tokens=512))
+    expected = read_log(workdir / "out/other")[0]["val_loss"]
+    train.main(arguments(eval_tokens=512, allow_changes=True))
+    assert read_log(tiny_run)[-1]["val_loss"] == expected
+    assert run_dir.best_checkpoint(tiny_run) == (tiny_run / "step_00000012", expected)
+    train.main(arguments(eval_tokens=512))  # recorded
+
+
+def test_the_best_checkpoint_is_that_of_the_new_eval_tokens_and_the_former_best_is_kept(
+    workdir, monkeypatch
+):
+    validation = iter([5.0, 3.0, 4.0, 9.0, 8.0, 8.5])  # at steps 0, 2, 4; then at 4, 6, 8
+    monkeypatch.setattr(train, "evaluate", lambda run: next(validation))
+    options = {"eval_interval": 2, "checkpoint_interval": 100, "keep_checkpoints": 1}
+    train.main(arguments(max_steps=4, **options))
+    train.main(arguments(max_steps=8, **options, eval_tokens=512, allow_changes=True))
+    run = workdir / "out/tiny"
+    assert run_dir.best_checkpoint(run) == (run / "step_00000006", 8.0)
+    assert [path.name[-1] for path in run_dir.list_checkpoints(run)] == ["2", "6", "8"]
+
+
+def test_every_option_is_in_one_row_of_the_docs_table_which_is_that_of_the_code():
+    text = (ROOT / "docs/RELIABILITY.md").read_text(encoding="utf-8")
+    _, _, section = text.partition("## What may change when a run is resumed")
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:5]
+    always, if_allowed, never = [re.findall(r"`(\w+)`", row) for row in rows]
+    options = set(train.TrainConfig.__dataclass_fields__)
+    for name in OUR_MODELS:
+        options |= set(train.model_module(name).GPTConfig.__dataclass_fields__)
+    assert set(always) == start.RESUMABLE_CHANGES
+    assert set(if_allowed) == start.ALLOWED_CHANGES
+    assert set(never) == options - set(always) - set(if_allowed)
+    assert len(always + if_allowed + never) == len({*always, *if_allowed, *never})
+
+
+def test_help_names_the_options_that_may_change_if_that_is_allowed():
+    assert {name for name in start.ALLOWED_CHANGES if name not in train.__doc__} == set()
