@@ -276,19 +276,32 @@ def check_same_options(config, model_config, record):
 def identify_data(loader, config, start):
     """Return the token counts and the hash of the data, by which a checkpoint knows it.
 
-    Raises UserError if the run that is resumed had other data.
+    Raises UserError if the run that is resumed had other data, or token ids of another meaning.
     """
     sha256 = loader.meta.get("train", {}).get("sha256")
     data = {"tokens": [loader.n_train, loader.n_val], "sha256": sha256}
-    if start.checkpoint is None or data == start.record["data"]:
-        return data
-    tokens_before = start.record["data"]["tokens"]
-    if data["tokens"] == tokens_before:
-        refuse_other_run(config.out_dir, f"the SHA-256 in {loader.folder}/meta.json has changed")
-    refuse_other_run(
-        config.out_dir,
-        f"{loader.folder} had {tokens_before} tokens [train.bin, val.bin], has {data['tokens']}",
-    )
+    if start.checkpoint is not None:
+        before = describe_data(start.record["meta"], start.record["data"]["tokens"])
+        now = describe_data(loader.meta, data["tokens"])
+        for name in before | now:
+            if before.get(name) != now.get(name):
+                difference = f"{name} was {before.get(name)}, is {now.get(name)}"
+                refuse_other_run(config.out_dir, f"{loader.folder}: {difference}")
+    return data
+
+
+def describe_data(meta, tokens):
+    """Return what a dataset is known by, {name: value}, from its meta.json and token counts."""
+    description = {
+        "tokenizer": meta["tokenizer"],
+        "vocab_size": meta["vocab_size"],
+        "number of tokens [train.bin, val.bin]": tokens,
+        "SHA-256 of train.bin": meta.get("train", {}).get("sha256"),
+        "SHA-256 of val.bin": meta.get("val", {}).get("sha256"),
+    }
+    for token_id, char in enumerate(meta.get("chars") or []):
+        description[f"token {token_id}"] = repr(char)
+    return description
 
 
 def prepare_out_dir(config, step, group):

@@ -1,12 +1,15 @@
 """train.py: bad input is one line and exit status 2; nothing is written or lost."""
 
+import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
 from conftest import arguments, refused, write_dataset
 
+import train
 from common import run_dir
 
 # case: (options that train.py must refuse, what the error must contain)
@@ -62,6 +65,7 @@ def test_bad_input_is_one_line_and_writes_no_file(workdir, capsys, options, expe
         ({"n_layer": 3}, ["n_layer", "2", "3"]),
         ({"learning_rate": 0.02}, ["learning_rate", "0.01", "0.02"]),
         ({"dataset": "twin"}, ["dataset", "tiny", "twin"]),
+        ({"dataset": "twin", "allow_changes": True}, ["dataset", "tiny", "twin"]),
     ],
 )
 def test_an_out_dir_that_holds_another_run_is_refused_and_kept(
@@ -82,6 +86,70 @@ def test_resuming_with_changed_data_is_refused_with_both_token_counts(tiny_run, 
     line = refused(capsys, arguments(max_steps=20))
     assert "9080" in line
     assert "9081" in line
+
+
+CHAR = {
+    "tokenizer": "char",
+    "chars": list("abcd"),
+    "train": {"sha256": "0a"},
+    "val": {"sha256": "0b"},
+}
+
+
+@pytest.mark.parametrize(
+    "meta, expected",
+    [
+        ({"chars": list("aBcd")}, ["token 1", "'b'", "'B'"]),
+        ({"chars": list("abdc")}, ["token 2", "'c'", "'d'"]),
+        ({"chars": list("abcde")}, ["vocab_size", "4", "5"]),
+        ({"vocab_size": 9}, ["vocab_size", "4", "9"]),
+        ({"tokenizer": "byte"}, ["tokenizer", "char", "byte"]),
+        ({"train": {"sha256": "0c"}}, ["train.bin", "0a", "0c"]),
+        ({"val": {"sha256": "0c"}}, ["val.bin", "0b", "0c"]),
+        ({"val": {}}, ["val.bin", "0b"]),
+    ],
+)
+@pytest.mark.parametrize("allow_changes", [False, True])
+def test_resuming_is_refused_if_the_ids_stand_for_another_text(
+    workdir, capsys, meta, expected, allow_changes
+):
+    path = workdir / "data/char/meta.json"
+    write_dataset(path.parent, [0, 1, 2, 3] * 99, [0, 1] * 99, CHAR)
+    options = {"dataset": "char", "vocab_size": 300, "eval_interval": 2, "n_layer": 1}
+    train.main(arguments(max_steps=2, **options))
+    path.write_text(json.dumps(CHAR | meta))
+    line = refused(capsys, arguments(max_steps=3, **options, allow_changes=allow_changes))
+    assert [text for text in (*expected, "data/char", "--out_dir") if text not in line] == []
+    assert "--allow_changes" not in line
+
+
+def test_a_dataset_that_was_made_again_with_the_same_content_is_the_same(workdir):
+    folder = workdir / "data/char"
+    write_dataset(folder, [0, 1, 2, 3] * 99, [0, 1] * 99, CHAR)
+    train.main(arguments(dataset="char", max_steps=2))
+    shutil.rmtree(folder)
+    again = CHAR | {"source": "elsewhere", "vocab_size": 4}
+    write_dataset(folder, [0, 1, 2, 3] * 99, [0, 1] * 99, again)
+    train.main(arguments(dataset="char", max_steps=3))
+    assert (workdir / "out/tiny/step_00000003").exists()
+
+
+@pytest.mark.parametrize(
+    "options, helps",
+    [
+        ({"learning_rate": 0.02}, True),
+        ({"dropout": 0.3, "eval_tokens": 512}, True),
+        ({"learning_rate": 0.02, "seed": 3}, False),
+        ({"beta2": 0.9}, False),
+        ({"optimizer": "muon"}, False),
+        ({"total_batch_size": 64}, False),
+        ({"bias": False}, False),
+    ],
+)
+def test_allow_changes_is_named_only_where_it_helps(tiny_run, capsys, options, helps):
+    line = refused(capsys, arguments(**options, max_steps=13))
+    assert [name for name in options if name not in line] == []
+    assert ("--allow_changes=True" in line) == helps
 
 
 def test_an_id_beyond_vocab_size_is_refused_before_a_run_is_overwritten(tiny_run, capsys):
