@@ -10,7 +10,7 @@ gathers the parameters of one block at a time. docs/DISTRIBUTED.md compares them
 
 train.py calls the functions in this order:
 
-    prepare_blocks          activation checkpointing; with FSDP: compile, shard
+    prepare_blocks          check the model; activation checkpointing; with FSDP: compile, shard
     load_initial_weights    in a new run; else a checkpoint is loaded, with the optimizer state
     wrap_ddp                without FSDP
     prepare_forward         without FSDP: compile; with DDP: settle its gradient buckets
@@ -29,8 +29,55 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from common.cpu import use_float32_attention, wants_float32_attention
 from common.device import is_out_of_memory, to_device
+from common.errors import UserError
+from training.optimizer import hidden_matrices
 
 # Before the weights ---------------------------------------------------------------------------
+
+
+def check_model(model, config):
+    """Raise UserError if a model is not what docs/YOUR_OWN_VARIANT.md says, so that training fails.
+
+    config   train.py's options
+
+    What gets no gradient is found by check_gradients, in the first backward pass.
+    """
+    name = config.model
+    blocks = getattr(getattr(model, "transformer", None), "h", None)
+    if not isinstance(blocks, torch.nn.ModuleList):
+        raise UserError(f"{name}.py: GPT needs transformer.h, an nn.ModuleList of its blocks")
+    for buffer, _ in model.named_buffers():
+        raise UserError(f"{name}.py: {buffer} is a buffer: compute it in the forward pass")
+    places = {}
+    for parameter, p in model.named_parameters(remove_duplicate=False):
+        if p in places:
+            raise UserError(
+                f"{name}.py: {parameter} is the parameter {places[p]}: assign it to one module "
+                "only, and use it from there"
+            )
+        places[p] = parameter
+        if p.dtype != torch.float32:
+            raise UserError(f"{name}.py: {parameter} is {p.dtype}: parameters must be float32")
+        if config.fsdp and p.dim() == 0:
+            raise UserError(
+                f"{name}.py: fsdp=True cannot shard {parameter}, which has no dimension: give it "
+                "one, as in torch.ones(1)"
+            )
+    if config.optimizer == "muon" and not hidden_matrices(model):
+        raise UserError(f"{name}.py: its blocks have no matrices for Muon: use --optimizer=adamw")
+
+
+def check_gradients(run):
+    """Collective. End the run if a backward pass gave a parameter no gradient.
+
+    It has no optimizer state to save, and DDP waits for its gradient.
+    """
+    for name, p in run.model.named_parameters():
+        if p.requires_grad and p.grad is None:
+            run.group.exit(
+                f"{run.config.model}.py: {name} got no gradient: use it in every forward pass, or "
+                "give it requires_grad=False"
+            )
 
 
 def prepare_blocks(model, config, group, device, dtype):
@@ -42,6 +89,8 @@ def prepare_blocks(model, config, group, device, dtype):
 
     The model may be on the meta device. Without FSDP it is compiled later, by compile_forward.
     """
+    with group.exit_together():
+        check_model(model, config)
     if wants_float32_attention(device, dtype):  # faster, on many CPUs in bfloat16
         for block in model.transformer.h:
             use_float32_attention(block)
@@ -183,12 +232,14 @@ def settle_ddp_buckets(run):
     this extra pass every step of a run, new or resumed, uses the final arrangement.
     """
     forward_and_backward(run, run.forward, *first_batch(run))
+    check_gradients(run)
     run.optimizer.zero_grad()
 
 
 def first_batch(run):
-    """Return inputs and targets (B, T) of the rank's first batch, on its device."""
-    x, y = run.loader.train_batch(0, run.config.batch_size)
+    """Collective. Return inputs and targets (B, T) of the rank's first batch, on its device."""
+    with run.group.exit_together():
+        x, y = run.loader.train_batch(0, run.config.batch_size)
     return to_device(x, run.device), to_device(y, run.device)
 
 

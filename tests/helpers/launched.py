@@ -14,6 +14,7 @@ A JSON file is a list of runs. A run has these keys, all but argv optional:
     restarts       it is sent after so many restarts of the workers, 0 by default
     measure_bytes  true: the bytes of tensors are recorded
     spoil          {"what", "value", "step", "rank"}: arguments of spoiled() of spoiled.py
+    unused         shape of a parameter `unused` that each block of model.py gets and does not use
 
 FILE.RANK then holds the list of what the rank recorded, for each run:
 
@@ -40,6 +41,7 @@ import torch
 from spoiled import spoiled
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import model
 import train
 from common import checkpoint
 from common.dataloader import Loader
@@ -60,6 +62,16 @@ def tensor_bytes():
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def with_unused_parameter(init, shape):
+    """Return a Block's __init__ that adds a parameter to what `init` does."""
+
+    def init_and_add(block, *args):
+        init(block, *args)
+        block.unused = torch.nn.Parameter(torch.zeros(shape))
+
+    return init_and_add
 
 
 def do_run(run):
@@ -106,6 +118,9 @@ def do_run(run):
     checkpoint.dcp.save = recording_save
     hook = register_optimizer_step_pre_hook(record_step_bytes)
     spoil = spoiled(**run["spoil"]) if "spoil" in run else contextlib.nullcontext()
+    init = model.Block.__init__
+    if "unused" in run:
+        model.Block.__init__ = with_unused_parameter(init, run["unused"])
     try:
         with spoil as record["digests"]:
             run_program(train.main, argv)
@@ -115,6 +130,7 @@ def do_run(run):
             raise
         record["status"] = stopped.code
     hook.remove()
+    model.Block.__init__ = init
     checkpoint.dcp.save = dcp_save
     train.train_step = train_step
     Loader.train_batch = train_batch

@@ -13,6 +13,9 @@ import pytest
 import torch
 from variants import MODELS, SMALL, close, fields, make, make_vivid, tokens
 
+from train import TrainConfig
+from training.parallel import check_model
+
 
 @pytest.fixture(params=MODELS)
 def module(request):
@@ -54,8 +57,14 @@ def test_every_parameter_has_a_gradient(module):
     model = make_vivid(module)
     model(tokens(2, 16), tokens(2, 16, seed=2)).backward()
     for name, p in model.named_parameters():
-        assert p.grad is not None, name
-        assert p.grad.norm() > 0, name
+        if p.requires_grad:  # others keep their values
+            assert p.grad is not None, name
+            assert p.grad.norm() > 0, name
+
+
+def test_a_model_has_what_training_needs_of_it(module):
+    config = TrainConfig(model=module.__name__, optimizer="muon", fsdp=True)
+    check_model(make(module), config)  # the error says which rule of YOUR_OWN_VARIANT.md is broken
 
 
 def test_a_few_steps_of_training_overfit_a_batch(module):

@@ -95,6 +95,18 @@ REFUSED = {
         {"argv": command("refused", 2), "folders": [".", "other"]},
         ["rank 0", "9080", "rank 1", "8980"],
     ),
+    "a parameter without gradient, DDP": (
+        refused() | {"unused": [8, 8]},
+        ["model.py", "transformer.h.0.unused"],
+    ),
+    "a parameter without gradient, FSDP": (
+        {"argv": command("late", 2, fsdp=True), "unused": [8, 8]},
+        ["model.py", "transformer.h.0.unused"],
+    ),
+    "a parameter without dimension, FSDP": (
+        refused(fsdp=True) | {"unused": []},
+        ["model.py", "transformer.h.0.unused", "fsdp=True"],
+    ),
     "machines with different out_dirs": (
         {"argv": command("apart", 2), "folders": [".", "apart"]},
         ["out/apart-model"],

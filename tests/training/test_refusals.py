@@ -7,10 +7,15 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import arguments, refused, write_dataset
+from runs import same_weights, stop_in_step, weights
 
+import model
 import train
 from common import run_dir
+from common.errors import UserError
+from training.parallel import check_model
 
 # case: (options that train.py must refuse, what the error must contain)
 BAD = {
@@ -195,3 +200,110 @@ def test_weights_of_another_tokenizer_are_refused_with_both(tiny_run, workdir, c
 @pytest.mark.parametrize("value", [0, 10**14])
 def test_a_dist_timeout_out_of_range_is_refused(workdir, capsys, value):
     assert f"dist_timeout={value}" in refused(capsys, arguments(dist_timeout=value))
+
+
+# A model file of one's own -------------------------------------------------------------------
+
+
+def change_blocks(monkeypatch, change):
+    """Let `change` do something to each block of model.py that is made."""
+    original = model.Block.__init__
+
+    def init_and_change(block, config, layer):
+        original(block, config, layer)
+        change(block)
+
+    monkeypatch.setattr(model.Block, "__init__", init_and_change)
+
+
+def test_a_parameter_without_gradient_is_refused_before_the_first_step(
+    workdir, capsys, monkeypatch
+):
+    def add_parameter(block):
+        block.later = torch.nn.Parameter(torch.zeros(8, 8))
+
+    change_blocks(monkeypatch, add_parameter)
+    line = refused(capsys, arguments())
+    assert "model.py" in line and "transformer.h.0.later" in line
+    assert run_dir.list_checkpoints(workdir / "out/tiny") == []
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_frozen_parameter_keeps_its_values_and_resumes_with_the_same_bits(
+    workdir, monkeypatch, optimizer
+):
+    def freeze(block):
+        block.ln_1.requires_grad_(False)
+        block.attn.c_proj.requires_grad_(False)
+
+    change_blocks(monkeypatch, freeze)
+    options = {"optimizer": optimizer, "checkpoint_interval": 2}
+    train.main(arguments(max_steps=6, **options))
+    stop_in_step(4, arguments(out_dir="out/stopped", max_steps=6, **options))
+    train.main(arguments(out_dir="out/stopped", max_steps=6, **options))
+    assert same_weights(workdir / "out/stopped", workdir / "out/tiny")
+    assert (weights(workdir / "out/tiny")["transformer.h.1.ln_1.weight"] == 1).all()
+
+
+def add_buffer(gpt):
+    gpt.transformer.h[1].register_buffer("mask", torch.ones(3))
+
+
+def tie(gpt):
+    gpt.lm_head = torch.nn.Linear(16, 257, bias=False)
+    gpt.lm_head.weight = gpt.transformer.wte.weight
+
+
+def share_blocks(gpt):
+    gpt.transformer.h = torch.nn.ModuleList([gpt.transformer.h[0]] * 2)
+
+
+def rename_blocks(gpt):
+    gpt.blocks = gpt.transformer.h
+    del gpt.transformer.h
+
+
+def add_scalar(gpt):
+    gpt.gain = torch.nn.Parameter(torch.ones(()))
+
+
+def store_bf16(gpt):
+    gpt.transformer.ln_f.bfloat16()
+
+
+def remove_matrices(gpt):
+    for block in gpt.transformer.h:
+        block.attn = block.mlp = None
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (add_buffer, "transformer.h.1.mask"),
+        (tie, "lm_head.weight"),
+        (share_blocks, "transformer.h.1"),
+        (rename_blocks, "transformer.h"),
+        (add_scalar, "gain"),
+        (store_bf16, "transformer.ln_f.weight"),
+        (remove_matrices, "--optimizer=adamw"),
+    ],
+)
+def test_a_model_that_training_cannot_handle_is_refused_by_name(change, expected):
+    gpt = model.GPT(model.GPTConfig(n_layer=2, n_embd=16, n_head=2, vocab_size=257, block_size=8))
+    config = train.TrainConfig(model="model_mine", optimizer="muon", fsdp=True)
+    check_model(gpt, config)
+    change(gpt)
+    with pytest.raises(UserError, match=rf"model_mine\.py: .*{re.escape(expected)}"):
+        check_model(gpt, config)
+
+
+def test_a_scalar_parameter_trains_and_resumes_without_fsdp(workdir, monkeypatch):
+    change_blocks(monkeypatch, use_scalar)
+    train.main(arguments(max_steps=2))
+    train.main(arguments(max_steps=3))
+    assert weights(workdir / "out/tiny")["transformer.h.0.gain"] != 1
+
+
+def use_scalar(block):
+    block.gain = torch.nn.Parameter(torch.ones(()))
+    block.ln_2.register_forward_hook(lambda norm, inputs, output: output * block.gain)
