@@ -179,11 +179,11 @@ def not_finite_advice(run):
     if run.config.optimizer == "muon":
         rates = "--learning_rate and --muon_learning_rate"
     remedy = f"with a lower {rates} or --dtype=float32"
-    checkpoints = run_dir.list_checkpoints(run.out_dir)
-    if not checkpoints:
+    if not run_dir.list_checkpoints(run.out_dir):
         return f"; start a new run {remedy}"
-    weights = f"--init_from={shlex.quote(str(checkpoints[-1]))} --out_dir=NEW"
-    return f"; start a new run from earlier weights, such as {weights}, {remedy}"
+    # The last checkpoint may be of a step that has gone wrong already; a run stands for its best.
+    weights = f"--init_from={shlex.quote(str(run.out_dir))} --out_dir=NEW"
+    return f"; start a new run from the best checkpoint by {weights}, {remedy}"
 
 
 def explain_error(error, config, run, world_size):

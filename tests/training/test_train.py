@@ -317,12 +317,13 @@ def test_repeated_float16_overflows_end_the_run_after_20_steps(workdir, capsys):
     assert re.search(r"\bstep 20\b", line)
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_and_names_the_last_checkpoint(workdir, capsys):
+def test_a_gradient_that_is_not_finite_ends_the_run_and_names_the_best_checkpoint(workdir, capsys):
     with spoiled("gradient", "nan", 6):
-        line = refused(capsys, arguments())
+        line = refused(capsys, arguments(checkpoint_interval=1))
     assert re.search(r"\bstep 7\b", line)
-    assert "--init_from=out/tiny/step_00000005" in line
-    assert run_dir.list_checkpoints(workdir / "out/tiny")[-1].name == "step_00000005"
+    named = re.search(r"--init_from=(\S+)", line)[1]
+    assert run_dir.load_best(named, lambda path, record: path.name) == "step_00000005"
+    assert run_dir.list_checkpoints(workdir / "out/tiny")[-1].name == "step_00000006"
 
 
 def test_a_gradient_that_is_not_finite_in_the_first_step_names_no_checkpoint(workdir, capsys):
