@@ -171,10 +171,11 @@ def _add_val_loss(part, path, record):
 # Verify ---------------------------------------------------------------------------------------
 
 
-def verify_checkpoint(path):
+def verify_checkpoint(path, rank=0, world_size=1):
     """Return the record of a checkpoint, after verifying it and the files that it lists.
 
-    Raises DamagedError, or UserError if the checkpoint has a stray file.
+    Several ranks divide the files: a damaged one is found by one of them. Raises DamagedError, or
+    UserError if the checkpoint has a stray file.
     """
     path = Path(path)
     if (path / ".metadata").exists():
@@ -183,7 +184,7 @@ def verify_checkpoint(path):
             "which this version does not read"
         )
     record = read_record(path)
-    _verify_files(path, record["files"])
+    _verify_files(path, record["files"], rank, world_size)
     return record
 
 
@@ -204,15 +205,15 @@ def read_record(path):
     return record
 
 
-def _verify_files(path, files):
-    """Raise DamagedError unless the checkpoint has these files, unchanged; UserError for others.
+def _verify_files(path, files, rank, world_size):
+    """Raise DamagedError unless the rank's part of these files is unchanged; UserError for others.
 
     A stray file matters too: DCP's reader takes every *.safetensors in the directory.
     """
     for name in sorted(os.listdir(path)):
         if name not in files and name != "config.json":
             raise UserError(f"{path}/{name} does not belong to the checkpoint: remove that file")
-    for name, expected in files.items():
+    for name, expected in list(files.items())[rank::world_size]:
         file = path / name
         if name != file.name or not file.is_file():  # rejects paths such as ../x
             raise DamagedError(f"{file} is missing")

@@ -11,7 +11,7 @@ eval_tokens, if that has changed, are not compared: each has a best checkpoint, 
 checkpoint that is found damaged is renamed to NAME.damaged. While a directory is deleted it is
 NAME.deleting, so that a kill in between leaves no half of a checkpoint under its name.
 
-Functions that change the directory are for rank 0 alone, except save_step.
+Functions that change the directory are for rank 0 alone, except those marked "Collective".
 """
 
 import contextlib
@@ -151,27 +151,41 @@ def best_checkpoint(out_dir, on_damaged=None):
     return list(best.values())[-1] if best else (None, math.inf)
 
 
-def checkpoint_to_resume(out_dir, rename_damaged):
-    """Return the path and the record of a run's last checkpoint, (None, None) if it has none.
+def checkpoint_to_resume(out_dir, rename_damaged, group):
+    """Collective. Return path and record of a run's last checkpoint, (None, None) if it has none.
 
     A damaged checkpoint is reported on stderr, renamed if `rename_damaged`, and the one before it
-    is taken. Raises UserError if all are damaged: a new run would overwrite what might be
-    recovered.
+    is taken. Exits if all are damaged: a new run would overwrite what might be recovered.
     """
-    for path in reversed(list_checkpoints(out_dir)):
-        try:
-            return path, verify_checkpoint(path)
-        except FileNotFoundError:  # with eval_only: deleted by a process that trains
-            continue
-        except DamagedError as error:
-            action = "not used"
-            if rename_damaged:
-                action = f"renamed to {rename_to_damaged(path).name}"
-            print(f"warning: {error}; {path.name} is {action}", file=sys.stderr)
-    if list_checkpoints(out_dir) or list(Path(out_dir).glob(DAMAGED_GLOB)):
-        raise UserError(
-            f"{out_dir} has damaged checkpoints only: --overwrite=True deletes them and starts over"
-        )
+    with group.exit_together():
+        paths = list_checkpoints(out_dir)
+    for path in reversed(group.broadcast(paths)):
+        error = record = None
+        with group.exit_together():  # the ranks divide the reading, as when they save
+            try:
+                record = verify_checkpoint(path, group.rank, group.world_size)
+            except FileNotFoundError as missing:
+                if rename_damaged:  # and so holds the lock; else a process that trains deleted it
+                    message = f"{out_dir} must be a directory that all machines share"
+                    raise UserError(message) from missing
+                error = missing
+            except DamagedError as damaged:
+                error = damaged
+        errors = [error for error in group.all_gather(error) if error is not None]
+        if not errors:
+            return path, record
+        with group.exit_together():
+            if group.rank == 0 and isinstance(errors[0], DamagedError):
+                action = "not used"
+                if rename_damaged:
+                    action = f"renamed to {rename_to_damaged(path).name}"
+                print(f"warning: {errors[0]}; {path.name} is {action}", file=sys.stderr)
+    with group.exit_together():
+        if list_checkpoints(out_dir) or list(Path(out_dir).glob(DAMAGED_GLOB)):
+            raise UserError(
+                f"{out_dir} has damaged checkpoints only: --overwrite=True deletes them and starts "
+                "over"
+            )
     return None, None
 
 

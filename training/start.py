@@ -181,10 +181,13 @@ def choose_start(config, model_options, meta, group):
     model_options   those of the model that were given
     meta            the dataset's meta.json: tokenizer, vocab_size, and more
     """
-    start = weights = None
+    start = weights = path = None
+    overwrite = group.broadcast(config.overwrite)  # whether all agree is checked later
+    if not overwrite:
+        path, record = run_dir.checkpoint_to_resume(config.out_dir, not config.eval_only, group)
     with group.exit_together():
-        if group.rank == 0:
-            start = find_checkpoint(config, model_options, meta)
+        if group.rank == 0 and path is not None:
+            start = resume(config, model_options, meta, path, record)
         if group.rank == 0 and start is None:
             model = new_model(config, model_options, meta)
             start, weights = Start(asdict(model.config)), model.state_dict()
@@ -193,17 +196,11 @@ def choose_start(config, model_options, meta, group):
     return start
 
 
-def find_checkpoint(config, model_options, meta):
-    """Return the Start from the last checkpoint in out_dir, or None if a new run begins.
+def resume(config, model_options, meta, path, record):
+    """Return the Start from a checkpoint, or None if other weights are to be evaluated.
 
-    Unless eval_only, damaged checkpoints are renamed. Raises UserError if out_dir holds another
-    run: one with other options or another model.
+    Raises UserError if it is of another run: one with other options or another model.
     """
-    if config.overwrite:
-        return None
-    path, record = run_dir.checkpoint_to_resume(config.out_dir, rename_damaged=not config.eval_only)
-    if path is None:
-        return None
     asks_for_other_weights = config.init_from not in ("scratch", record["options"]["init_from"])
     if config.eval_only and asks_for_other_weights:  # evaluate them, GPT-2's for example
         return None

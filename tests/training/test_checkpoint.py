@@ -1,5 +1,6 @@
 """Checkpoints: complete or absent, verified, without pickle; the last two and the best are kept."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -19,7 +20,8 @@ from save_memory import save_memory
 
 import train
 from common import checkpoint, run_dir
-from common.errors import UserError
+from common.distributed import ProcessGroup
+from common.errors import DamagedError, UserError
 from common.pretrained import load_model
 from training.optimizer import make_optimizer
 
@@ -109,6 +111,48 @@ def test_an_extra_file_is_refused_by_its_name(tiny_run, name):
     path = run_dir.list_checkpoints(tiny_run)[-1]
     shutil.copyfile(path / SHARD, path / name)
     assert name in refusal_of_last(tiny_run)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_one_of_the_ranks_that_divide_the_files_finds_a_damaged_one(workdir, monkeypatch, part):
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 4000)
+    train.main(arguments(max_steps=1))
+    path = workdir / "out/tiny/step_00000001"
+    file = sorted(path.glob("*.safetensors"))[part]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    refusals = []
+    for rank in range(3):
+        try:
+            checkpoint.verify_checkpoint(path, rank, 3)
+        except DamagedError as error:
+            refusals.append(str(error))
+    assert len(refusals) == 1 and file.name in refusals[0]
+
+
+class TwoRanks(ProcessGroup):
+    """The group of rank 0 of two, whose rank 1 finds the last `damaged` checkpoints damaged."""
+
+    def __init__(self, damaged):
+        self.rank, self.world_size, self.launched = 0, 2, False
+        self.errors = [DamagedError("of rank 1")] * damaged + [None]
+
+    def all_gather(self, value):
+        return [value, self.errors.pop(0)]
+
+    def exit_together(self):
+        return contextlib.nullcontext()
+
+
+def test_a_checkpoint_that_another_rank_finds_damaged_is_renamed_and_the_one_before_it_taken(
+    tiny_run, capsys
+):
+    paths = run_dir.list_checkpoints(tiny_run)
+    path, record = run_dir.checkpoint_to_resume(tiny_run, True, TwoRanks(damaged=1))
+    assert (path, record["step"]) == (paths[-2], int(paths[-2].name[-8:]))
+    assert f"of rank 1; {paths[-1].name} is renamed" in capsys.readouterr().err
+    assert not paths[-1].exists()
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
