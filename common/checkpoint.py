@@ -121,7 +121,10 @@ def _file_indices(tensors):
 
 
 def _describe_files(part, group):
-    """Collective. Return {file name: {"size", "crc32"}} of all shards, read back from the file."""
+    """Collective. Return {file name: {"size", "crc32"}} of all shards.
+
+    They are read back, as a rule from the system's page cache, not from the disk.
+    """
     with group.exit_together():
         names = sorted(path.name for path in part.iterdir())
     # All ranks see all files only if they share the directory, on a network disk for example.

@@ -38,7 +38,11 @@ def write_json(path, value):
 
 
 def fsync(path):
-    """Flush a file, or the entries of a directory, to disk: they survive a power failure."""
+    """Flush a file, or the entries of a directory, to disk: they survive a power failure.
+
+    On macOS the disk may still hold them in its cache: that would take F_FULLFSYNC, which
+    torch.distributed.checkpoint does not use for the shards either.
+    """
     if os.name == "nt":  # Windows cannot open a directory, nor flush a file that it only reads
         return
     descriptor = os.open(path, os.O_RDONLY)

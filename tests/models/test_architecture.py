@@ -50,7 +50,8 @@ def test_the_loss_and_the_gradients_are_0_if_there_is_no_target(module):
     loss = model(tokens(2, 7), torch.full((2, 7), -1))
     loss.backward()
     assert loss.item() == 0
-    assert all((p.grad == 0).all() for p in model.parameters())
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all((gradient == 0).all() for gradient in gradients)
 
 
 def test_every_parameter_has_a_gradient(module):
@@ -58,8 +59,9 @@ def test_every_parameter_has_a_gradient(module):
     model(tokens(2, 16), tokens(2, 16, seed=2)).backward()
     for name, p in model.named_parameters():
         if p.requires_grad:  # others keep their values
-            assert p.grad is not None, name
-            assert p.grad.norm() > 0, name
+            rule = f"{name} needs a gradient in every forward pass, or requires_grad=False"
+            assert p.grad is not None, rule
+            assert p.grad.norm() > 0, rule
 
 
 def test_a_model_has_what_training_needs_of_it(module):
