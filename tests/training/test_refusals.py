@@ -197,6 +197,14 @@ def test_weights_of_another_tokenizer_are_refused_with_both(tiny_run, workdir, c
     assert all(text in line for text in ("out/tiny", "byte", "data/char", "char"))
 
 
+def test_weights_of_other_characters_are_refused(workdir, capsys):
+    write_dataset(workdir / "data/char", [0, 1, 2, 3] * 99, [0, 1] * 99, CHAR)
+    train.main(arguments(dataset="char", max_steps=1))
+    (workdir / "data/char/meta.json").write_text(json.dumps(CHAR | {"chars": list("abcD")}))
+    line = refused(capsys, arguments(dataset="char", init_from="out/tiny", out_dir="out/new"))
+    assert all(text in line for text in ("out/tiny", "char", "data/char"))
+
+
 @pytest.mark.parametrize("value", [0, 10**14])
 def test_a_dist_timeout_out_of_range_is_refused(workdir, capsys, value):
     assert f"dist_timeout={value}" in refused(capsys, arguments(dist_timeout=value))
