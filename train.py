@@ -262,7 +262,7 @@ def train_step(run):
     parallel.check_gradients(run)
     run.scaler.unscale_(optimizer)
     parameters = list(run.model.parameters())
-    gradients = [p.grad for p in parameters if p.requires_grad]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     # Under FSDP the norm is a DTensor; its full tensor is the norm over all shards.
     grad_norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
     # The step's one CPU-GPU sync (in float16 with Muon, scaler.step is another).

@@ -294,6 +294,24 @@ def test_a_loaded_optimizer_has_the_saved_state(tiny_run):
         assert state["exp_avg_sq"].max() > 0
 
 
+class AnotherRankFails:
+    """A group in which each block of exit_together ends all ranks."""
+
+    @contextlib.contextmanager
+    def exit_together(self):
+        yield
+        raise UserError("of another rank")
+
+
+def test_no_rank_loads_a_checkpoint_of_which_another_cannot_read_the_headers(tiny_run, monkeypatch):
+    path = tiny_run / "step_00000012"
+    model = make_model(checkpoint.verify_checkpoint(path))
+    optimizer = make_optimizer(model, train.TrainConfig())
+    monkeypatch.setattr(checkpoint.dcp, "load", lambda *args, **kwargs: pytest.fail("it waits"))
+    with pytest.raises(UserError, match="of another rank"):
+        checkpoint.load_checkpoint(path, model, optimizer, AnotherRankFails())
+
+
 @needs_fork
 def test_a_full_disk_ends_the_run_with_one_line_and_keeps_earlier_checkpoints(tiny_run, workdir):
     def train_with_small_files():
