@@ -312,12 +312,10 @@ def _check_headers(reader, path):
 def _explain_load_failure(path):
     """Raise DamagedError for what DCP raises, and keep DCP from logging its traceback."""
 
-    def drop(log_record):
+    def drop(log_record):  # DCP logs with the root logger itself, which nothing else does meanwhile
         return False
 
-    logging.getLogger().addFilter(
-        drop
-    )  # DCP logs to the root logger itself, nothing else here does
+    logging.getLogger().addFilter(drop)
     try:
         yield
     except (CheckpointException, FileNotFoundError) as error:

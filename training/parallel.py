@@ -44,7 +44,7 @@ def check_model(model, config):
     """
     name = config.model
     blocks = getattr(getattr(model, "transformer", None), "h", None)
-    if not isinstance(blocks, torch.nn.ModuleList):
+    if not isinstance(blocks, (torch.nn.ModuleList, torch.nn.Sequential)):
         raise UserError(f"{name}.py: GPT needs transformer.h, an nn.ModuleList of its blocks")
     for buffer, _ in model.named_buffers():
         raise UserError(f"{name}.py: {buffer} is a buffer: compute it in the forward pass")

@@ -181,7 +181,7 @@ def choose_start(config, model_options, meta, group):
     model_options   those of the model that were given
     meta            the dataset's meta.json: tokenizer, vocab_size, and more
     """
-    start = weights = path = None
+    start = weights = path = record = None
     overwrite = group.broadcast(config.overwrite)  # whether all agree is checked later
     if not overwrite:
         path, record = run_dir.checkpoint_to_resume(config.out_dir, not config.eval_only, group)
