@@ -11,10 +11,13 @@ the resumed run has the same bits as an uninterrupted one (on CUDA with --determ
 because the data order, the dropout masks and the learning rate are functions of the seed, the step
 and the rank. out_dir/log.jsonl gets one line per optimizer step.
 
-When a run is resumed, max_steps and what only changes how it is computed, evaluated or saved may be
-others. With --allow_changes=True so may learning_rate, muon_learning_rate, min_lr, warmup_steps,
-lr_schedule, weight_decay, grad_clip, dropout and eval_tokens; all others, such as model, dataset,
-optimizer and seed, never. docs/RELIABILITY.md has the table.
+When a run is resumed, these options may have other values (docs/RELIABILITY.md lists all):
+
+    always                      max_steps, and what keeps the results: batch_size, device, fsdp, ...
+    with --allow_changes=True   learning_rate, muon_learning_rate, min_lr, warmup_steps, grad_clip,
+                                lr_schedule, weight_decay, dropout, eval_tokens
+    never                       model and the rest of its options, dataset, init_from, seed, dtype,
+                                total_batch_size, optimizer, beta1, beta2
 
 The file reads top to bottom: options, setup, one training step, the loop, main. torchrun starts
 several processes that all run this file; each is a rank. Every rank must call a function that is
@@ -79,7 +82,7 @@ class TrainConfig:
     dataset: str = "fineweb"  # folder of data/, made by prepare_data.py
     init_from: str = "scratch"  # scratch, gpt2 to gpt2-xl, a directory, or nanoGPT's ckpt.pt
     overwrite: bool = False  # delete the run in out_dir and start over
-    allow_changes: bool = False  # resume with other values of the options listed above
+    allow_changes: bool = False  # resume with other learning rates and more, see the list above
     eval_only: bool = False  # evaluate, print the loss, write nothing
     seed: int = 1337  # of weights, data order and dropout
     # Steps
