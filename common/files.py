@@ -9,7 +9,7 @@ import stat
 import sys
 from pathlib import Path
 
-from common.errors import DamagedError, UserError
+from common.errors import DamagedError, UserError, one_line
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of file systems that have no locks
 
@@ -163,7 +163,8 @@ def read_text(path, errors="strict"):
     try:
         return Path(path).read_text(encoding="utf-8", errors=errors)
     except UnicodeDecodeError as error:
-        raise DamagedError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
+        message = f"{path} is damaged: byte {error.start} is not UTF-8"
+        raise damaged(path, message, own_kind="text") from error
 
 
 def read_json(path):
@@ -171,9 +172,21 @@ def read_json(path):
     return parse_json(read_text(path), path)
 
 
-def parse_json(text, where):
-    """Return the value of a JSON text. Raises DamagedError, which names `where`, for other text."""
+def parse_json(text, path):
+    """Return the value of a JSON text from this file. Raises DamagedError for other text."""
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise DamagedError(f"{where} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        message = f"{path} is not JSON: {one_line(error)}"
+        raise damaged(path, message, own_kind="text") from error
+
+
+def damaged(path, message, own_kind=None):
+    """Return a DamagedError that says what a file is, if its first bytes tell; else the message.
+
+    own_kind   what identify returns for an undamaged file
+    """
+    from common.file_kinds import identify  # here: it imports this module
+
+    kind = identify(path) if os.path.getsize(path) > 0 else "empty"
+    return DamagedError(message if kind in (None, own_kind) else f"{path} is {kind}")

@@ -13,8 +13,8 @@ import zipfile
 
 import torch
 
-from common.errors import DamagedError, UserError, one_line
-from common.files import check_regular
+from common.errors import UserError, one_line
+from common.files import check_regular, damaged
 from common.tokenizer import VOCAB_SIZES, check_meta, read_meta
 
 SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "dropout")
@@ -81,7 +81,8 @@ def _load(path):
 
 
 def _damaged(path):
-    return DamagedError(f"{path} is truncated or damaged, or not a file that torch.save wrote")
+    message = f"{path} is truncated or damaged, or not a file that torch.save wrote"
+    return damaged(path, message, own_kind="a ZIP archive")
 
 
 def _float32_weights(stored):
@@ -135,8 +136,6 @@ def read_meta_pkl(path):
     except OSError:
         raise
     except Exception as error:  # pickle raises many kinds
-        raise DamagedError(
-            f"{path} has no itos that gives a character for each token id from 0 on "
-            f"({type(error).__name__}: {one_line(error)})"
-        ) from error
+        message = f"{path} has no itos that gives a character for each token id from 0 on"
+        raise damaged(path, f"{message} ({type(error).__name__}: {one_line(error)})") from error
     return check_meta({"tokenizer": "char", "chars": chars}, path)

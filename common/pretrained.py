@@ -99,7 +99,7 @@ def _read_source(source):
         )
     if _is_transformers(path):
         return _read_transformers(path)
-    if (path / "ckpt.pt").exists() and not run_dir.list_checkpoints(path):
+    if os.path.lexists(path / "ckpt.pt") and not run_dir.list_checkpoints(path):
         return _read_nanogpt(path / "ckpt.pt")
     return run_dir.load_best(path, _read_checkpoint)
 
