@@ -34,7 +34,7 @@ def explain_malformed(path):
     """
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise DamagedError(f"{path} is damaged ({reason})") from error
 

@@ -5,9 +5,12 @@ import importlib
 import typing
 from pathlib import Path
 
+import torch
+
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def model_names():
@@ -44,6 +47,20 @@ def check_shapes(source, name, weights, expected):
         theirs = tuple(weights[key].shape) if key in weights else "nothing"
         if ours != theirs:
             raise UserError(f"{source}: {key} is {theirs} there, {ours} in {name}.py")
+
+
+def check_dtype(source, key, w):
+    """Raise UserError for a weight of another type than FLOATS, such as int8 and float8."""
+    if w.dtype not in FLOATS:
+        raise UserError(
+            f"{source}: {key} is {w.dtype}, as in quantized weights: use the model in float32, "
+            "bfloat16 or float16"
+        )
+
+
+def have_equal_bits(first, second):
+    """Return whether two float32 tensors are the same; NaN equals NaN here."""
+    return torch.equal(first.view(torch.int32), second.view(torch.int32))
 
 
 def config_fields(name):

@@ -15,6 +15,7 @@ import torch
 
 from common.errors import UserError, one_line
 from common.files import check_regular, damaged
+from common.models import check_dtype, have_equal_bits
 from common.tokenizer import VOCAB_SIZES, check_meta, read_meta
 
 SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "dropout")
@@ -40,7 +41,7 @@ def read_checkpoint(path):
     checkpoint = _load(path)
     try:
         shape = OLD_SHAPE | checkpoint["model_args"]
-        weights = _float32_weights(checkpoint["model"])
+        weights = _float32_weights(path, checkpoint["model"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not a checkpoint of nanoGPT ({type(error).__name__}: {one_line(error)})"
@@ -51,7 +52,7 @@ def read_checkpoint(path):
             f"{', '.join(map(str, shape))}, and must have {', '.join(SHAPE)}"
         )
     head, wte = weights.pop("lm_head.weight", None), weights.get("transformer.wte.weight")
-    if head is None or wte is None or not torch.equal(head, wte):
+    if head is None or wte is None or not have_equal_bits(head, wte):
         raise UserError(
             f"{path} has an lm_head.weight that differs from transformer.wte.weight; nanoGPT and "
             "model.py tie them"
@@ -85,12 +86,13 @@ def _damaged(path):
     return damaged(path, message, own_kind="a ZIP archive")
 
 
-def _float32_weights(stored):
+def _float32_weights(path, stored):
     """Return copies of nanoGPT's weights, by our names."""
     weights = {}
     for key, value in stored.items():
         key = key.removeprefix("_orig_mod.")  # of a compiled model
         if not key.endswith(".attn.bias"):  # the attention mask, with old versions of torch
+            check_dtype(path, key, value)
             weights[key] = value.detach().to(torch.float32, copy=True)  # the file may change
     return weights
 

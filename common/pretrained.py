@@ -8,6 +8,7 @@ rotary positions replace wpe, which is dropped.
 """
 
 import dataclasses
+import math
 import os
 import re
 import sys
@@ -19,8 +20,8 @@ from safetensors.torch import load_file
 
 from common import checkpoint, hub, run_dir
 from common.errors import UserError, explain_malformed, prefix_errors
-from common.files import read_json, read_text
-from common.models import check_shapes, make_config, model_module
+from common.files import check_regular, damaged, read_json, read_text
+from common.models import check_dtype, check_shapes, have_equal_bits, make_config, model_module
 from common.nanogpt import GELU, read_checkpoint
 from common.tokenizer import VOCAB_SIZES, check_meta, read_meta
 from common.transformers_format import FORMATS, check_fields
@@ -29,8 +30,8 @@ HUB = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
 FOLDER = Path("data/pretrained")  # to which earlier versions of this project downloaded GPT-2
-# Attention masks, and the head, which is the token embedding.
-IGNORED_TENSORS = re.compile(r"h\.\d+\.attn\.(attention\.)?(bias|masked_bias)|lm_head\.weight")
+ATTENTION_MASK = re.compile(r"h\.\d+\.attn\.(attention\.)?(bias|masked_bias)")
+SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 WPE = "transformer.wpe.weight"
 
 
@@ -55,7 +56,7 @@ def load_model(source, name=None, options=None):
               takes any block_size; all others must agree
 
     The model is float32, on the CPU and in eval mode. Prints to stderr how the weights had to
-    change. Raises UserError if they do not fit.
+    change. Raises UserError if they do not fit or are not finite.
     """
     options = options or {}
     loaded = _read_source(source)
@@ -76,6 +77,7 @@ def load_model(source, name=None, options=None):
             file=sys.stderr,
         )
     check_shapes(source, name, loaded.weights, expected)
+    _check_finite(source, loaded.weights)
     model.load_state_dict(loaded.weights, assign=True)
     # A meta.json can name a tokenizer with more ids than the weights have.
     vocab_size = min(loaded.meta["vocab_size"], model.config.vocab_size)
@@ -174,6 +176,17 @@ def _average_kv_heads(c_attn, n_kv_head, group_size, config):
     return torch.cat([q, heads.mean(dim=1).float().flatten(0, 1)])
 
 
+def _check_finite(source, weights):
+    """Raise UserError if a weight is NaN or infinite."""
+    for key, w in weights.items():
+        # If a value is not finite, neither is the sum, which is computed as fast as memory is read.
+        if not math.isfinite(w.sum()) and not w.isfinite().all():
+            raise UserError(
+                f"{source}: {key} has values that are not finite (NaN or infinity in float32): get "
+                "the weights again, or use those of an earlier step"
+            )
+
+
 # Read weights ---------------------------------------------------------------------------------
 
 
@@ -184,7 +197,7 @@ def _fetch(name):
     if all((folder / file).exists() for file in files):
         return folder
     cached = _cached_snapshot(HUB[name])
-    if cached is not None:
+    if cached is not None and any(cached.glob("model*.safetensors")):
         print(f"{name}: reading {cached}", file=sys.stderr)
         return cached
     hub.download(HUB[name], "config.json")  # first: a snapshot with weights is complete
@@ -195,9 +208,7 @@ def _fetch(name):
 def _cached_snapshot(repository):
     """Return the folder of a model's files in the Hugging Face cache; None if it has none."""
     config = hub.cached_file(repository, "config.json")
-    if config is None or not any(config.parent.glob("model*.safetensors")):
-        return None
-    return config.parent
+    return None if config is None else config.parent
 
 
 def _read_transformers(folder):
@@ -242,40 +253,79 @@ def _read_tensors(folder, prefix, embedding):
 
     Raises UserError if the token embedding is missing or the head is another matrix.
     """
-    raw = {key.removeprefix(prefix): w for key, w in _read_safetensors(folder).items()}
-    if embedding not in raw:
+    tensors = {}
+    for name, w in _read_safetensors(folder).items():
+        key = name.removeprefix(prefix)
+        if ATTENTION_MASK.fullmatch(key):
+            continue
+        if prefix + key in tensors:
+            raise UserError(f"{folder} has both {key} and {prefix}{key}")
+        check_dtype(folder, name, w)
+        tensors[prefix + key] = w.contiguous().float()
+    wte, head = tensors.get(prefix + embedding), tensors.pop(prefix + "lm_head.weight", None)
+    if wte is None:
         raise UserError(f"{folder} has no model*.safetensors with {embedding}")
-    if not torch.equal(raw.get("lm_head.weight", raw[embedding]), raw[embedding]):
+    if head is not None and not have_equal_bits(head, wte):
         raise UserError(
             f"{folder} has an lm_head.weight other than {embedding}, but the models here tie them"
         )
-    tensors = {}
-    for key, w in raw.items():
-        if IGNORED_TENSORS.fullmatch(key):
-            continue
-        if not w.is_floating_point():
-            raise UserError(
-                f"{folder} has quantized weights: use the model in float32, bfloat16 or float16"
-            )
-        tensors[prefix + key] = w.contiguous().float()
     return tensors
 
 
 def _read_safetensors(folder):
     """Return all tensors of model.safetensors or its shards."""
-    path = folder / "model.safetensors"
-    paths = [path] if path.exists() else sorted(folder.glob("model-*-of-*.safetensors"))
     tensors = {}
-    try:
-        for path in paths:
-            if not path.is_file():
-                raise UserError(f"{path} is not a regular file")
-            tensors |= load_file(path)
-    except SafetensorError as error:
-        raise UserError(
-            f"{path} is truncated or altered ({error}): remove it and get it again"
-        ) from error
+    for path, indexed in _weight_files(folder).items():
+        check_regular(path)
+        if not path.exists():
+            raise UserError(f"{path} is missing: get it again")
+        try:
+            stored = load_file(path)
+        except SafetensorError as error:
+            message = f"{path} is truncated or altered ({error}): remove it and get it again"
+            raise damaged(path, message, own_kind="a safetensors file") from error
+        stray = stored.keys() & tensors.keys() if indexed is None else stored.keys() - indexed
+        if stray:
+            raise UserError(
+                f"{path} has {min(stray)}, which belongs to another file: get all files again"
+            )
+        tensors |= stored
     return tensors
+
+
+def _weight_files(folder):
+    """Return {path: names of its tensors by the index, None without one} of all files with weights.
+
+    As in transformers, that is model.safetensors, or else the files that the index names. Without
+    these, a complete set of shards is read, too.
+    """
+    path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if os.path.lexists(path):  # a broken link is not the absence of a file
+        return {path: None}
+    if os.path.lexists(index):
+        return _read_index(index)
+    shards = {path.name for path in folder.iterdir() if SHARD.fullmatch(path.name)}
+    if not shards:
+        raise UserError(
+            f"{folder} has no model.safetensors, and a pickle, such as pytorch_model.bin, is not "
+            'read: convert it by AutoModelForCausalLM.from_pretrained("OLD").save_pretrained("NEW")'
+        )
+    total = max(SHARD.fullmatch(name)[1] for name in shards)
+    complete = {f"model-{i:05d}-of-{total}.safetensors" for i in range(1, int(total) + 1)}
+    for name in sorted(shards - complete):
+        raise UserError(f"{folder / name} is not one of the {total} files of a save: remove it")
+    return {folder / name: None for name in sorted(complete)}
+
+
+def _read_index(index):
+    """Return {path: names of its tensors} of the files that an index names."""
+    files = {}
+    with explain_malformed(index):
+        for key, name in read_json(index)["weight_map"].items():
+            if name != Path(name).name:
+                raise ValueError(f"{name} is a path, not the name of a file in this folder")
+            files.setdefault(index.with_name(name), set()).add(key)
+    return files
 
 
 def _read_nanogpt(path):

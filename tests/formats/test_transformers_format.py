@@ -14,11 +14,12 @@ from foreign import (
     logits,
     max_difference,
     random_gpt2,
+    random_gpt_neo,
     train_vivid,
 )
 from safetensors.torch import load_file, save_file
 from starcoder2 import starcoder2
-from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import AutoModelForCausalLM
 
 import sample
 import train
@@ -44,28 +45,6 @@ BOTH = [STARCODER2_RUNS[0], GPT_NEO_RUNS[0]]
 def train_and_export(options):
     train_vivid(**options)
     export("out/tiny", "exported")
-
-
-def random_gpt_neo(n_layer=2, n_head=2, n_embd=32, window=5, **options):
-    """Return a GPT-Neo of transformers with windows everywhere and large random parameters."""
-    torch.manual_seed(0)
-    config = GPTNeoConfig(
-        num_layers=n_layer,
-        num_heads=n_head,
-        hidden_size=n_embd,
-        window_size=window,
-        vocab_size=61,
-        max_position_embeddings=48,
-        attention_types=[[["local"], n_layer]],
-        bos_token_id=None,
-        eos_token_id=None,
-        **options,
-    )
-    model = GPTNeoForCausalLM(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2)
-    return model
 
 
 def tiny_starcoder2():

@@ -7,7 +7,13 @@ import pytest
 import torch
 from conftest import arguments
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+)
 
 import train
 from common.errors import UserError
@@ -27,6 +33,28 @@ def random_gpt2(**shape):
     return model
 
 
+def random_gpt_neo(n_layer=2, n_head=2, n_embd=32, window=5, **options):
+    """Return a GPT-Neo of transformers with windows everywhere and large random parameters."""
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        num_layers=n_layer,
+        num_heads=n_head,
+        hidden_size=n_embd,
+        window_size=window,
+        vocab_size=61,
+        max_position_embeddings=48,
+        attention_types=[[["local"], n_layer]],
+        bos_token_id=None,
+        eos_token_id=None,
+        **options,
+    )
+    model = GPTNeoForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    return model
+
+
 def logits(model, ids):
     """Return the logits of our model or of one of transformers."""
     model.eval()
@@ -43,6 +71,28 @@ def assert_equal_logits(first, second, length=16):
     """Assert that two models have equal logits for random tokens, up to rounding."""
     ids = torch.randint(first.config.vocab_size, (2, length))
     assert max_difference(logits(first, ids), logits(second, ids)) < 1e-4
+
+
+def read_as_there(folder):
+    """Return whether load_model reads a folder; assert that transformers reads the same model then.
+
+    transformers reads a folder if it loads all weights from it, without making up missing ones.
+    """
+    try:
+        ours, _ = load_model(str(folder))
+    except UserError as error:
+        assert "\n" not in str(error)
+        return False
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["mismatched_keys"]
+    ids = torch.arange(40)[None] % 23
+    with torch.no_grad():
+        expected = theirs(ids)[0]  # of a tuple, if config.json has return_dict=null
+    assert max_difference(logits(ours, ids), expected) < 1e-4
+    return True
 
 
 def load_error(source):
