@@ -24,7 +24,7 @@ from common.files import check_regular, damaged, read_json, read_text
 from common.models import check_dtype, check_shapes, have_equal_bits, make_config, model_module
 from common.nanogpt import GELU, read_checkpoint
 from common.tokenizer import VOCAB_SIZES, check_meta, read_meta
-from common.transformers_format import FORMATS, check_fields
+from common.transformers_format import FORMATS, check_fields, complete_fields
 
 HUB = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -32,6 +32,8 @@ HUB = {
 FOLDER = Path("data/pretrained")  # to which earlier versions of this project downloaded GPT-2
 ATTENTION_MASK = re.compile(r"h\.\d+\.attn\.(attention\.)?(bias|masked_bias)")
 SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
+# Fields of config.json with which transformers loads another model or other files.
+UNSUPPORTED = ("per_layer_config", "quantization_config", "transformers_weights")
 WPE = "transformer.wpe.weight"
 
 
@@ -228,7 +230,7 @@ def _read_transformers(folder):
 
 
 def _read_config(folder):
-    """Return a config.json without its nulls, {} if there is none: weights alone are a GPT-2's.
+    """Return a config.json as transformers takes it, {} if there is none: a GPT-2's weights.
 
     Raises UserError for a model that no model file computes.
     """
@@ -237,14 +239,14 @@ def _read_config(folder):
         return {}
     theirs = read_json(path)
     with explain_malformed(path):
-        config = {key: value for key, value in theirs.items() if value is not None}
-        model_format = FORMATS.get(config.get("model_type"))
+        model_type = theirs.get("model_type")
+        model_format = FORMATS.get(model_type)
     if model_format is None:
         raise UserError(
-            f"{path} describes a model of type {config.get('model_type')}, not one of "
-            f"{', '.join(FORMATS)}"
+            f"{path} describes a model of type {model_type}, not one of {', '.join(FORMATS)}"
         )
-    check_fields(folder, theirs, model_format.fixed)
+    config = complete_fields(theirs, model_format, path)
+    check_fields(folder, config, model_format.fixed | dict.fromkeys(UNSUPPORTED))
     return config
 
 

@@ -19,6 +19,14 @@ import torch
 from common.errors import UserError, explain_malformed, prefix_errors
 from common.models import check_shapes, make_config, model_module
 
+# Fields of config.json that need no default here, and that transformers refuses if they are null.
+NEVER_NULL = (
+    *("attention_layers", "rope_theta", "use_cache", "initializer_range", "classifier_dropout"),
+    *("attn_pdrop", "embd_pdrop", "resid_pdrop", "resid_dropout", "embed_dropout"),
+    *("attention_dropout", "residual_dropout", "embedding_dropout", "summary_first_dropout"),
+    *("summary_type", "summary_use_proj", "summary_proj_to_labels"),
+)
+
 # What formats have in common ------------------------------------------------------------------
 
 
@@ -101,12 +109,45 @@ def check_fields(folder, theirs, supported):
     for key, value in supported.items():
         if theirs.get(key, value) != value:
             raise UserError(
-                f"{folder}/config.json has {key}={theirs[key]}, but only {value} is supported"
+                f"{folder}/config.json has {key}={theirs[key]}, in the file or by transformers' "
+                f"default, but only {value} is supported with these weights"
             )
+
+
+def complete_fields(theirs, model_format, path):
+    """Return config.json with transformers' defaults, and each field under its first name.
+
+    Raises UserError for a field of a type that transformers refuses, such as null.
+    """
+    defaults = model_format.defaults | model_format.fixed
+    fields = dict(defaults)
+    for key in sorted(theirs, key=model_format.aliases.__contains__):  # they have precedence
+        field, value = model_format.aliases.get(key, key), theirs[key]
+        has_other_type = type(value) is not type(defaults.get(field, value))
+        if has_other_type or (value is None and key in NEVER_NULL):
+            raise UserError(f"{path} has {key}={value!r}, which transformers refuses")
+        if value is not None:  # otherwise null is the default
+            fields[field] = value
+    return fields
 
 
 # GPT-2 ----------------------------------------------------------------------------------------
 
+GPT2_DEFAULTS = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "reorder_and_upcast_attn": False,  # the same in float32
+    "add_cross_attention": False,
+}
+GPT2_ALIASES = {
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+}
 GPT2_FIXED = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
@@ -164,11 +205,6 @@ def from_gpt2(tensors, theirs, folder):
     for key, w in tensors.items():
         is_conv1d = CONV1D.fullmatch(key) and w.dim() == 2
         weights[key] = w.t().contiguous() if is_conv1d else w
-    return "model", gpt2_shape(weights, theirs, folder), weights
-
-
-def gpt2_shape(weights, theirs, folder):
-    """Return the GPTConfig fields of GPT-2 weights; they must agree with config.json."""
     wte = weights["transformer.wte.weight"]
     wpe = weights.get("transformer.wpe.weight")
     if wpe is None:
@@ -181,22 +217,28 @@ def gpt2_shape(weights, theirs, folder):
         "block_size": len(wpe),
         "vocab_size": vocab_size,
         "n_layer": len(layers),
-        "n_head": theirs.get("n_head") or n_embd // HEAD_SIZE,
+        "n_head": theirs["n_head"] if theirs else n_embd // HEAD_SIZE,
         "n_embd": n_embd,
         "bias": True,
         "dropout": 0.0,
     }
-    actual = shape | {"n_positions": len(wpe), "n_inner": 4 * n_embd}
-    for key in ("n_layer", "n_embd", "vocab_size", "n_positions", "n_inner"):
-        if theirs.get(key, actual[key]) != actual[key]:
-            raise UserError(
-                f"{folder}/config.json has {key}={theirs[key]}, the weights have {actual[key]}"
-            )
-    return shape
+    supported = {key: shape[key] for key in ("n_layer", "n_embd", "vocab_size")}
+    supported |= {"n_positions": len(wpe), "n_inner": 4 * n_embd, "add_cross_attention": False}
+    check_fields(folder, theirs, supported)
+    return "model", shape, weights
 
 
 # StarCoder2 -----------------------------------------------------------------------------------
 
+STARCODER2_DEFAULTS = {
+    "vocab_size": 49152,
+    "hidden_size": 3072,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
 STARCODER2_FIXED = {
     "hidden_act": "gelu_pytorch_tanh",
     "norm_epsilon": 1e-5,
@@ -245,16 +287,20 @@ def from_starcoder2(tensors, theirs, folder):
         n_embd, n_head = theirs["hidden_size"], theirs["num_attention_heads"]
         n_kv_head = theirs["num_key_value_heads"]
         window = theirs.get("sliding_window")
-        # transformers 5 has rope_parameters, earlier versions rope_theta.
-        default_rope = {"rope_type": "default", "rope_theta": theirs.get("rope_theta", 10000.0)}
-        rope = default_rope | theirs.get("rope_parameters", {})
+        # Versions before 5 have rope_scaling and rope_theta; transformers prefers rope_scaling.
+        rope_key = "rope_scaling" if theirs.get("rope_scaling") else "rope_parameters"
+        rope = {**theirs.get(rope_key, {})}
+        rope_theta = rope.setdefault("rope_theta", theirs.get("rope_theta", 10000.0))
+        rope.setdefault("rope_type", rope.pop("type", "default"))
+        if not isinstance(rope_theta, (int, float)):
+            raise TypeError(f"{rope_theta=}")
         shape = {
             "block_size": theirs["max_position_embeddings"],
             "vocab_size": theirs["vocab_size"],
             "n_layer": theirs["num_hidden_layers"],
             "n_head": n_head,
             "n_embd": n_embd,
-            "rope_theta": float(rope["rope_theta"]),
+            "rope_theta": float(rope_theta),
             "dropout": 0.0,
         }
     name = "model_rope"
@@ -266,10 +312,10 @@ def from_starcoder2(tensors, theirs, folder):
     supported = {
         "intermediate_size": 4 * n_embd,
         "head_dim": n_embd // n_head,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope["rope_theta"]},
+        "partial_rotary_factor": None,
+        rope_key: {"rope_type": "default", "rope_theta": rope_theta},
     }
-    check_fields(folder, theirs | {"rope_parameters": rope}, supported)
+    check_fields(folder, theirs | {rope_key: rope}, supported)
     check_shapes(folder, name, tensors, expected)
     weights = join_qkv(rename(tensors, inverse(STARCODER2_NAMES)))
     weights = without_zero_biases(weights)
@@ -281,6 +327,15 @@ def from_starcoder2(tensors, theirs, folder):
 # It does not divide the scores q k^T by sqrt(head_dim), so its q_proj is ours divided by that:
 # without rounding if head_dim is a power of 4, such as 16 and 64.
 
+GPT_NEO_DEFAULTS = {
+    "vocab_size": 50257,
+    "hidden_size": 2048,
+    "num_layers": 24,
+    "num_heads": 16,
+    "max_position_embeddings": 2048,
+    "window_size": 256,
+}
+GPT_NEO_ALIASES = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
 GPT_NEO_FIXED = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
@@ -322,19 +377,22 @@ def to_gpt_neo(weights, config):
 
 def from_gpt_neo(tensors, theirs, folder):
     """Return the name, GPTConfig fields and weights of a GPTNeoForCausalLM."""
-    with explain_malformed(folder / "config.json"):
-        n_embd, n_head = theirs["hidden_size"], theirs["num_heads"]
-        shape = {
-            "block_size": theirs["max_position_embeddings"],
-            "vocab_size": theirs["vocab_size"],
-            "n_layer": theirs["num_layers"],
-            "n_head": n_head,
-            "n_embd": n_embd,
-            "window": theirs["window_size"],
-            "dropout": 0.0,
-        }
+    n_embd, n_head = theirs["hidden_size"], theirs["num_heads"]
+    shape = {
+        "block_size": theirs["max_position_embeddings"],
+        "vocab_size": theirs["vocab_size"],
+        "n_layer": theirs["num_layers"],
+        "n_head": n_head,
+        "n_embd": n_embd,
+        "window": theirs["window_size"],
+        "dropout": 0.0,
+    }
     expected = expected_tensors(to_gpt_neo, "model_swa", shape, folder)
-    supported = {"intermediate_size": 4 * n_embd, "attention_types": all_local(shape["n_layer"])}
+    supported = {
+        "intermediate_size": 4 * n_embd,
+        "attention_types": all_local(shape["n_layer"]),
+        "attention_layers": ["local"] * shape["n_layer"],  # has precedence
+    }
     # Without attention_types, GPT-Neo has a window in every second layer only.
     check_fields(folder, {"attention_types": None} | theirs, supported)
     check_shapes(folder, "model_swa", tensors, expected)
@@ -364,7 +422,9 @@ def scale_queries(tensors, factor):
 class Format:
     """What common/pretrained.py needs to read one of transformers' model types."""
 
-    fixed: dict  # fields of config.json with the only values that our models have
+    defaults: dict  # fields of config.json, with what transformers takes for one that is missing
+    aliases: dict  # other names of fields
+    fixed: dict  # fields whose default is the only value that our models have
     prefix: str  # of the names of tensors; some files leave it out
     embedding: str  # the token embedding, which is also the head
     convert: Callable  # from_...
@@ -372,7 +432,13 @@ class Format:
 
 # By model_type.
 FORMATS = {
-    "gpt2": Format(GPT2_FIXED, "transformer.", "wte.weight", from_gpt2),
-    "starcoder2": Format(STARCODER2_FIXED, "model.", "embed_tokens.weight", from_starcoder2),
-    "gpt_neo": Format(GPT_NEO_FIXED, "transformer.", "wte.weight", from_gpt_neo),
+    "gpt2": Format(
+        GPT2_DEFAULTS, GPT2_ALIASES, GPT2_FIXED, "transformer.", "wte.weight", from_gpt2
+    ),
+    "starcoder2": Format(
+        STARCODER2_DEFAULTS, {}, STARCODER2_FIXED, "model.", "embed_tokens.weight", from_starcoder2
+    ),
+    "gpt_neo": Format(
+        GPT_NEO_DEFAULTS, GPT_NEO_ALIASES, GPT_NEO_FIXED, "transformer.", "wte.weight", from_gpt_neo
+    ),
 }

@@ -270,7 +270,7 @@ def test_gpt_neo_without_a_meta_json_has_the_tokenizer_of_gpt2(tmp_path):
         (tiny_starcoder2, "tie_word_embeddings", False, "True"),
         (tiny_starcoder2, "intermediate_size", 100, "128"),
         (tiny_starcoder2, "head_dim", 16, "8"),
-        (tiny_starcoder2, "rope_scaling", {"rope_type": "linear", "factor": 2.0}, "None"),
+        (tiny_starcoder2, "rope_scaling", {"rope_type": "linear", "factor": 2.0}, "default"),
         (tiny_starcoder2, "rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "default"),
         (tiny_starcoder2, "rope_parameters", {"partial_rotary_factor": 0.5}, "default"),
         (random_gpt_neo, "activation_function", "relu", "gelu_new"),
