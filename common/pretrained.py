@@ -301,6 +301,11 @@ def _weight_files(folder):
     As in transformers, that is model.safetensors, or else the files that the index names. Without
     these, a complete set of shards is read, too.
     """
+    for shard in folder.glob("shard-*-model-*.safetensors"):
+        raise UserError(
+            f"{shard} is part of a distributed checkpoint, which transformers prefers to other "
+            "files, and which is not read here: remove it, or save the model in the usual way"
+        )
     path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if os.path.lexists(path):  # a broken link is not the absence of a file
         return {path: None}

@@ -110,7 +110,7 @@ def check_fields(folder, theirs, supported):
         if theirs.get(key, value) != value:
             raise UserError(
                 f"{folder}/config.json has {key}={theirs[key]}, in the file or by transformers' "
-                f"default, but only {value} is supported with these weights"
+                f"default, but only {value} is supported for these weights"
             )
 
 
@@ -121,11 +121,12 @@ def complete_fields(theirs, model_format, path):
     """
     defaults = model_format.defaults | model_format.fixed
     fields = dict(defaults)
-    for key in sorted(theirs, key=model_format.aliases.__contains__):  # they have precedence
+    # In this order because an alias has precedence.
+    for key in sorted(theirs, key=model_format.aliases.__contains__):
         field, value = model_format.aliases.get(key, key), theirs[key]
         has_other_type = type(value) is not type(defaults.get(field, value))
         if has_other_type or (value is None and key in NEVER_NULL):
-            raise UserError(f"{path} has {key}={value!r}, which transformers refuses")
+            raise UserError(f"{path} has {key}={value!r}, which transformers refuses: correct it")
         if value is not None:  # otherwise null is the default
             fields[field] = value
     return fields

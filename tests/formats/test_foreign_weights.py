@@ -72,6 +72,12 @@ def test_model_safetensors_has_precedence_over_an_index(folder, tmp_path):
     assert read_as_there(folder)
 
 
+def test_a_distributed_checkpoint_is_not_overlooked(sources, folder):
+    shard = folder / "shard-00001-model-00001-of-00001.safetensors"
+    shutil.copy(sources / "other" / FIRST, shard)
+    assert shard.name in load_error(folder)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("with_index", [True, False])
 def test_a_missing_shard_is_named(folder, name, with_index):
