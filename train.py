@@ -262,7 +262,8 @@ def train_step(run):
             run.scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
 
-    parallel.check_gradients(run)
+    if run.step == 0:
+        parallel.check_gradients(run)
     run.scaler.unscale_(optimizer)
     parameters = list(run.model.parameters())
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -40,7 +40,7 @@ def check_model(model, config):
 
     config   train.py's options
 
-    What gets no gradient is found by check_gradients, in the first backward pass.
+    What gets no gradient is found by check_gradients, after the first backward pass.
     """
     name = config.model
     blocks = getattr(getattr(model, "transformer", None), "h", None)
