@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 import typing
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def model_module(name):
 
 def make_config(module, fields):
     """Return the GPTConfig of a model file with these fields. Raises UserError for bad values."""
+    _check_compiler_cache()
     kinds = typing.get_type_hints(module.GPTConfig)
     for field, value in fields.items():
         kind = kinds.get(field, object)  # GPTConfig refuses an unknown field
@@ -38,6 +40,23 @@ def make_config(module, fields):
         return module.GPTConfig(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"{module.__name__}.py: {error}") from error
+
+
+def _check_compiler_cache():
+    """Raise OSError if torch cannot make the directory of its compiler's cache.
+
+    Building a model on the meta device, or an optimizer, imports the compiler, which makes it.
+    """
+    path = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if path is None:
+        return
+    try:
+        os.makedirs(os.path.abspath(path), exist_ok=True)
+    except OSError as error:
+        raise OSError(  # not UserError, whose message would begin with a file of the model
+            f"TORCHINDUCTOR_CACHE_DIR={path} cannot be made ({error.strerror}), and torch needs "
+            "it: name another directory, or unset it"
+        ) from error
 
 
 def check_shapes(source, name, weights, expected):

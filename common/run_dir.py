@@ -228,6 +228,8 @@ def load_best(directory, load):
         try:
             return load(path, verify_checkpoint(path))
         except (DamagedError, FileNotFoundError) as error:
+            if isinstance(error, FileNotFoundError) and path.exists():
+                raise  # another file is missing, none of the checkpoint's
             report(path, error)
     if failed:
         raise UserError(f"{directory} has no undamaged checkpoint")

@@ -23,6 +23,7 @@ from notebook import streams_of_a_notebook
 import prepare_data
 import sample
 import train
+from common import run_dir
 from common.errors import OtherRankError, UserError
 from common.pretrained import load_model
 from tools import estimate_memory, export, plot_loss
@@ -173,6 +174,40 @@ def test_drawing_keeps_the_backend_that_a_notebook_shows_plots_with(folder, monk
     monkeypatch.setitem(matplotlib.rcParams, "backend", "svg")
     plot_loss.main(["out/tiny"])
     assert matplotlib.get_backend() == "svg"
+
+
+@pytest.mark.parametrize("name", ["train", "resume", "sample", "export", "estimate_memory"])
+def test_a_cache_of_the_compiler_that_cannot_be_made_is_named(folder, monkeypatch, name):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "text.txt/cache")
+    main, argv = MAINS[name]
+    with pytest.raises(OSError, match="TORCHINDUCTOR_CACHE_DIR"):
+        main(argv)
+
+
+@pytest.mark.parametrize("path", ["cache/of/mine", ""])
+def test_a_cache_of_the_compiler_that_can_be_made_is_made(folder, monkeypatch, path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", path)
+    load_model("out/tiny")
+    assert Path(path).is_dir()
+
+
+def test_help_needs_no_cache_of_the_compiler(tmp_path):
+    completed = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--help"],
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{__file__}/cache"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (completed.returncode, completed.stderr) == (0, "")
+
+
+def test_a_missing_file_that_is_none_of_a_checkpoint_is_not_taken_for_damage(tiny_run):
+    def load(path, record):
+        Path("elsewhere").read_text()
+
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        run_dir.load_best(tiny_run, load)
 
 
 def test_load_model_returns_a_model_in_eval_mode(tiny_run):
