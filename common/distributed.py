@@ -11,6 +11,8 @@ import datetime
 import gc
 import os
 import re
+import socket
+import sys
 
 import torch
 import torch.distributed as dist
@@ -32,24 +34,31 @@ class ProcessGroup:
     """
 
     def __init__(self, timeout):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.launched = "RANK" in os.environ  # by torchrun, perhaps with one rank
+        self.rank = _read_number("RANK") if self.launched else 0
+        self.world_size = _read_number("WORLD_SIZE") if self.launched else 1
         # Other launchers than torchrun may not set LOCAL_RANK; then a rank uses the current GPU.
-        self.local_rank = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
+        self.local_rank = _read_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else None
+        if not 0 <= self.rank < self.world_size:
+            raise UserError(
+                f"RANK={self.rank} must be from 0 to below WORLD_SIZE={self.world_size}"
+            )
         if self.launched and not dist.is_initialized():
             try:
                 self._init_process_group(datetime.timedelta(seconds=timeout))
-            except RuntimeError as error:
-                reason = describe_lost_rank(error)
-                if reason is None:
-                    raise
-                raise UserError(f"the ranks cannot connect to each other: {reason}") from error
+            except (RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"the ranks cannot connect to each other ({_reason(error)}): check "
+                    f"{_describe_network()}"
+                ) from error
+            self._warn_of_shared_store()
         # Whether torchrun has restarted the workers after a failure; then --overwrite must not
         # delete the run again. Each machine's torchrun counts its own restarts.
         self.restarted = self.any_rank(_restart_count() != "0")
 
     def _init_process_group(self, timeout):
+        # rendezvous is public, though not on torch's pages: it alone gives the store before the
+        # process group uses it.
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun's agent keeps this store when it restarts the workers. Under the same keys
@@ -61,6 +70,17 @@ class ProcessGroup:
             backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout
         )
         atexit.register(_destroy_process_group)
+
+    def _warn_of_shared_store(self):
+        """Print what several machines lose if torchrun lends its own store to the workers."""
+        several_machines = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"  # set by torchrun
+        is_private = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
+        if self.rank == 0 and several_machines and not is_private:
+            print(
+                "warning: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is not set: torchrun will restart "
+                "workers that die, but not the run when a machine dies and comes back",
+                file=sys.stderr,
+            )
 
     # Collectives ------------------------------------------------------------------------------
 
@@ -141,6 +161,24 @@ class ProcessGroup:
         raise OtherRankError(message)
 
 
+def _read_number(name):
+    """Return the integer in an environment variable of torchrun."""
+    text = os.environ.get(name, "")
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name}={text} must be an integer: torchrun sets it") from None
+
+
+def _describe_network():
+    """Return the environment variables by which the ranks find each other, with their values."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    settings = [f"{name}={os.environ.get(name)}" for name in names[:2]]
+    settings += [f"{name}={os.environ[name]}" for name in names[2:] if name in os.environ]
+    interfaces = [name for _, name in socket.if_nameindex()]
+    return f"{', '.join(settings)} (network interfaces here: {', '.join(interfaces)})"
+
+
 def _restart_count():
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
@@ -157,8 +195,13 @@ def describe_lost_rank(error):
     is_lost = isinstance(error, (dist.DistNetworkError, dist.DistStoreError))
     if not is_lost and "gloo" not in str(error):  # gloo raises a plain RuntimeError
         return None
+    return _reason(error)
+
+
+def _reason(error):
+    """Return the first sentence of an error of torch.distributed."""
     reason = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0])  # drop gloo's "[file:line] "
-    return reason.split(". ")[0]
+    return reason.split(". ")[0].rstrip(".")
 
 
 def full_tensor(tensor):
