@@ -90,16 +90,22 @@ def generate(
 ):
     """Continue a prompt, idx (1, T), by num_samples samples; yield their next token ids (B,).
 
-    vocab_size    ids from here on are padding of the vocabulary and are never chosen
+    vocab_size    ids from here on are never chosen; None: those of the padding of the vocabulary,
+                  which load_model knows
     on_overflow   called once with a sentence when the text outgrows block_size
     sampling      temperature, top_k, top_p and generator of sample_next_token
 
     A model with learned positions ends at block_size: there, the last block_size // 2 tokens become
     its prompt. A rotary model continues. With sliding windows it does so in constant memory and
-    time per token. Raises ValueError if the prompt is empty or longer than the context.
+    time per token. Raises ValueError for a prompt that the model cannot continue, an empty one
+    among them, and for options out of range.
     """
-    if idx.size(1) == 0:
-        raise ValueError("the prompt has no tokens")
+    problem = option_problem(max_new_tokens, num_samples, **sampling)
+    problem = problem or prompt_problem(model, idx, model.config.vocab_size)
+    if problem:
+        raise ValueError(problem)
+    if vocab_size is None:
+        vocab_size = getattr(model, "n_vocab", None)
     has_learned_positions = "wpe" in model.transformer
     limit = model.config.block_size if has_learned_positions else float("inf")
     half = max(1, model.config.block_size // 2)
@@ -123,10 +129,49 @@ def generate(
         logits = model(recent, cache=cache)
 
 
+def option_problem(
+    max_new_tokens, num_samples=1, temperature=1.0, top_k=None, top_p=None, generator=None
+):
+    """Return what is wrong with options of generate, or None."""
+    for name, value in [("max_new_tokens", max_new_tokens), ("num_samples", num_samples)]:
+        if value < 1:
+            return f"{name}={value} must be at least 1"
+    if not temperature >= 0:  # nor NaN
+        return f"temperature={temperature} must be at least 0"
+    if top_k is not None and top_k < 1:
+        return f"top_k={top_k} must be at least 1; None turns it off"
+    if top_p is not None and not 0 < top_p <= 1:
+        return f"top_p={top_p} must be above 0 and at most 1; None turns it off"
+    return None
+
+
+def prompt_problem(model, idx, vocab_size):
+    """Return why a model with vocab_size ids cannot continue a prompt, idx (1, T), or None."""
+    T, block_size = idx.size(1), model.config.block_size
+    if T == 0:
+        return "the prompt has no tokens: encode_prompt of sample.py starts a document"
+    if idx.max() >= vocab_size:
+        return (
+            f"the prompt has the token id {idx.max()}, the model {vocab_size} ids: it was trained "
+            "with another tokenizer, which a meta.json beside its weights can name"
+        )
+    if "wpe" in model.transformer and T > block_size:
+        return f"the prompt has {T} tokens, more than block_size={block_size}"
+    return None
+
+
+def encode_prompt(model, tokenizer, prompt):
+    """Return the token ids of a prompt (1, T). An empty one starts a document.
+
+    Its only token is then <|endoftext|>, or id 0 if the tokenizer has none.
+    """
+    ids = encode(tokenizer, prompt).tolist() or [tokenizer.eot_token or 0]
+    return torch.tensor([ids], device=model.transformer.wte.weight.device)
+
+
 def generate_text(model, tokenizer, prompt, max_new_tokens, **sampling):
     """Return a prompt and its continuation as text; `sampling` as in sample_next_token."""
-    device = model.transformer.wte.weight.device
-    idx = torch.tensor([encode(tokenizer, prompt).tolist()], device=device)
+    idx = encode_prompt(model, tokenizer, prompt)
     vocab_size = min(model.config.vocab_size, tokenizer.n_vocab)
     stream = TextStream(tokenizer)
     tokens = generate(model.eval(), idx, max_new_tokens, vocab_size=vocab_size, **sampling)
@@ -136,54 +181,41 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, **sampling):
 
 def check_config(config):
     """Raise UserError for invalid options."""
-    check_minimum(config, 1, "num_samples", "max_new_tokens", "top_k")
+    check_minimum(config, 1, "num_samples", "max_new_tokens")
     check_minimum(config, 0, "temperature", "seed")
-    if config.top_p is not None and not 0 < config.top_p <= 1:
-        raise UserError(f"top_p={config.top_p} must be above 0 and at most 1")
+    problem = option_problem(
+        config.max_new_tokens, config.num_samples, config.temperature, config.top_k, config.top_p
+    )
     if config.stop == "":
-        raise UserError("stop is empty: give the text that ends a sample")
+        problem = "stop is empty: give the text that ends a sample"
+    if problem:
+        raise UserError(problem)
 
 
 def load(config):
-    """Return the model, on its device and in its dtype, the tokenizer, and the vocabulary size."""
+    """Return the model, on its device and in its dtype, and the tokenizer."""
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     model, meta = load_model(config.init_from)
     model.to(device, dtype)
     use_cudnn_attention(device, False)
     prepare_for_sampling(model, rows=config.num_samples)  # on a CPU
-    tokenizer = get_tokenizer(meta)
-    vocab_size = min(meta["vocab_size"], tokenizer.n_vocab)  # without padding
-    return model, tokenizer, vocab_size
-
-
-def encode_prompt(config, model, tokenizer, vocab_size):
-    """Return the token ids of the prompt (1, T). Raises UserError if the model cannot take them."""
-    ids = encode(tokenizer, config.prompt).tolist()
-    if not ids:
-        ids = [0 if tokenizer.eot_token is None else tokenizer.eot_token]
-    if max(ids) >= vocab_size:
-        raise UserError(
-            f"the prompt has the token id {max(ids)}, the model {vocab_size} ids: it was trained "
-            f"with another tokenizer, which a meta.json in {config.init_from} can name"
-        )
-    block_size = model.config.block_size
-    if "wpe" in model.transformer and len(ids) > block_size:
-        raise UserError(f"the prompt has {len(ids)} tokens, more than block_size={block_size}")
-    return torch.tensor([ids], device=model.transformer.wte.weight.device)
+    return model, get_tokenizer(meta)
 
 
 def print_samples(config):
     """Generate and print the samples that the options ask for."""
-    model, tokenizer, vocab_size = load(config)
-    idx = encode_prompt(config, model, tokenizer, vocab_size)
+    model, tokenizer = load(config)
+    idx = encode_prompt(model, tokenizer, config.prompt)
+    problem = prompt_problem(model, idx, model.n_vocab)
+    if problem:
+        raise UserError(problem)
     streams = [TextStream(tokenizer, config.stop) for _ in range(config.num_samples)]
     tokens = generate(
         model,
         idx,
         config.max_new_tokens,
         config.num_samples,
-        vocab_size=vocab_size,
         on_overflow=lambda text: print(f"\n[{text}]", file=sys.stderr),
         temperature=config.temperature,
         top_k=config.top_k,

@@ -57,8 +57,9 @@ def load_model(source, name=None, options=None):
               know are free; n_kv_head and block_size may shrink; a model without learned positions
               takes any block_size; all others must agree
 
-    The model is float32, on the CPU and in eval mode. Prints to stderr how the weights had to
-    change. Raises UserError if they do not fit or are not finite.
+    The model is float32, on the CPU and in eval mode; its n_vocab is the number of ids that its
+    tokenizer has, without padding. Prints to stderr how the weights had to change. Raises UserError
+    if they do not fit or are not finite.
     """
     options = options or {}
     loaded = _read_source(source)
@@ -83,6 +84,8 @@ def load_model(source, name=None, options=None):
     model.load_state_dict(loaded.weights, assign=True)
     # A meta.json can name a tokenizer with more ids than the weights have.
     vocab_size = min(loaded.meta["vocab_size"], model.config.vocab_size)
+    known = VOCAB_SIZES.get(loaded.meta["tokenizer"]) or len(loaded.meta["chars"])
+    model.n_vocab = min(vocab_size, known)  # ids from here on are padding, which is not sampled
     return model.requires_grad_(True).eval(), loaded.meta | {"vocab_size": vocab_size}
 
 

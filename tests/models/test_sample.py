@@ -16,6 +16,7 @@ import train
 from common.errors import run_program
 from common.models import model_module
 from common.pretrained import load_model
+from common.tokenizer import TextStream, get_tokenizer
 
 TINY_RUN = ["--init_from=out/tiny", "--dtype=float32", "--device=cpu"]
 
@@ -101,6 +102,25 @@ def test_an_empty_prompt_begins_a_document(tiny_run, capsys):
     assert run(capsys, "--temperature=0", "--max_new_tokens=8").out == text_of(ids) + "\n"
 
 
+@pytest.mark.parametrize(
+    ("meta", "first"),
+    [
+        ({"tokenizer": "byte"}, 256),
+        ({"tokenizer": "char", "chars": ["a", "b", "<|endoftext|>"]}, 2),
+        ({"tokenizer": "char", "chars": ["a", "b"]}, 0),
+    ],
+    ids=["byte", "char", "char of one document"],
+)
+def test_generate_text_begins_a_document_for_an_empty_prompt(meta, first):
+    model, tokenizer = make_vivid(model_module("model"), vocab_size=257), get_tokenizer(meta)
+    text = sample.generate_text(model, tokenizer, "", 8, temperature=0)
+    with_end = sample.generate(
+        model, torch.tensor([[first]]), 8, vocab_size=tokenizer.n_vocab, temperature=0
+    )
+    stream = TextStream(tokenizer)
+    assert text == "".join(stream.add(token.item()) for token in with_end) + stream.finish()
+
+
 @needs_fork
 def test_a_single_sample_is_printed_while_it_is_generated(tiny_run, workdir):
     argv = [*TINY_RUN, "--prompt=def ", "--max_new_tokens=100000000"]  # a text that takes days
@@ -117,6 +137,22 @@ def test_padding_ids_are_never_sampled(workdir, capsys):
     # An id of the padding has no bytes, so that sampling it would raise.
     argv = ["--num_samples=8", "--temperature=50", "--top_k=None", "--max_new_tokens=200"]
     run(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("meta", "n_vocab"),
+    [
+        ({"tokenizer": "byte"}, 257),
+        ({"tokenizer": "byte", "vocab_size": 300}, 257),
+        ({"tokenizer": "char", "chars": ["a", "b"]}, 2),
+        ({"tokenizer": "char", "chars": ["a", "b", "<|endoftext|>"], "vocab_size": 64}, 3),
+        ({"tokenizer": "gpt2", "vocab_size": 320}, 320),
+    ],
+)
+def test_load_model_knows_how_many_ids_the_tokenizer_has(workdir, meta, n_vocab):
+    write_dataset(workdir / "data/padded", [0, 1] * 300, [0, 1] * 300, meta)
+    train.main(arguments(dataset="padded", vocab_size=320, max_steps=1))
+    assert load_model("out/tiny")[0].n_vocab == n_vocab
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(tiny_run, capsys):
@@ -143,6 +179,10 @@ def test_a_prompt_as_long_as_the_context_is_accepted(tiny_run, capsys):
 )
 def test_a_bad_option_is_refused_in_one_line(tiny_run, capsys, option, expected):
     assert expected in refused(capsys, option)
+
+
+def test_top_k_0_is_refused_with_what_turns_it_off(tiny_run, capsys):
+    assert "None" in refused(capsys, "--top_k=0")
 
 
 def test_a_prompt_of_known_characters_is_continued(char_run, capsys):

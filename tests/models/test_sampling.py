@@ -6,9 +6,10 @@ import re
 
 import pytest
 import torch
-from variants import make_vivid
+from variants import MODELS, make_vivid
 
 import model as gpt2
+from common.models import model_module
 from common.tokenizer import TextStream, byte_tokenizer
 from sample import generate, sample_next_token
 
@@ -238,9 +239,45 @@ def test_padding_ids_are_never_sampled(temperature):
     assert unlimited.max() >= 20 > limited.max()
 
 
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(ValueError, match="prompt"):
+@pytest.mark.parametrize("name", MODELS)
+def test_by_default_no_model_samples_the_padding_that_load_model_knows(name):
+    model = make_vivid(model_module(name))
+    options = {"num_samples": 8, "temperature": 3.0, "generator": seeded()}
+    assert generated(model, prompt(4), 60, **options).max() >= 20  # decoding passes the window
+    model.n_vocab = 20
+    assert generated(model, prompt(4), 60, **options).max() < 20
+
+
+def test_an_empty_prompt_of_ids_is_refused_with_what_starts_a_document():
+    with pytest.raises(ValueError, match=r"prompt.*encode_prompt"):
         generated(make_vivid(gpt2), prompt(0), 5)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("top_k", 0),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_p", math.nan),
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("num_samples", 0),
+        ("max_new_tokens", 0),
+    ],
+)
+def test_an_option_out_of_range_is_refused_by_name(option, value):
+    options = {"max_new_tokens": 5, option: value}
+    with pytest.raises(ValueError, match=option) as error:
+        next(generate(make_vivid(gpt2), prompt(4), **options))
+    assert f"{option}={value}" in str(error.value)
+    assert ("None" in str(error.value)) == (option in ("top_k", "top_p"))
+
+
+def test_an_id_beyond_the_vocabulary_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match=r"\b61\b.*\b61\b"):
+        generated(make_vivid(gpt2), torch.tensor([[3, 61]]), 5)
 
 
 def test_a_prompt_longer_than_block_size_is_refused_with_both_lengths():
