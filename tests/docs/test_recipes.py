@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import arguments, read_log
+from conftest import GPT2, arguments, read_log
 from documents import block
 from variants import close, feed, last_logits, make, make_vivid, tokens
 
 import model_rope
+import prepare_data
+import train
 from common.pretrained import load_model
 from common.tokenizer import get_tokenizer
 from experiments import length, runs
 from sample import generate_text
+from tools.export import export
 from tools.results.plot import COLORS
 
 ROOT = Path(__file__).parents[2]
@@ -167,6 +170,47 @@ def test_the_lines_with_ids_print_the_loss_and_decode_what_is_generated(tiny_run
     assert 1 < float(loss) < 6
     assert len(names["continuation"]) == 20
     assert continuation == names["tokenizer"].decode(names["continuation"]) + "\n"
+
+
+# tokenizer, documents, vocab_size of the model; with one document, char has no <|endoftext|>
+TOKENIZERS = {
+    "byte, padded": ("byte", 1, 320),
+    "char": ("char", 2, None),
+    "char of one document, padded": ("char", 1, 64),
+    "gpt2, padded": ("gpt2", 2, 50304),
+}
+SNIPPETS = {  # a part of a block of Python: whether it needs <|endoftext|>
+    'from_pretrained("exported/shakespeare")\ntokenizer': False,
+    "generate_text(model": False,
+    "import generate\n": False,
+    "own_text.jsonl": True,
+}
+
+
+@pytest.fixture(params=[*list(TOKENIZERS)[:-1], pytest.param("gpt2, padded", marks=GPT2.marks)])
+def run_of_a_tokenizer(request, workdir, capsys):
+    """A run out/quickstart and its exports, on a text with the prompts of the snippets."""
+    name, documents, vocab_size = TOKENIZERS[request.param]
+    for i in range(documents):
+        Path(f"{i}.txt").write_text("To be, or not: def read(self):\n" * 60)
+    prepare_data.main(["mine", "--input=?.txt", f"--tokenizer={name}", "--val_fraction=0.2"])
+    Path("data/mine").rename("data/stdlib")
+    sizes = {"block_size": 128, "batch_size": 1, "max_steps": 1, "eval_tokens": 128}
+    if vocab_size:
+        sizes["vocab_size"] = vocab_size
+    train.main(arguments(dataset="stdlib", out_dir="out/quickstart", **sizes))
+    export("out/quickstart", "exported/quickstart")
+    shutil.copytree("exported/quickstart", "exported/shakespeare")
+    capsys.readouterr()
+    return request.param
+
+
+def test_the_lines_about_text_run_for_every_tokenizer_that_they_name(run_of_a_tokenizer, capsys):
+    for part, needs_endoftext in SNIPPETS.items():
+        if needs_endoftext and run_of_a_tokenizer.startswith("char of one document"):
+            continue
+        exec(block("python", part), {})
+        assert capsys.readouterr().out != ""
 
 
 QUICKSTART = '["config/quickstart.py", "--max_steps=100", "--out_dir=out/short"]'
