@@ -213,6 +213,7 @@ def peak_flops(device, dtype):
 
 
 def is_out_of_memory(error):
-    """Return whether an exception means that memory ran out; each device words it differently."""
+    """Return whether an exception means that memory ran out; on MPS and CPU only its words do."""
     words = ("out of memory", "not enough memory", "can't allocate memory", "size calculation over")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
+    is_known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_known or any(text in str(error) for text in words)

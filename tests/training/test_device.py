@@ -91,8 +91,7 @@ def test_an_allocation_that_a_cpu_cannot_make_is_out_of_memory():
 
 
 def test_cuda_out_of_memory_is_out_of_memory():
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert is_out_of_memory(error)
+    assert is_out_of_memory(torch.OutOfMemoryError("whatever the wording"))
 
 
 def test_another_runtime_error_is_not_out_of_memory():
