@@ -104,8 +104,7 @@ def generate(
     problem = problem or prompt_problem(model, idx, model.config.vocab_size)
     if problem:
         raise ValueError(problem)
-    if vocab_size is None:
-        vocab_size = getattr(model, "n_vocab", None)
+    vocab_size = vocab_size or getattr(model, "n_vocab", None)
     has_learned_positions = "wpe" in model.transformer
     limit = model.config.block_size if has_learned_positions else float("inf")
     half = max(1, model.config.block_size // 2)
@@ -161,10 +160,7 @@ def prompt_problem(model, idx, vocab_size):
 
 
 def encode_prompt(model, tokenizer, prompt):
-    """Return the token ids of a prompt (1, T). An empty one starts a document.
-
-    Its only token is then <|endoftext|>, or id 0 if the tokenizer has none.
-    """
+    """Return the token ids of a prompt (1, T); of an empty one <|endoftext|>, or 0 without that."""
     ids = encode(tokenizer, prompt).tolist() or [tokenizer.eot_token or 0]
     return torch.tensor([ids], device=model.transformer.wte.weight.device)
 

@@ -47,10 +47,8 @@ class ProcessGroup:
             try:
                 self._init_process_group(datetime.timedelta(seconds=timeout))
             except (RuntimeError, ValueError) as error:
-                raise UserError(
-                    f"the ranks cannot connect to each other ({_reason(error)}): check "
-                    f"{_describe_network()}"
-                ) from error
+                problem = f"the ranks cannot connect to each other ({_reason(error)})"
+                raise UserError(f"{problem}: check {_describe_network()}") from error
             self._warn_of_shared_store()
         # Whether torchrun has restarted the workers after a failure; then --overwrite must not
         # delete the run again. Each machine's torchrun counts its own restarts.
@@ -76,11 +74,10 @@ class ProcessGroup:
         several_machines = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"  # set by torchrun
         is_private = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
         if self.rank == 0 and several_machines and not is_private:
-            print(
-                "warning: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is not set: torchrun will restart "
-                "workers that die, but not the run when a machine dies and comes back",
-                file=sys.stderr,
+            text = (
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is not set: the run survives workers that die"
             )
+            print(f"warning: {text}, but not a machine that dies and comes back", file=sys.stderr)
 
     # Collectives ------------------------------------------------------------------------------
 
@@ -173,8 +170,7 @@ def _read_number(name):
 def _describe_network():
     """Return the environment variables by which the ranks find each other, with their values."""
     names = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-    settings = [f"{name}={os.environ.get(name)}" for name in names[:2]]
-    settings += [f"{name}={os.environ[name]}" for name in names[2:] if name in os.environ]
+    settings = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     interfaces = [name for _, name in socket.if_nameindex()]
     return f"{', '.join(settings)} (network interfaces here: {', '.join(interfaces)})"
 

@@ -48,15 +48,11 @@ def _check_compiler_cache():
     Building a model on the meta device, or an optimizer, imports the compiler, which makes it.
     """
     path = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if path is None:
-        return
     try:
-        os.makedirs(os.path.abspath(path), exist_ok=True)
-    except OSError as error:
-        raise OSError(  # not UserError, whose message would begin with a file of the model
-            f"TORCHINDUCTOR_CACHE_DIR={path} cannot be made ({error.strerror}), and torch needs "
-            "it: name another directory, or unset it"
-        ) from error
+        os.makedirs(path or ".", exist_ok=True)
+    except OSError as error:  # not UserError, whose message would begin with a file of the model
+        problem = f"TORCHINDUCTOR_CACHE_DIR={path} cannot be made ({error.strerror})"
+        raise OSError(f"{problem}, and torch needs it: name another, or unset it") from error
 
 
 def check_shapes(source, name, weights, expected):
