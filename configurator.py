@@ -49,7 +49,7 @@ OTHER_NAMES = {
     "wandb_project": LOG,
     "wandb_run_name": LOG,
     # its sample.py
-    "start": "use --prompt",
+    "start": 'use --prompt; for the text of a file, --prompt="$(cat FILE)"',
     "out_dir": "use --init_from, which takes the directory of a run",
     "compile": "torch.compile is for training only",
     # its bench.py
@@ -192,6 +192,8 @@ def _convert_all(given, kinds):
 
 def _convert(name, annotation, value):
     """Return the value as the annotated type, or as one of its union; else raise UserError."""
+    if name == "init_from" and value == "resume":  # nanoGPT's
+        raise UserError("init_from=resume: the same command resumes a run; sample its directory")
     if isinstance(value, str) and name in PATHS and value.startswith("~"):
         value = type(value)(os.path.expanduser(value))  # the shell leaves --out_dir=~/x alone
     is_union = isinstance(annotation, types.UnionType)
@@ -217,10 +219,7 @@ def _parse(kind, text):
     """Return the text of a command line as this type. Raises ValueError or KeyError for others."""
     if kind is bool:
         return BOOLS[text.lower()]
-    if kind is str:
-        quoted = re.fullmatch(r"'[^']*'|\"[^\"]*\"", text)
-        return str(text[1:-1] if quoted else text)
-    if kind in (int, float):
+    if kind in (str, int, float):  # quotes in a str are the user's: the shell has removed its own
         return kind(text)
     raise ValueError(text)
 
@@ -239,17 +238,18 @@ def _describe_options(options):
     """Return lines of help; the dataclass's source has the groups, the order and the comments."""
     kinds = typing.get_type_hints(options)
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    # A field may continue on lines that are indented more, or that begin with its ")".
+    field = r"(\w+): [^#\n]*(?:\n(?: {5,}|    \))[^#\n]*)*(?:# (.*))?"
+    source = inspect.getsource(options)
     lines = []
-    for line in inspect.getsource(options).splitlines():
-        group = re.fullmatch(r"    # (.*)", line)
-        field = re.fullmatch(r"    (\w+): [^#]*(?:# (.*))?", line)
+    for group, name, comment in re.findall(rf"^    (?:# (.*)|{field})", source, re.M):
         if group:
-            lines.append(f"  {group[1]}:")
-        elif field and field[1] in kinds:
-            kind = kinds[field[1]]
+            lines.append(f"  {group}:")
+        elif name in kinds:
+            kind = kinds[name]
             type_name = kind.__name__ if isinstance(kind, type) else kind
-            head = f"--{field[1]}: {type_name}"
-            if defaults[field[1]] is not dataclasses.MISSING:
-                head += f" = {defaults[field[1]]}"
-            lines.append(f"    {head:<44} {field[2] or ''}".rstrip())
+            head = f"--{name}: {type_name}"
+            if defaults[name] is not dataclasses.MISSING:
+                head += f" = {defaults[name]}"
+            lines.append(f"    {head:<44} {comment}".rstrip())
     return lines

@@ -52,9 +52,7 @@ META_FIELDS = ("tokenizer", "vocab_size", "chars")  # of an exported meta.json
 
 @dataclass
 class ExportConfig:
-    init_from: str | None = (
-        None  # a run, one of its checkpoints, or what train.py's init_from takes
-    )
+    init_from: str | None = None  # a run, one of its checkpoints, or what train.py takes
     out_dir: str | None = None  # the directory to make
 
 

@@ -12,11 +12,15 @@ from pathlib import Path
 
 import pytest
 
+import prepare_data
 import sample
 import train
 from common.errors import OtherRankError, UserError, run_program
-from common.models import config_fields, model_module, models_with_option
+from common.models import config_fields, model_module, model_names, models_with_option
 from configurator import OTHER_NAMES, check_minimum, configure, configure_with_model
+from experiments import look, study
+from tools import estimate_memory, export, plot_loss
+from tools.bench import __main__ as bench
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,11 +132,12 @@ TYPED = [
     ("model", "a=b", "a=b"),
     ("model", "--x=y", "--x=y"),
     ("model", "wörter und", "wörter und"),
-    # a pair of quotes around the whole text is removed
-    ("model", "'model_mine'", "model_mine"),
-    ("model", '"model_mine"', "model_mine"),
+    # the shell has removed its own quotes
+    ("model", "'To be'", "'To be'"),
+    ("model", '"To be"', '"To be"'),
+    ("stop", '""', '""'),
     ("model", "", ""),
-    ("model", "''", ""),
+    ("model", "''", "''"),
     ("model", "'", "'"),
     ("model", "don't", "don't"),
     ("model", "'a' or 'b'", "'a' or 'b'"),
@@ -293,6 +298,12 @@ def test_sample_answers_an_option_name_of_nanogpt_with_ours(name):
 
 def test_sample_answers_out_dir_with_init_from():
     assert "--init_from" in user_error("--out_dir=out/x", parse=sample_options)
+
+
+@pytest.mark.parametrize("parse", [train_options, sample_options])
+def test_resume_of_nanogpt_is_answered_with_what_resumes_a_run(parse, config_file):
+    for argument in ("--init_from=resume", config_file("init_from = 'resume'")):
+        assert "same command" in user_error(argument, parse=parse)
 
 
 def test_an_answer_names_no_option_that_the_program_lacks():
@@ -474,6 +485,49 @@ def test_help_shows_group_type_default_and_comment_of_each_option(capsys, flag, 
     assert "folders of runs" in text
     has_model_options = "--n_layer: int = 12" in text and "query heads" in text
     assert has_model_options == (parse is with_shape)
+
+
+@dataclass
+class Formatted:
+    first: str | None = (
+        None  # a text, as a formatter breaks a line that is too long
+    )  # fmt: skip
+    second: int = 3
+    third: float = (
+        1.0
+    )  # a text after the value  # fmt: skip
+
+
+def test_help_shows_the_comment_of_a_field_over_several_lines(capsys):
+    with pytest.raises(SystemExit):
+        configure(Formatted, ["--help"], "")
+    first, second, third = capsys.readouterr().out.splitlines()[-3:]
+    assert "a text, as" in first
+    assert second == "    --second: int = 3"
+    assert "a text after" in third
+
+
+PROGRAMS = [
+    train.TrainConfig,
+    sample.SampleConfig,
+    prepare_data.PrepareConfig,
+    bench.BenchConfig,
+    study.StudyConfig,
+    look.LookConfig,
+    plot_loss.PlotConfig,
+    export.ExportConfig,
+    estimate_memory.EstimateConfig,
+    *(model_module(name).GPTConfig for name in model_names()),
+]
+
+
+@pytest.mark.parametrize("options", PROGRAMS, ids=lambda options: options.__module__)
+def test_every_option_of_every_program_has_a_text_in_help(options, capsys):
+    with pytest.raises(SystemExit):
+        configure(options, ["--help"], "")
+    lines = re.findall(r"^ +--(\w+)(.*)", capsys.readouterr().out, re.M)
+    assert [name for name, _ in lines] == list(options.__annotations__)  # without inherited ones
+    assert [name for name, rest in lines if len("    --" + name + rest) <= 49] == []
 
 
 # Programs -------------------------------------------------------------------------------------
