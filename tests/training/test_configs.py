@@ -42,6 +42,17 @@ def test_50_shards_are_enough_text_for_one_epoch_of_gpt2_rope_5b():
     assert sequences <= 50 * 100_000_000 // 1024 - 1  # the windows of an epoch, see Loader
 
 
+def test_the_baby_gpt_has_the_numbers_of_nanogpt():
+    """As in nanoGPT's config/train_shakespeare_char.py and the defaults of its train.py."""
+    shape = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2}
+    shape |= {"bias": False, "dataset": "shakespeare_char", "total_batch_size": 64 * 256}
+    rates = {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_steps": 100, "max_steps": 5000}
+    rates |= {"beta2": 0.99, "eval_interval": 250, "batch_size": 64}
+    assert OPTIONS["shakespeare_char_gpu"] == shape | rates
+    defaults = train.TrainConfig()
+    assert (defaults.beta1, defaults.weight_decay, defaults.grad_clip) == (0.9, 0.1, 1.0)
+
+
 @pytest.mark.parametrize("base", ["gpt2", "shakespeare_char"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_config_equals_its_base_except_for_the_variant_options(base, variant):
@@ -55,7 +66,10 @@ def test_a_variant_config_equals_its_base_except_for_the_variant_options(base, v
     assert added.keys() == VARIANTS[variant]
 
 
-@pytest.mark.parametrize("name", [f"gpt2_{variant}" for variant in VARIANTS] + ["shakespeare_char"])
+EXAMPLES = ["shakespeare_char", "shakespeare_char_gpu"]
+
+
+@pytest.mark.parametrize("name", [*(f"gpt2_{variant}" for variant in VARIANTS), *EXAMPLES])
 def test_a_config_trains_resumes_bit_for_bit_and_can_be_sampled(workdir, capsys, name):
     changes = {"n_head": 4, "n_embd": 32, "max_steps": 4, "vocab_size": 257}
     argv = [str(CONFIGS / f"{name}.py"), *arguments(**changes)]
