@@ -103,6 +103,7 @@ class TrainConfig:
     # Evaluation, log, checkpoints
     eval_interval: int = 250  # steps between evaluations
     eval_tokens: int = 2**20  # validation tokens, rounded up to whole sequences
+    eval_train: bool = False  # evaluate as many training tokens, too: overfitting shows
     log_interval: int = 10  # steps between lines on the console
     checkpoint_interval: int = 1000  # steps between checkpoints; a new best loss is always saved
     keep_checkpoints: int = 2  # recent checkpoints to keep; the best is always kept
@@ -389,10 +390,10 @@ def finish_step(run):
     is_last = run.step == config.max_steps
     evaluation_is_due = run.step % config.eval_interval == 0 or is_last
     if evaluation_is_due and "val_loss" not in run.metrics:  # a checkpoint may have it
-        val_loss = evaluate(run)
-        if val_loss is not None:
-            run.metrics["val_loss"] = val_loss
-            report.print_evaluation(run, val_loss, f"step {run.step}/{config.max_steps} | ")
+        evaluation = evaluate(run)
+        if evaluation is not None:
+            run.metrics |= evaluation
+            report.print_evaluation(run, evaluation, f"step {run.step}/{config.max_steps} | ")
     log_error = None
     if group.rank == 0:  # an error is returned, not raised, so that the run is saved before it ends
         log_error = run_dir.append_log(run.out_dir, run.step, run.metrics)
@@ -407,34 +408,54 @@ def finish_step(run):
     return stopping
 
 
-@torch.no_grad()
 def evaluate(run):
-    """Collective. Return the mean validation loss in nats per token; None after a stop signal."""
-    config, group = run.config, run.group
+    """Collective. Return the metrics of an evaluation; None after a stop signal.
+
+    val_loss            mean over the validation targets, in nats per token
+    val_bits_per_byte   the same loss in bits per byte of these targets, if their bytes are known
+    train_eval_loss     with eval_train: mean over as many targets in the training split
+    """
+    metrics = {}
+    metrics["val_loss"], size = mean_loss(run, "val")
+    if size > 0:  # NaN without the tokenizer
+        metrics["val_bits_per_byte"] = metrics["val_loss"] / math.log(2) / size
+    if run.config.eval_train:
+        metrics["train_eval_loss"], _ = mean_loss(run, "train")
+    return None if None in metrics.values() else metrics
+
+
+@torch.no_grad()
+def mean_loss(run, split):
+    """Collective. Return the means of loss and bytes over a split's targets, always the same ones.
+
+    The loss is None after a stop signal.
+    """
+    config, group, loader = run.config, run.group, run.loader
     losses, counts = [], []  # of this rank's batches; counts of targets
+    size = 0.0  # of this rank's targets in bytes
     run.model.eval()  # the module inside run.forward
     # All ranks get the same number of batches, because under FSDP a forward pass is a collective.
     # The last batches are filled up with targets of -1. For a batch of only such targets the model
     # returns a loss of 0 (a plain mean would be NaN), and its count is 0.
-    batches = run.loader.val_batches(
-        config.eval_tokens, config.batch_size, group.rank, group.world_size
-    )
+    tokens = min(config.eval_tokens, loader.n_val - 1)  # in both splits
+    batches = loader.val_batches(tokens, config.batch_size, group.rank, group.world_size, split)
     for x, y in batches:
         stopping = group.any_rank(run.stop.received)
         if stopping:
             run.model.train()
-            return None
+            return None, 0
         counts.append(int((y != -1).sum()))
+        size += float(loader.token_bytes[y.numpy()].sum())
         with run.autocast():
             losses.append(run.forward(to_device(x, run.device), to_device(y, run.device)))
     run.model.train()
     losses = torch.stack(losses).tolist()  # waits for the device, once
     total = sum(loss * count for loss, count in zip(losses, counts, strict=True))
-    total, count = group.all_reduce([total, sum(counts)])
+    total, count, size = group.all_reduce([total, sum(counts), size])
     if not math.isfinite(total):
         advice = report.not_finite_advice(run)
-        group.exit(f"step {run.step}: validation loss {total}, not finite" + advice)
-    return total / count
+        group.exit(f"step {run.step}: the loss on {split}.bin is {total}, not finite" + advice)
+    return total / count, size / count
 
 
 def save(run):

@@ -8,6 +8,8 @@ by window, so memory does not grow with it.
 """
 
 import concurrent.futures
+import functools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 
 from common.errors import UserError
 from common.files import name_in_errors
-from common.tokenizer import read_meta
+from common.tokenizer import MAX_VOCAB_SIZE, cached_token_bytes, read_meta
 
 CHUNK = 1 << 20  # tokens read at a time when a whole bin is scanned
 
@@ -134,27 +136,43 @@ class Loader:
             self.epoch = epoch
         return int(self.order[index]) * self.block_size + int(self.shift)
 
-    def val_batches(self, eval_tokens, batch_size, rank=0, world_size=1):
+    def val_batches(self, eval_tokens, batch_size, rank=0, world_size=1, split="val"):
         """Yield the validation batches of a rank: inputs and targets, (batch_size, T) each.
 
         The windows are spread evenly over val.bin, eval_tokens rounded up to whole windows. If
         eval_tokens covers the whole split, every token but the first is a target exactly once. All
         ranks get the same number of batches. Padding, in the last window and in the last batches,
-        has the target -1.
+        has the target -1. With split="train" the windows are those of train.bin.
         """
+        if self._prefetched is not None:  # the thread uses the same file
+            concurrent.futures.wait([self._prefetched[-1]])
         T = self.block_size
-        available = -(-(self.n_val - 1) // T)  # windows in val.bin, the last one perhaps not full
+        n_tokens = self.n_train if split == "train" else self.n_val
+        available = -(-(n_tokens - 1) // T)  # windows in the bin, the last one perhaps not full
         count = min(available, -(-eval_tokens // T))
         for first in range(rank * batch_size, rank * batch_size + count, batch_size * world_size):
             x = torch.zeros(batch_size, T, dtype=torch.int64)
             y = torch.full((batch_size, T), -1)
             for row, i in enumerate(range(first, min(first + batch_size, count))):
                 start = i * available // count * T
-                n = min(T, self.n_val - 1 - start)  # targets: fewer than T in the last window
-                [window] = self._read("val", [start], n + 1)
+                n = min(T, n_tokens - 1 - start)  # targets: fewer than T in the last window
+                [window] = self._read(split, [start], n + 1)
                 x[row, :n] = _int64(window[:-1])
                 y[row, :n] = _int64(window[1:])
             yield x, y
+
+    @functools.cached_property
+    def token_bytes(self):
+        """The length of each token in bytes, (MAX_VOCAB_SIZE + 1,) float64; NaN if it is not known.
+
+        Ids without a token have 0, and so has the last entry, which a target of -1 picks.
+        """
+        table = np.zeros(MAX_VOCAB_SIZE + 1)
+        lengths = cached_token_bytes(self.meta)
+        if lengths is None:
+            return table + math.nan
+        table[: len(lengths)] = lengths
+        return table
 
 
 def _int64(tokens):

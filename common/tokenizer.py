@@ -10,7 +10,10 @@ for a notebook, encode(text) and decode(ids).
 """
 
 import codecs
+import contextlib
+import os
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,11 @@ from common.files import read_json
 EOT = "<|endoftext|>"
 NAMES = ("gpt2", "byte", "char")
 VOCAB_SIZES = {"gpt2": 50257, "byte": 257}  # char: the number of its characters
+# GPT-2's files in tiktoken's cache: the SHA-1 of the addresses of vocab.bpe and encoder.json
+GPT2_CACHED = (
+    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+)
 MAX_VOCAB_SIZE = 1 << 16  # bins hold uint16
 LONGEST_WHITE_SPACE = 500_000  # characters; tiktoken fails at a million in a row
 LONG_WHITE_SPACE = re.compile(rf"(?<!\s)\s{{{LONGEST_WHITE_SPACE},}}")
@@ -173,6 +181,18 @@ def token_bytes(tokenizer):
         for i in range(tokenizer.n_vocab)
     ]
     return np.array(lengths, dtype=np.int64)
+
+
+def cached_token_bytes(meta):
+    """Return token_bytes of the tokenizer that a meta.json names; None if it is not available.
+
+    GPT-2's is not downloaded for this: a machine that trains may wait for a network in vain.
+    """
+    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", tempfile.gettempdir() + "/data-gym-cache"))
+    if meta["tokenizer"] != "gpt2" or all((cache / name).exists() for name in GPT2_CACHED):
+        with contextlib.suppress(UserError):  # a damaged cache
+            return token_bytes(get_tokenizer(meta))
+    return None
 
 
 def read_meta(directory):

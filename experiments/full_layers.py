@@ -70,7 +70,7 @@ def measure_loss(config, name, seed, device, dtype):
         if is_mixed:
             widen_every_fourth_layer(run.model)
         train_to_end(run)
-        return train.evaluate(run)
+        return train.evaluate(run)["val_loss"]
 
 
 def losses(result):

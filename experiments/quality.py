@@ -9,7 +9,6 @@ The models are trained on the same tokens in the same order and compared seed by
 for most come first: a long study can be stopped, and the same command resumes it.
 """
 
-import math
 import sys
 from statistics import mean
 
@@ -25,7 +24,6 @@ from experiments.intervals import (
 from experiments.runs import PRESETS, train_variant, val_losses, variants
 from experiments.steps import cache_bytes
 from experiments.study import Study, StudyConfig, complete_rows
-from prepare_data import open_dataset
 from tools.plot_loss import read_log
 from tools.results.plot import COLORS, label_points
 from tools.results.table import markdown_table
@@ -52,18 +50,9 @@ def measure_quality(config, name, seed):
     return {
         "curve": val_losses(out_dir),
         "val_loss": record["val_loss"],
-        "bits_per_byte": bits_per_byte(record["val_loss"], config.run["dataset"]),
+        "bits_per_byte": record.get("val_bits_per_byte"),
         "tokens": record["tokens"],
     }
-
-
-def bits_per_byte(loss, dataset):
-    """Return a loss in bits per byte, or None: a dataset may not say how many bytes it has."""
-    _, meta = open_dataset(dataset)
-    val = meta.get("val", {})
-    if "bytes" not in val:
-        return None
-    return loss / math.log(2) * val["tokens"] / val["bytes"]
 
 
 def measured_variants(result):

@@ -3,8 +3,9 @@
     python -m tools.plot_loss out/a out/b [--out=out/loss.png]
     python -m tools.plot_loss out/a --follow=True          redraw the file while the run goes
 
-Training loss is a thin line, validation loss a line with dots. Three panels show them over
-optimizer steps, tokens processed and seconds of training.
+The training loss of each step is a thin line, an evaluation a line with dots. Three panels show
+them over optimizer steps, tokens processed and seconds of training. --metrics draws other numbers
+of log.jsonl instead: --metrics=grad_norm,lr
 """
 
 import sys
@@ -23,12 +24,19 @@ from common.files import check_regular, read_text
 from configurator import configure
 
 REDRAW_SECONDS = 10
+DOTS = {"marker": "o", "markersize": 4}
+LOSSES = {  # those drawn by default; a run without --eval_train has no train_eval_loss
+    "train_loss": {"label": "training", "linewidth": 0.8, "alpha": 0.5},
+    "val_loss": {"label": "validation", **DOTS},
+    "train_eval_loss": {"label": "training, evaluated", "linestyle": "--", **DOTS},
+}
 
 
 @dataclass
 class PlotConfig:
     runs: list[str] = field(default_factory=list)  # directories of runs
     out: str = "out/loss.png"  # the PNG file to write
+    metrics: str = ",".join(LOSSES)  # fields of log.jsonl to draw
     follow: bool = False  # redraw it every 10 seconds, until the last step of all runs or Ctrl-C
 
 
@@ -56,10 +64,10 @@ def read_log(directory):
 
 
 def parse_line(line):
-    """Return a line of the log; its numbers can be drawn. A loss may be None or missing."""
+    """Return a line of the log; its numbers can be drawn. A metric may be None or missing."""
     record = json.loads(line)
     numbers = [record["step"], record["tokens"], record["seconds"]]
-    numbers += [record.get("train_loss") or 0.0, record.get("val_loss", 0.0)]
+    numbers += [value for value in record.values() if value is not None]
     for number in numbers:
         float(number)
     return record
@@ -77,8 +85,8 @@ def is_finished(directory):
     return False
 
 
-def draw(runs, path):
-    """Draw {label: records} into the PNG file `path`; the three panels share the loss axis."""
+def draw(runs, path, metrics):
+    """Draw metrics of {label: records} into the PNG file `path`; the panels share the y axis."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # not pyplot, whose backend is that of a notebook
 
@@ -89,10 +97,11 @@ def draw(runs, path):
     colors = colormaps["viridis"](shades)
     for panel, key in zip(panels, ("step", "tokens", "seconds"), strict=True):
         for (label, records), color in zip(runs.items(), colors, strict=True):
-            draw_run(panel, key, label, records, color)
+            draw_run(panel, key, label, records, color, metrics)
         panel.set_xlabel(key)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("loss (nats per token)")
+    only_losses = set(metrics) <= set(LOSSES)
+    panels[0].set_ylabel("loss (nats per token)" if only_losses else ", ".join(metrics))
     panels[0].legend(fontsize="small")
     part = Path(path).with_suffix(".part")  # an image viewer that reloads needs a complete file
     check_regular(part)
@@ -100,14 +109,16 @@ def draw(runs, path):
     part.replace(path)
 
 
-def draw_run(panel, key, label, records, color):
-    """Draw the two curves of a run over records[key], where it has a loss."""
-    train_style = {"linewidth": 0.8, "alpha": 0.5, "label": f"{label}, training"}
-    val_style = {"marker": "o", "markersize": 4, "label": f"{label}, validation"}
-    for loss, style in (("train_loss", train_style), ("val_loss", val_style)):
-        shown = [record for record in records if record.get(loss) is not None]
+def draw_run(panel, key, label, records, color, metrics):
+    """Draw the curves of the metrics that a run has, over records[key]."""
+    for metric in metrics:
+        if not any(metric in record for record in records):
+            continue
+        style = {"label": metric, "linewidth": 0.8} | LOSSES.get(metric, {})
+        style["label"] = f"{label}, {style['label']}"
+        shown = [record for record in records if record.get(metric) is not None]
         x = [record[key] for record in shown]
-        y = [record[loss] for record in shown]
+        y = [record[metric] for record in shown]
         panel.plot(x, y, color=color, **style)
 
 
@@ -118,13 +129,17 @@ def main(argv):
     if not config.out.endswith(".png"):
         raise UserError(f"out={config.out} must end in .png")
     check_regular(config.out)
+    metrics = config.metrics.split(",")
     is_last = False
     while not is_last:
         # Asked before the logs are read, so that the last drawing has the last line.
         is_last = not config.follow or all(map(is_finished, config.runs))
         runs = {str(Path(directory)): read_log(directory) for directory in config.runs}
+        logged = {name for records in runs.values() for record in records for name in record}
+        for name in set(metrics) - logged - set(LOSSES):
+            raise UserError(f"no run has logged {name}, only {', '.join(sorted(logged))}")
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        draw(runs, config.out)
+        draw(runs, config.out, metrics)
         if not is_last:
             time.sleep(REDRAW_SECONDS)
     print(config.out)

@@ -121,29 +121,19 @@ def describe_duration(seconds):
     return f"{seconds:.0f} s"
 
 
-def describe_loss(loss, meta):
-    """Return a validation loss as text, with perplexity and, if known, bits per byte.
-
-    meta   the dataset's meta.json
-    """
-    perplexity = math.exp(min(loss, 700))  # exp overflows above 709
-    text = f"val loss {loss:.4f} | perplexity {perplexity:.2f}"
-    val = meta.get("val", {})
-    if val.get("bytes") and "tokens" in val:
-        bits_per_byte = loss / math.log(2) * val["tokens"] / val["bytes"]
-        text += f" | {bits_per_byte:.3f} bits per byte"
-    return text
-
-
-def print_evaluation(run, val_loss, prefix=""):
-    """Print a validation loss in nats per token, with perplexity and, if known, bits per byte.
-
-    val_loss   None if a stop signal arrived
-    """
-    if val_loss is None:
+def print_evaluation(run, evaluation, prefix=""):
+    """Print what evaluate() returned, with the perplexity; None if a stop signal arrived."""
+    if evaluation is None:
         run.group.print("stopped")
-    else:
-        run.group.print(prefix + describe_loss(val_loss, run.loader.meta))
+        return
+    loss = evaluation["val_loss"]
+    perplexity = math.exp(min(loss, 700))  # exp overflows above 709
+    parts = [f"val loss {loss:.4f}", f"perplexity {perplexity:.2f}"]
+    if "val_bits_per_byte" in evaluation:
+        parts.append(f"{evaluation['val_bits_per_byte']:.3f} bits per byte")
+    if "train_eval_loss" in evaluation:
+        parts.append(f"train loss {evaluation['train_eval_loss']:.4f}")
+    run.group.print(prefix + " | ".join(parts))
 
 
 def is_finished(run):

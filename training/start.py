@@ -29,6 +29,7 @@ RESUMABLE_CHANGES = {
     "batch_size",
     "max_steps",
     "eval_interval",
+    "eval_train",
     "log_interval",
     "checkpoint_interval",
     "keep_checkpoints",

@@ -115,6 +115,45 @@ def test_ids_above_32767_are_read_as_they_are(dataset):
 # Validation -----------------------------------------------------------------------------------
 
 
+def test_ids_without_a_token_and_padding_have_no_bytes(dataset):
+    meta = {"tokenizer": "byte", "vocab_size": 300}
+    loader = Loader(dataset(range(300), about=meta), 8, 300, 1)
+    assert loader.token_bytes[[65, 255, 256, 299, -1]].tolist() == [1, 1, 0, 0, 0]
+
+
+def test_windows_of_the_training_split_are_spread_over_it(dataset):
+    loader = Loader(dataset(range(1000)), 8, BIG_VOCAB, 1)
+    [(x, y)] = loader.val_batches(32, 4, split="train")
+    assert x[:, 0].tolist() == [0, 248, 496, 744]
+    assert torch.equal(y, x + 1)
+
+
+def test_an_evaluation_of_the_training_split_waits_for_the_thread_that_reads_it(
+    dataset, monkeypatch
+):
+    loader = Loader(dataset(range(1000)), 8, BIG_VOCAB, 1)
+    read, done = loader._read_batch, []
+
+    def read_slowly(first, count):
+        batch = read(first, count)
+        time.sleep(0.2)
+        done.append(first)
+        return batch
+
+    monkeypatch.setattr(loader, "_read_batch", read_slowly)
+    loader.prefetch(0, 4, CPU)
+    next(loader.val_batches(32, 4, split="train"))
+    assert done == [0]
+
+
+def test_an_evaluation_of_the_training_split_leaves_its_order_alone(dataset):
+    folder = dataset(range(1000))
+    loader, other = Loader(folder, 8, BIG_VOCAB, 1), Loader(folder, 8, BIG_VOCAB, 1)
+    for first in (0, 4, 200):
+        list(other.val_batches(10**6, 4, split="train"))
+        assert torch.equal(loader.train_batch(first, 4)[0], other.train_batch(first, 4)[0])
+
+
 def validation(loader, eval_tokens=10**9, batch_size=3):
     """Return all validation batches as one pair of inputs and targets."""
     batches = list(loader.val_batches(eval_tokens, batch_size))

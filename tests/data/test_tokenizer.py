@@ -12,6 +12,7 @@ from common.files import write_json
 from common.tokenizer import (
     CharTokenizer,
     byte_tokenizer,
+    cached_token_bytes,
     encode,
     get_tokenizer,
     read_meta,
@@ -81,6 +82,12 @@ def test_token_bytes_has_one_length_per_id(tokenizer):
 
 def test_the_end_of_text_token_has_no_bytes_of_text(tokenizer):
     assert token_bytes(tokenizer)[tokenizer.eot_token] == 0
+
+
+def test_the_lengths_of_gpt2s_tokens_are_found_in_the_cache_of_tiktoken(gpt2_tokenizer):
+    assert (
+        cached_token_bytes({"tokenizer": "gpt2"}).tolist() == token_bytes(gpt2_tokenizer).tolist()
+    )
 
 
 def test_the_end_of_text_token_decodes_to_its_name(tokenizer):

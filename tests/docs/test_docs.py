@@ -275,7 +275,7 @@ def test_a_command_runs(command, tiny_run, monkeypatch):
         return Path("released")
 
     monkeypatch.setattr(pretrained, "_fetch", fetch)  # of GPT-2's released weights
-    monkeypatch.setattr(plot_loss, "draw", lambda runs, path: None)  # takes longest
+    monkeypatch.setattr(plot_loss, "draw", lambda *_: None)  # takes longest
     nothing = bench.Benchmark(lambda bench: [], {"cpu": 1})  # each takes minutes
     monkeypatch.setattr(bench, "BENCHMARKS", dict.fromkeys(bench.BENCHMARKS, nothing))
     os.symlink(ROOT / "config", "config")

@@ -30,6 +30,7 @@ SHAPE = {
     "eval_interval": 25,
     "checkpoint_interval": 100,
     "eval_tokens": 400,
+    "eval_train": True,
     "log_interval": 50,
 }
 SHORT = {"max_steps": 12, "eval_interval": 6, "dropout": 0.1}

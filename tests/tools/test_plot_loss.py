@@ -32,7 +32,9 @@ def test_runs_are_drawn_into_one_png_and_its_path_is_printed(tiny_run, workdir, 
     assert (workdir / "out/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_loss_of_the_log_is_in_the_curves(tiny_run, monkeypatch, workdir):
+@pytest.fixture
+def curves(monkeypatch):
+    """A dict {label: (x, y) in each panel} of the curves that are drawn."""
     import matplotlib.axes
 
     drawn = {}
@@ -43,15 +45,39 @@ def test_every_loss_of_the_log_is_in_the_curves(tiny_run, monkeypatch, workdir):
         return original(axes, x, y, **style)
 
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", spy)
+    return drawn
+
+
+def test_the_loss_on_the_training_split_is_a_third_curve(tiny_run, curves):
+    train.main(arguments(max_steps=13, eval_train=True))
+    plot_loss.main(["out/tiny"])
+    assert len(curves) == 3
+    loss = read_log(tiny_run)[-1]["train_eval_loss"]
+    assert curves["out/tiny, training, evaluated"][0] == ([13], [loss])
+
+
+def test_a_run_without_a_loss_on_the_training_split_has_two_curves(tiny_run, curves):
+    plot_loss.main(["out/tiny"])
+    assert list(curves) == ["out/tiny, training", "out/tiny, validation"]
+
+
+def test_any_number_of_the_log_can_be_drawn(tiny_run, curves):
+    plot_loss.main(["out/tiny", "--metrics=lr,val_loss"])
+    records = read_log(tiny_run)[1:]
+    assert list(curves) == ["out/tiny, lr", "out/tiny, validation"]
+    assert curves["out/tiny, lr"][0][1] == [record["lr"] for record in records]
+
+
+def test_every_loss_of_the_log_is_in_the_curves(tiny_run, curves):
     plot_loss.main(["out/tiny"])
     records = read_log(tiny_run)
     train = records[1:]  # the first line is the evaluation before step 1
     val = [record for record in records if "val_loss" in record]
     for panel, key in enumerate(("step", "tokens", "seconds")):
-        x, y = drawn["out/tiny, training"][panel]
+        x, y = curves["out/tiny, training"][panel]
         assert x == [record[key] for record in train]
         assert y == [record["train_loss"] for record in train]
-        x, y = drawn["out/tiny, validation"][panel]
+        x, y = curves["out/tiny, validation"][panel]
         assert x == [record[key] for record in val]
         assert y == [record["val_loss"] for record in val]
 
@@ -70,7 +96,7 @@ def drawn(monkeypatch):
     """A list of the last steps of out/tiny that main() draws; it draws nothing else."""
     steps = []
     monkeypatch.setattr(
-        plot_loss, "draw", lambda runs, path: steps.append(runs["out/tiny"][-1]["step"])
+        plot_loss, "draw", lambda runs, *_: steps.append(runs["out/tiny"][-1]["step"])
     )
     return steps
 
@@ -161,8 +187,9 @@ def test_a_run_without_any_training_loss_is_drawn(workdir):
         (["out/none"], ["out/none", "log.jsonl"]),
         (["data"], ["data", "log.jsonl"]),
         (["data", "--out=loss.pdf"], ["out=loss.pdf", ".png"]),
+        (["out/tiny", "--metrics=lr,typo"], ["typo", "grad_norm"]),
     ],
 )
-def test_what_is_not_a_run_is_refused_in_one_line(workdir, capsys, argv, words):
+def test_what_cannot_be_drawn_is_refused_in_one_line(tiny_run, capsys, argv, words):
     line = refused(capsys, argv, plot_loss.main)
     assert all(word in line for word in words)

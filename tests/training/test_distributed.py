@@ -43,7 +43,7 @@ WIDE = {"n_layer": 4, "n_embd": 128, "max_steps": 3}  # parameters need most of 
 NARROW = {"n_embd": 2, "n_head": 1, "max_steps": 12}  # vectors of 2 elements, for 4 ranks
 # One run that each mode resumes from the checkpoint of the mode before it, in launch order.
 CHAIN = ["fsdp2", "ddp2", "fsdp3", "hsdp 2x2", "ddp4", "fsdp4"]
-LOGGED = ["train_loss", "grad_norm", "val_loss"]
+LOGGED = ["train_loss", "grad_norm", "val_loss", "val_bits_per_byte", "train_eval_loss"]
 MUON = {"optimizer": "muon"}
 MUON_STEPS = {"max_steps": 20}
 MUON_MODEL = "model_rope_gqa_swa"  # c_attn has fewer rows for k and v than for q

@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, arguments, read_log, refused
-from runs import losses
+from conftest import TINY, arguments, read_log, refused, write_dataset
+from runs import losses, result_of, same_weights, stop_in_step
 from spoiled import spoiled
 
 import train
 from common import checkpoint, run_dir
 from common.dataloader import Loader
 from common.pretrained import load_model
+from common.tokenizer import EOT
 from training import report
 from training.optimizer import make_optimizer
 from training.parallel import checkpoint_activations
@@ -234,14 +235,158 @@ def test_the_console_shows_the_validation_loss_and_the_perplexity(workdir, capsy
     assert f"perplexity {math.exp(val_loss):.2f}" in printed
 
 
-def test_bits_per_byte_counts_the_bytes_of_meta_json(workdir, capsys):
+# Windows of 16 tokens of one byte and of three bytes in turn, and a document's end in each
+WIDE_CHARS = ["a", "b", "\u6c34", "\u6cb3", EOT]
+WIDE_IDS = [i for _ in range(20) for i in (*(0, 1) * 7, 0, 4, *(2, 3) * 7, 2, 4)]
+
+
+@pytest.fixture
+def wide_chars(workdir):
+    """Make data/wide, of a char tokenizer; return the bytes of each id."""
+    meta = {"tokenizer": "char", "chars": WIDE_CHARS}
+    write_dataset(workdir / "data/wide", WIDE_IDS, WIDE_IDS, meta)
+    return torch.tensor([1, 1, 3, 3, 0])
+
+
+@pytest.mark.parametrize("eval_tokens", [16, 48, 160, 10**6])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_bits_per_byte_is_the_loss_per_byte_of_the_targets_evaluated(
+    wide_chars, capsys, eval_tokens, batch_size
+):
+    options = {"eval_tokens": eval_tokens, "batch_size": batch_size}
+    train.main(arguments(dataset="wide", max_steps=1, **options))
+    targets = [y for _, y in Loader("data/wide", 16, 5, 1).val_batches(eval_tokens, 8)]
+    targets = torch.cat(targets)
+    targets = targets[targets != -1]
+    record = read_log(Path("out/tiny"))[-1]
+    bits = record["val_loss"] / math.log(2) * len(targets) / wide_chars[targets].sum().item()
+    assert record["val_bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    assert f"| {bits:.3f} bits per byte" in capsys.readouterr().out
+
+
+def test_an_evaluation_alone_prints_the_bits_per_byte_of_the_run(wide_chars, capsys):
+    train.main(arguments(dataset="wide", max_steps=1, eval_tokens=48))
+    bits = read_log(Path("out/tiny"))[-1]["val_bits_per_byte"]
+    capsys.readouterr()
+    train.main(arguments(dataset="wide", max_steps=1, eval_tokens=48, eval_only=True))
+    assert f"| {bits:.3f} bits per byte" in capsys.readouterr().out
+
+
+def test_bits_per_byte_do_not_depend_on_what_meta_json_counted(workdir):
     meta = {"tokenizer": "byte", "val": {"tokens": 600, "bytes": 1200}}
     (workdir / "data/tiny/meta.json").write_text(json.dumps(meta))
-    train.main(arguments(eval_only=True))
-    words = capsys.readouterr().out.split()
-    loss = float(words[words.index("loss") + 1])
-    bits = float(words[words.index("bits") - 1])
-    assert bits == pytest.approx(loss / math.log(2) / 2, abs=1e-3)
+    train.main(arguments(max_steps=1))
+    record = read_log(Path("out/tiny"))[-1]
+    assert record["val_bits_per_byte"] == pytest.approx(record["val_loss"] / math.log(2))
+
+
+def test_without_gpt2s_tokenizer_there_are_no_bits_per_byte_and_no_download(
+    workdir, capsys, monkeypatch
+):
+    downloads = []
+    monkeypatch.setattr("requests.get", downloads.append)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(workdir / "none"))
+    meta = {"tokenizer": "gpt2", "val": {"tokens": 600, "bytes": 1200}}
+    (workdir / "data/tiny/meta.json").write_text(json.dumps(meta))
+    train.main(arguments(max_steps=1))
+    captured = capsys.readouterr()
+    assert "perplexity" in captured.out
+    assert "bits per byte" not in captured.out + captured.err
+    assert "val_bits_per_byte" not in read_log(Path("out/tiny"))[-1]
+    assert downloads == []
+
+
+# --eval_train
+
+
+def mean_loss(model, split, starts):
+    """Return the mean loss on the windows of 16 tokens at these positions of data/tiny."""
+    ids = torch.from_numpy(np.fromfile(f"data/tiny/{split}.bin", dtype="<u2").astype(np.int64))
+    windows = torch.stack([ids[start : start + 17] for start in starts])
+    with torch.no_grad():
+        log_p = model(windows[:, :-1]).log_softmax(-1)
+    return -log_p.gather(2, windows[:, 1:, None]).mean().item()
+
+
+def test_eval_train_logs_the_loss_on_windows_spread_over_the_training_split(workdir):
+    train.main(arguments(eval_train=True, eval_tokens=80, max_steps=1))
+    n_windows = -(-(Path("data/tiny/train.bin").stat().st_size // 2 - 1) // 16)
+    starts = [i * n_windows // 5 * 16 for i in range(5)]
+    expected = mean_loss(load_model("out/tiny")[0].eval(), "train", starts)
+    record = read_log(Path("out/tiny"))[-1]
+    assert record["train_eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_eval_train_is_logged_and_printed_at_each_evaluation(workdir, capsys):
+    train.main(arguments(eval_train=True))
+    records = [record for record in read_log(Path("out/tiny")) if "train_eval_loss" in record]
+    assert [record["step"] for record in records] == [0, 5, 10, 12]
+    printed = re.findall(r"val loss .* train loss ([\d.]+)$", capsys.readouterr().out, re.M)
+    assert printed == [f"{record['train_eval_loss']:.4f}" for record in records]
+
+
+def test_without_eval_train_the_training_split_is_not_evaluated(tiny_run):
+    assert not any("train_eval_loss" in record for record in read_log(tiny_run))
+
+
+@pytest.mark.parametrize("eval_tokens", [80, 10**6])
+def test_eval_train_evaluates_as_many_windows_of_both_splits(workdir, monkeypatch, eval_tokens):
+    windows = {"train": 0, "val": 0}
+    val_batches = Loader.val_batches
+
+    def count(self, *args):
+        for x, y in val_batches(self, *args):
+            windows[args[-1]] += int((y != -1).any(dim=1).sum())
+            yield x, y
+
+    monkeypatch.setattr(Loader, "val_batches", count)
+    train.main(arguments(eval_train=True, eval_tokens=eval_tokens, eval_only=True))
+    assert windows["train"] == windows["val"] == (5 if eval_tokens == 80 else 38)
+
+
+def test_eval_train_changes_nothing_else(tiny_run, workdir):
+    train.main(arguments(eval_train=True, out_dir="out/both"))
+    assert losses(workdir / "out/both") == losses(tiny_run)
+    assert same_weights(workdir / "out/both", tiny_run)
+
+
+def test_a_resumed_run_with_eval_train_has_the_same_bits(workdir):
+    stop_in_step(7, arguments(eval_train=True))
+    train.main(arguments(eval_train=True))
+    train.main(arguments(eval_train=True, out_dir="out/other"))
+    runs = [result_of(workdir / "out" / name) for name in ("tiny", "other")]
+    assert [run["log"] for run in runs] == [runs[0]["log"]] * 2
+    assert [run["tensors"] for run in runs] == [runs[0]["tensors"]] * 2
+
+
+def test_eval_train_may_change_when_a_run_is_resumed(workdir):
+    train.main(arguments(max_steps=5))
+    train.main(arguments(max_steps=10, eval_train=True))
+    records = read_log(workdir / "out/tiny")
+    assert [r["step"] for r in records if "train_eval_loss" in r] == [10]
+
+
+def test_a_stop_while_the_training_split_is_evaluated_repeats_the_evaluation(workdir, monkeypatch):
+    mean_loss = train.mean_loss
+
+    def stop(run, split):
+        run.stop.received = run.stop.received or (split == "train" and run.step == 5)
+        return mean_loss(run, split)
+
+    monkeypatch.setattr(train, "mean_loss", stop)
+    train.main(arguments(eval_train=True))
+    assert read_log(workdir / "out/tiny")[-1].keys().isdisjoint({"val_loss", "train_eval_loss"})
+    monkeypatch.setattr(train, "mean_loss", mean_loss)
+    train.main(arguments(eval_train=True))
+    assert read_log(workdir / "out/tiny")[5].keys() >= {"val_loss", "train_eval_loss"}
+
+
+def test_an_evaluation_alone_prints_the_loss_on_the_training_split(tiny_run, capsys):
+    train.main(arguments(eval_only=True, eval_train=True))
+    assert re.search(r"val loss .* train loss \d", capsys.readouterr().out)
+
+
+# MFU and times
 
 
 def test_the_log_has_the_mfu_if_the_peak_is_known(workdir, monkeypatch):
