@@ -29,7 +29,6 @@ from common.errors import UserError, one_line
 
 PATHS = ("init_from", "input", "import_nanogpt", "out", "out_dir")  # ~ is the home directory
 BOOLS = {"true": True, "1": True, "false": False, "0": False}  # on the command line, in lowercase
-LOG = "out_dir/log.jsonl has all metrics; docs/RECIPES.md sends them to a logging service"
 BENCH = "python -m tools.bench measures the speed of training and sampling"
 # Option names of nanoGPT and a few others, and what does the same here. An answer that names
 # options with -- is given by the programs that have one of them.
@@ -45,9 +44,9 @@ OTHER_NAMES = {
     "eval_iters": "use --eval_tokens, the validation tokens of an evaluation",
     "always_save_checkpoint": "use --checkpoint_interval and --keep_checkpoints",
     "backend": "ranks use nccl on GPUs and gloo on CPUs",
-    "wandb_log": LOG,
-    "wandb_project": LOG,
-    "wandb_run_name": LOG,
+    "wandb_log": "use --tracker=wandb",
+    "wandb_project": "use --tracker=wandb and the variable WANDB_PROJECT",
+    "wandb_run_name": "use --tracker=wandb, which takes the name of out_dir",
     # its sample.py
     "start": 'use --prompt; for the text of a file, --prompt="$(cat FILE)"',
     "out_dir": "use --init_from, which takes the directory of a run",

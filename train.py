@@ -107,6 +107,7 @@ class TrainConfig:
     log_interval: int = 10  # steps between lines on the console
     checkpoint_interval: int = 1000  # steps between checkpoints; a new best loss is always saved
     keep_checkpoints: int = 2  # recent checkpoints to keep; the best is always kept
+    tracker: str | None = None  # wandb or tensorboard: send the log there, too
     # Device
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # float32, bfloat16, float16; auto: bfloat16 where it is fast
@@ -143,6 +144,7 @@ class Run:
     best_loss: float  # lowest validation loss of a saved checkpoint
     stop: StopSignal = field(default_factory=StopSignal)  # SIGTERM or Ctrl-C
     overflows: int = 0  # float16 steps in a row with an infinite gradient
+    track: Callable | None = None  # track(step, metrics) sends them to config.tracker; on rank 0
 
     def autocast(self):
         """Return a context in which matrix products compute in the run's dtype.
@@ -158,7 +160,7 @@ def setup(config, model_options, group, stack):
     """Collective. Return the Run: data, model and optimizer, new or resumed.
 
     model_options   the fields of the model's GPTConfig that were given, such as n_layer
-    stack           ExitStack that holds the lock on out_dir until the program ends
+    stack           ExitStack that holds the lock on out_dir and the tracker until the program ends
 
     In a new run rank 0 initializes the weights, or reads those of init_from, on its CPU, and sends
     them to the other ranks, so that one process, DDP and FSDP start with the same bits. Every rank
@@ -207,7 +209,7 @@ def setup(config, model_options, group, stack):
         step, metrics = start.record["step"], start.record["metrics"]
     uses_ddp = group.launched and not config.fsdp
     wrapped = parallel.wrap_ddp(model, device) if uses_ddp else model
-    return Run(
+    run = Run(
         config=config,
         out_dir=Path(config.out_dir),
         record={"options": options, "meta": meta, "model_config": start.model_config, "data": data},
@@ -224,6 +226,10 @@ def setup(config, model_options, group, stack):
         metrics=metrics,
         best_loss=start.best_loss,
     )
+    with group.exit_together():
+        if group.rank == 0 and config.tracker and not config.eval_only:
+            run.track = report.open_tracker(run, stack)
+    return run
 
 
 # One step -------------------------------------------------------------------------------------
@@ -232,8 +238,9 @@ def setup(config, model_options, group, stack):
 def train_step(run):
     """Collective. Take one optimizer step on global batch number run.step.
 
-    Returns the mean loss and the gradient norm before clipping, or None if a stop signal (SIGTERM,
-    Ctrl-C) arrived between micro-steps; then the weights have not changed.
+    Returns the numbers to log: the mean loss, the gradient norm before clipping, the learning rate.
+    Returns None if a stop signal (SIGTERM, Ctrl-C) arrived between micro-steps; then the weights
+    have not changed.
     """
     config, group, optimizer = run.config, run.group, run.optimizer
     # Numbers of sequences on all ranks together: in the whole step and in one micro-step.
@@ -280,7 +287,8 @@ def train_step(run):
     run.scaler.step(optimizer)
     run.scaler.update()
     optimizer.zero_grad()
-    return loss_value, norm_value
+    lr = learning_rate(config, run.step)
+    return {"train_loss": loss_value, "grad_norm": norm_value, "lr": lr}
 
 
 def learning_rate(config, step):
@@ -356,7 +364,7 @@ def check_finite(run, loss, grad_norm):
 #                clip, update its parameters
 #   step_report  measure the step                               print it, at log_interval
 #   finish_step  evaluate its own part of the validation set    print the validation loss
-#                                                               append to log.jsonl
+#                                                               append to log.jsonl, track
 #                write its part of the checkpoint               write config.json, rename, prune
 #
 # A stop signal between two micro-steps drops the step; the one before it is saved. During an
@@ -371,16 +379,14 @@ def train_loop(run):
     stopping = finish_step(run)  # step 0 of a new run, or the step that the checkpoint holds
     while run.step < run.config.max_steps and not stopping:
         begin = time.perf_counter()
-        result = train_step(run)
-        if result is None:  # a stop signal arrived: the unfinished step is dropped
+        numbers = train_step(run)
+        if numbers is None:  # a stop signal arrived: the unfinished step is dropped
             save(run)
             return
-        loss, grad_norm = result
         seconds = time.perf_counter() - begin
-        lr = learning_rate(run.config, run.step)
-        run.metrics = step_report.measure(run.step + 1, loss, grad_norm, lr, seconds)
+        run.metrics = step_report.measure(run.step + 1, numbers, seconds)
         run.step += 1
-        step_report.print(run.step, loss, grad_norm, run.metrics)
+        step_report.print(run.step, run.metrics | numbers)  # in the log infinities are None
         stopping = finish_step(run)
 
 
@@ -396,7 +402,7 @@ def finish_step(run):
             report.print_evaluation(run, evaluation, f"step {run.step}/{config.max_steps} | ")
     log_error = None
     if group.rank == 0:  # an error is returned, not raised, so that the run is saved before it ends
-        log_error = run_dir.append_log(run.out_dir, run.step, run.metrics)
+        log_error = report.log_step(run)
     stopping = group.any_rank(run.stop.received or log_error is not None)
     improved = run.metrics.get("val_loss", math.inf) < run.best_loss
     if improved or is_last or stopping or run.step % config.checkpoint_interval == 0:

@@ -1,7 +1,10 @@
 """What a run tells its user: the summary, the metrics of each step, and advice after an error."""
 
+import contextlib
 import math
+import secrets
 import shlex
+import sys
 import time
 
 import torch.distributed as dist
@@ -11,6 +14,10 @@ from common.device import device_name, is_out_of_memory, peak_flops, peak_memory
 from common.distributed import describe_lost_rank
 from common.errors import UserError
 from common.flops import mfu_flops_per_token
+
+# The metrics that the console shows in their own way, or not; it shows any other by its name.
+OWN_FORMAT = "train_loss grad_norm lr tokens seconds tokens_per_second mfu memory_gb".split()
+OWN_FORMAT += ["val_loss", "val_bits_per_byte", "train_eval_loss"]
 
 # Before the first step ------------------------------------------------------------------------
 
@@ -57,11 +64,11 @@ class StepReport:
         self.memory = None  # peak memory in GB, when it was last read
         self.start = time.perf_counter() - run.metrics["seconds"]  # as if never interrupted
 
-    def measure(self, step, loss, grad_norm, lr, seconds):
+    def measure(self, step, numbers, seconds):
         """Collective. Return the metrics of a step: its line in log.jsonl.
 
         step      number of steps taken, this one included
-        lr        its learning rate
+        numbers   what train_step returned
         seconds   its duration
         """
         if self._is_printed(step) or self.memory is None:  # at each step it would take too long
@@ -71,10 +78,9 @@ class StepReport:
         if self.peak_flops is not None:
             flops = self.flops_per_token * tokens_per_second
             mfu = flops / (self.peak_flops * self.group.world_size)
-        return {
-            "train_loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "lr": lr,
+        # JSON has no infinity.
+        finite = {name: n if math.isfinite(n) else None for name, n in numbers.items()}
+        return finite | {
             "tokens": step * self.config.total_batch_size,
             "seconds": time.perf_counter() - self.start,
             "tokens_per_second": tokens_per_second,
@@ -82,7 +88,7 @@ class StepReport:
             "memory_gb": self.memory,
         }
 
-    def print(self, step, loss, grad_norm, metrics):
+    def print(self, step, metrics):
         """Print a line about a step, if it is one of those that are printed."""
         if not self._is_printed(step):
             return
@@ -91,14 +97,15 @@ class StepReport:
         seconds_left = (max_steps - step) * metrics["seconds"] / step
         parts = [
             f"step {step}/{max_steps}",
-            f"loss {loss:.4f}",
-            f"norm {grad_norm:.2f}",
+            f"loss {metrics['train_loss']:.4f}",
+            f"norm {metrics['grad_norm']:.2f}",
             f"lr {metrics['lr']:.1e}",
             f"{milliseconds:.1f} ms",
             f"{metrics['tokens_per_second'] / 1000:.1f}k tok/s",
         ]
         if metrics["mfu"] is not None:
             parts.append(f"MFU {metrics['mfu']:.1%}")
+        parts += describe_others(metrics)
         parts.append(f"{describe_duration(seconds_left)} left")
         self.group.print(" | ".join(parts))
 
@@ -121,6 +128,11 @@ def describe_duration(seconds):
     return f"{seconds:.0f} s"
 
 
+def describe_others(metrics):
+    """Return name and value of each metric without an own format, a list of str."""
+    return [f"{name} {metrics[name]:.4g}" for name in metrics if name not in OWN_FORMAT]
+
+
 def print_evaluation(run, evaluation, prefix=""):
     """Print what evaluate() returned, with the perplexity; None if a stop signal arrived."""
     if evaluation is None:
@@ -133,7 +145,87 @@ def print_evaluation(run, evaluation, prefix=""):
         parts.append(f"{evaluation['val_bits_per_byte']:.3f} bits per byte")
     if "train_eval_loss" in evaluation:
         parts.append(f"train loss {evaluation['train_eval_loss']:.4f}")
-    run.group.print(prefix + " | ".join(parts))
+    run.group.print(prefix + " | ".join(parts + describe_others(evaluation)))
+
+
+# Log ------------------------------------------------------------------------------------------
+
+
+def log_step(run):
+    """Append the last step's metrics to log.jsonl and send them to the tracker. Rank 0 only.
+
+    Returns an error message, or None.
+    """
+    if run.track is not None:
+        try:
+            run.track(run.step, {name: n for name, n in run.metrics.items() if n is not None})
+        except Exception as error:  # each package raises its own types
+            warning = f"{run.config.tracker} failed ({error!r}); training goes on without it"
+            print(f"warning: {warning}", file=sys.stderr)
+            run.track = None
+    return run_dir.append_log(run.out_dir, run.step, run.metrics)
+
+
+def open_tracker(run, stack):
+    """Return a function track(step, metrics) for config.tracker, which the ExitStack closes.
+
+    Raises UserError if its package is missing. Rank 0 only.
+    """
+    name = run.config.tracker
+    try:
+        return TRACKERS[name](run, run.record["options"] | run.record["model_config"], stack)
+    except ImportError as error:
+        raise UserError(f"tracker={name} ({error}): pip install {name}") from error
+
+
+def open_wandb(run, options, stack):
+    """Begin a run of Weights & Biases, or continue it; its own variables, WANDB_*, configure it."""
+    import wandb
+
+    id_file = run.out_dir / "wandb_id"
+    if run.step == 0 or not id_file.exists():
+        id_file.write_text(secrets.token_hex(8))
+    try:
+        session = wandb.init(
+            id=id_file.read_text(),
+            resume="allow",
+            name=run.out_dir.name,
+            dir=run.out_dir,
+            config=options,
+            allow_val_change=True,  # a resumed run may have another max_steps
+        )
+    except wandb.Error as error:
+        raise UserError(f"tracker=wandb: {error}; WANDB_MODE=offline needs no account") from error
+
+    def finish(error, *_):  # enter_context(session) would print the traceback of an error
+        with contextlib.suppress(Exception):  # track() has warned of it
+            session.finish(exit_code=int(error is not None))
+
+    stack.push(finish)
+
+    def track(step, metrics):
+        if step >= session.step:  # else it was sent before an interruption; W&B warns of it
+            session.log(metrics, step=step)
+
+    return track
+
+
+def open_tensorboard(run, options, stack):
+    """Write events for TensorBoard into out_dir; those from run.step on are hidden, if any."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = stack.enter_context(SummaryWriter(run.out_dir, purge_step=run.step, flush_secs=10))
+    lines = [f"    {name}={value}" for name, value in options.items()]
+    writer.add_text("options", "\n".join(lines), run.step)
+
+    def track(step, metrics):
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+
+    return track
+
+
+TRACKERS = {"wandb": open_wandb, "tensorboard": open_tensorboard}
 
 
 def is_finished(run):

@@ -12,6 +12,7 @@ from common.models import make_config, model_module, models_with_option
 from common.pretrained import load_model
 from configurator import check_minimum, configure_with_model
 from training.optimizer import OPTIMIZERS
+from training.report import TRACKERS
 
 MAX_TIMEOUT = 10**7  # seconds, four months
 
@@ -30,6 +31,7 @@ RESUMABLE_CHANGES = {
     "max_steps",
     "eval_interval",
     "eval_train",
+    "tracker",
     "log_interval",
     "checkpoint_interval",
     "keep_checkpoints",
@@ -126,6 +128,8 @@ def check_options(config, model_options, group):
             raise UserError(f"{name}={value} must be at least 0 and below 1")
     if config.lr_schedule not in ("cosine", "wsd"):
         raise UserError(f"lr_schedule={config.lr_schedule} must be cosine or wsd")
+    if config.tracker is not None and config.tracker not in TRACKERS:
+        raise UserError(f"tracker={config.tracker} must be {' or '.join(TRACKERS)}")
     if config.compile not in (True, False, "auto"):
         raise UserError(f"compile={config.compile} must be auto, True or False")
     if config.fsdp and not group.launched:

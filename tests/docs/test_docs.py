@@ -41,7 +41,7 @@ FILE = re.compile(
     r"[\w./*-]+\.(py|md|txt|toml)(::\S+)?|(config|docs|tests|experiments|common|tools)/[\w./*-]*"
 )
 COMMAND = re.compile(r"(python|torchrun) .*\.py\b|python -m |pytest .|diff .|git diff .")
-FILES_OF_USERS = {"model_mine.py", "follow.py", "corpus/*.txt"}  # examples of what a reader makes
+FILES_OF_USERS = {"model_mine.py", "corpus/*.txt"}  # examples of what a reader makes
 OTHER_OPTIONS = {"help", "key", "logdir"}  # --key=value; tensorboard --logdir=
 each_document = pytest.mark.parametrize("name", TEXTS)
 

@@ -2,12 +2,10 @@
 
 import csv
 import importlib
-import json
 import re
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -287,82 +285,26 @@ def quickstart(tiny_run):
     return Path("out/quickstart")
 
 
-@pytest.fixture
-def between(monkeypatch):
-    """A list of functions; the programs run the next one instead of waiting, the last is Ctrl-C."""
-    functions = []
+def test_the_number_that_the_page_adds_to_the_log_is_the_norm_of_the_weights(workdir, monkeypatch):
+    page = (ROOT / "docs/RECIPES.md").read_text(encoding="utf-8")
+    code = re.search(r'`"weight_norm": (.*?)`', page, re.DOTALL)[1]
+    train_step = train.train_step
 
-    def sleep(seconds):
-        if not functions:
-            raise KeyboardInterrupt
-        functions.pop(0)()
+    def add_number(run):
+        names = vars(train) | {"parameters": list(run.model.parameters())}
+        return train_step(run) | {"weight_norm": eval(" ".join(code.split()), names)}
 
-    monkeypatch.setattr("time.sleep", sleep)
-    return functions
-
-
-@pytest.fixture
-def follow(monkeypatch):
-    """Make follow.py of the page importable; return its function."""
-    module = types.ModuleType("follow")
-    exec(block("python", "def follow"), module.__dict__)
-    monkeypatch.setitem(sys.modules, "follow", module)
-    return module.follow
-
-
-def followed(follow, run):
-    """Return what follow() yields before Ctrl-C."""
-    received = []
-    with pytest.raises(KeyboardInterrupt):
-        for item in follow(run):
-            received.append(item)
-    return received
-
-
-def test_follow_yields_every_complete_line_once(tmp_path, follow, between):
-    log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 0, "val_loss": 5.5, "mfu": null}\n{"step": 1, "train')
-    complete = '{"step": 0, "val_loss": 5.5, "mfu": null}\n{"step": 1, "train_loss": 5}\n'
-    between.append(lambda: log.write_text(complete))
-    assert followed(follow, tmp_path) == [(0, {"val_loss": 5.5}), (1, {"train_loss": 5})]
-
-
-def test_follow_yields_no_step_of_a_resumed_run_twice(tmp_path, follow, between):
-    log = tmp_path / "log.jsonl"
-    lines = [json.dumps({"step": step}) + "\n" for step in range(5)]
-    log.write_text("".join(lines[:4]))
-    between += [lambda: log.write_text("".join(lines[:2])), lambda: log.write_text("".join(lines))]
-    assert [step for step, _ in followed(follow, tmp_path)] == [0, 1, 2, 3, 4]
-
-
-def test_wandb_gets_the_metrics_of_every_step(quickstart, follow, between, monkeypatch):
-    sent = []
-    wandb = types.ModuleType("wandb")
-    wandb.init = lambda **options: None
-    wandb.log = lambda metrics, step: sent.append({"step": step} | metrics)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with pytest.raises(KeyboardInterrupt):
-        exec(block("python", "import wandb"), {})
-    assert sent == without_none(read_log(quickstart))
+    monkeypatch.setattr(train, "train_step", add_number)
+    train.main(arguments(max_steps=1))
+    weights = load_model("out/tiny")[0].parameters()
+    norm = sum(float(p.detach().square().sum()) for p in weights) ** 0.5
+    assert read_log(Path("out/tiny"))[-1]["weight_norm"] == pytest.approx(norm, rel=1e-5)
 
 
 def without_none(records):
     return [
         {name: value for name, value in record.items() if value is not None} for record in records
     ]
-
-
-def test_tensorboard_shows_every_step_once_after_two_starts(quickstart, follow, between):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            exec(block("python", "SummaryWriter"), {})
-    events = EventAccumulator("out/tensorboard/quickstart", size_guidance={"scalars": 0})
-    events.Reload()
-    steps = [scalar.step for scalar in events.Scalars("train_loss")]
-    assert steps == list(range(1, 13))
 
 
 def test_the_csv_has_the_values_of_the_log(quickstart):
