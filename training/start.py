@@ -25,8 +25,6 @@ RESUMABLE_CHANGES = {
     "overwrite",
     "allow_changes",
     "eval_only",
-    "eval_train",
-    "tracker",
     "batch_size",
     "max_steps",
     "eval_interval",
@@ -219,7 +217,8 @@ def resume(config, model_options, meta, path, record):
     record["options"] = asdict(type(config)()) | record["options"]
     check_same_options(config, model_config, record)
     if record["options"]["eval_tokens"] != config.eval_tokens:
-        record["metrics"].pop("val_loss", None)  # that of other tokens: evaluate again
+        for name in ("val_loss", "val_bits_per_byte", "train_eval_loss"):  # of other tokens
+            record["metrics"].pop(name, None)
     best = run_dir.best_checkpoints(config.out_dir)
     _, best_loss = best.get(config.eval_tokens, (None, float("inf")))
     return Start(model_config, path, record, best_loss)
