@@ -400,7 +400,7 @@ def test_the_best_checkpoint_is_that_of_the_new_eval_tokens_and_the_former_best_
     workdir, monkeypatch
 ):
     validation = iter([5.0, 3.0, 4.0, 9.0, 8.0, 8.5])  # at steps 0, 2, 4; then at 4, 6, 8
-    monkeypatch.setattr(train, "evaluate", lambda run: next(validation))
+    monkeypatch.setattr(train, "evaluate", lambda run: {"val_loss": next(validation)})
     options = {"eval_interval": 2, "checkpoint_interval": 100, "keep_checkpoints": 1}
     train.main(arguments(max_steps=4, **options))
     train.main(arguments(max_steps=8, **options, eval_tokens=512, allow_changes=True))
