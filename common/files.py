@@ -169,16 +169,19 @@ def read_text(path, errors="strict"):
 
 def read_json(path):
     """Return the value in a JSON file; see read_text and parse_json for errors."""
-    return parse_json(read_text(path), path)
+    text = read_text(path)
+    try:
+        return parse_json(text, path)
+    except DamagedError as error:
+        raise damaged(path, str(error), own_kind="text") from error
 
 
-def parse_json(text, path):
-    """Return the value of a JSON text from this file. Raises DamagedError for other text."""
+def parse_json(text, where):
+    """Return the value of a JSON text. Raises DamagedError, which names `where`, for other text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        message = f"{path} is not JSON: {one_line(error)}"
-        raise damaged(path, message, own_kind="text") from error
+        raise DamagedError(f"{where} is not JSON: {one_line(error)}") from error
 
 
 def damaged(path, message, own_kind=None):

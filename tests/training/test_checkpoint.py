@@ -42,7 +42,7 @@ def loaded_name(directory):
 
 def test_the_last_two_and_the_best_are_kept(workdir, monkeypatch):
     losses = iter([5.0, 3.0, 4.0, 4.5, 4.6])  # at steps 0, 3, 6, 9, 12
-    monkeypatch.setattr(train, "evaluate", lambda run: next(losses))
+    monkeypatch.setattr(train, "evaluate", lambda run: {"val_loss": next(losses)})
     train.main(arguments(eval_interval=3, checkpoint_interval=2))
     run = workdir / "out/tiny"
     assert [path.name[-2:] for path in run_dir.list_checkpoints(run)] == ["03", "10", "12"]
