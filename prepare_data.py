@@ -32,8 +32,8 @@ from pathlib import Path
 import numpy as np
 
 from common import hub
-from common.dataloader import find_largest_id
 from common.errors import UserError, run_program
+from common.file_kinds import check_bin
 from common.files import (
     check_regular,
     fsync,
@@ -214,10 +214,11 @@ def check_foreign_bin(path, meta):
     """Raise UserError unless a file is a bin of token ids that the tokenizer of `meta` has."""
     if not path.is_file():
         raise UserError(f"no {path}: --import_nanogpt needs a directory with train.bin and val.bin")
+    check_bin(path)
     size = path.stat().st_size
     if size % 2 or size < 4:
         raise UserError(f"{path} has {size} bytes: not two or more uint16 tokens, or cut off")
-    largest_id = find_largest_id(path)
+    largest_id = int(np.memmap(path, "<u2", "r").max())
     if largest_id >= meta["vocab_size"]:
         raise UserError(
             f"{path} holds the token id {largest_id}, but the tokenizer {meta['tokenizer']} has "

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 
 from common.errors import UserError
+from common.file_kinds import check_bin
 from common.files import name_in_errors
 from common.tokenizer import MAX_VOCAB_SIZE, cached_token_bytes, read_meta
-
-CHUNK = 1 << 20  # tokens read at a time when a whole bin is scanned
 
 
 class Loader:
@@ -53,6 +52,12 @@ class Loader:
         if not path.is_file():
             raise UserError(f"no {path}: prepare_data.py makes it")
         size = path.stat().st_size
+        # What prepare_data.py described is a bin, however odd its ids.
+        is_described = {"tokens", "largest_id", "sha256"} <= expected.keys()
+        if is_described and size == 2 * expected["tokens"]:
+            largest_id = expected["largest_id"]
+        else:
+            largest_id = max(check_bin(path), expected.get("largest_id", 0))
         if size % 2:
             raise UserError(
                 f"{path} has {size} bytes, an odd number: not uint16 tokens, or cut off"
@@ -67,7 +72,6 @@ class Loader:
             raise UserError(
                 f"{path} has {tokens} tokens: block_size={self.block_size} needs {min_tokens}"
             )
-        largest_id = expected["largest_id"] if "largest_id" in expected else find_largest_id(path)
         if largest_id >= self.vocab_size:
             self._refuse_id(path, largest_id)
         return tokens
@@ -178,12 +182,3 @@ class Loader:
 def _int64(tokens):
     """Return a NumPy array of token ids as a contiguous int64 tensor."""
     return torch.from_numpy(tokens.astype(np.int64))
-
-
-def find_largest_id(path):
-    """Return the largest token id in a bin."""
-    largest_id = 0
-    with open(path, "rb") as file:
-        while (ids := np.fromfile(file, "<u2", CHUNK)).size:
-            largest_id = max(largest_id, int(ids.max()))
-    return largest_id

@@ -226,8 +226,9 @@ def test_limited_validation_windows_are_spread_evenly(dataset, eval_tokens):
 # Bad bins -------------------------------------------------------------------------------------
 
 
-# The largest id that meta.json promises, so that a larger one is found in a batch only.
-AT_MOST_99 = {"tokenizer": "byte", "train": {"largest_id": 99}}
+def at_most_99(n):
+    """Return a meta.json that describes n training tokens: a larger id is found in a batch only."""
+    return {"tokenizer": "byte", "train": {"tokens": n, "largest_id": 99, "sha256": "0"}}
 
 
 def prefetch_and_request(loader):
@@ -311,7 +312,7 @@ def test_an_id_of_a_batch_beyond_the_vocabulary_is_refused_with_both_numbers(dat
 
 
 def test_the_largest_id_of_uint16_beyond_the_vocabulary_is_refused_with_both_numbers(dataset):
-    message = user_error(dataset([65535] * 64, about=AT_MOST_99), use=prefetch_and_request)
+    message = user_error(dataset([65535] * 64, about=at_most_99(64)), use=prefetch_and_request)
     assert {"65535", "65536"} <= set(numbers(message))
 
 
@@ -432,12 +433,12 @@ def test_an_evaluation_does_not_disturb_the_prefetched_batch(dataset):
 
 
 def test_an_error_of_a_prefetched_batch_is_raised_when_it_is_requested(dataset):
-    message = user_error(dataset([100] * 100, about=AT_MOST_99), use=prefetch_and_request)
+    message = user_error(dataset([100] * 100, about=at_most_99(100)), use=prefetch_and_request)
     assert "vocab_size=100" in message
 
 
 def test_an_error_of_a_prefetched_batch_does_not_end_later_ones(dataset):
-    loader = Loader(dataset([100] * 100, about=AT_MOST_99), 8, 100, 1)
+    loader = Loader(dataset([100] * 100, about=at_most_99(100)), 8, 100, 1)
     with pytest.raises(UserError):
         prefetch_and_request(loader)
     np.full(100, 99, dtype="<u2").tofile(loader.folder / "train.bin")  # the same file, mended
@@ -445,7 +446,7 @@ def test_an_error_of_a_prefetched_batch_does_not_end_later_ones(dataset):
 
 
 def test_a_prefetched_batch_that_is_not_requested_raises_no_error(dataset):
-    loader = Loader(dataset([100] * 100, about=AT_MOST_99), 8, 100, 1)
+    loader = Loader(dataset([100] * 100, about=at_most_99(100)), 8, 100, 1)
     loader.prefetch(0, 1, CPU)
     loader._thread.shutdown()  # waits until it is read
     np.full(100, 99, dtype="<u2").tofile(loader.folder / "train.bin")

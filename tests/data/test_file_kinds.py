@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import pickle
 import sqlite3
 import tarfile
 import zipfile
@@ -65,6 +66,10 @@ def sqlite_file(tmp_path):
         (gzip.compress(b"text"), "gzip"),
         (bz2.compress(b"text"), "bzip2"),
         (lzma.compress(b"text"), "xz"),
+        (pickle.dumps(list(range(999))), "pickle"),
+        ("Some text".encode("utf-16"), "UTF-16"),
+        (b"\xfe\xff" + "Some text".encode("utf-16-be"), "UTF-16"),
+        (b"404: Not Found", TEXT),
         (b'{"text": "JSON is text, too"}\n' * 9, TEXT),
         ("Ein Satz mit Umlauten: ä, ö und ü. ".encode() * 99, TEXT),
         (("字" * 999).encode(), TEXT),
