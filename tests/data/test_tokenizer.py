@@ -132,6 +132,12 @@ def test_gpt2_encodes_more_white_space_than_tiktoken_takes_at_once(gpt2_tokenize
     assert gpt2_tokenizer.decode(ids[-3:].tolist()).endswith(f"{space[-1]}b")
 
 
+@pytest.mark.parametrize("char", ["^", "a", "0", "日", "\n"])
+def test_gpt2_encodes_a_million_equal_characters_as_it_encodes_few(gpt2_tokenizer, char):
+    few = encode(gpt2_tokenizer, char * 64).tolist()  # with 64 characters no token is cut
+    assert encode(gpt2_tokenizer, char * 1_000_000).tolist() == few * (1_000_000 // 64)
+
+
 def test_byte_ids_are_the_utf8_bytes(text):
     assert encode(byte_tokenizer(), text).tolist() == list(text.encode("utf-8"))
 
