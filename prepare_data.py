@@ -468,11 +468,8 @@ def download_shakespeare(path):
     write_text(path, response.content.decode())
 
 
-def open_dataset(name, prepare_missing=True):
-    """Return the folder and the meta.json of a dataset; prepare a small one that is missing.
-
-    prepare_missing   False under torchrun: one process must prepare it before
-    """
+def open_dataset(name):
+    """Return the folder and the meta.json of a dataset; prepare a small one that is missing."""
     folder = Path("data", name)
     if has_dataset(folder):
         if (folder / "meta.pkl").exists() and not (folder / "meta.json").exists():
@@ -490,10 +487,6 @@ def open_dataset(name, prepare_missing=True):
         raise UserError(
             f"no {folder}/train.bin: python prepare_data.py {name} --input='FILES' makes it from "
             "your text"
-        )
-    if not prepare_missing:
-        raise UserError(
-            f"no {folder}/train.bin: python prepare_data.py {name} makes it; run it before torchrun"
         )
     print(f"preparing {folder}", flush=True)
     return folder, prepare(PrepareConfig(name=name), only_missing=True)

@@ -170,8 +170,10 @@ def setup(config, model_options, group, stack):
         check_options(config, model_options, group)
         device = pick_device(config.device, group.local_rank)
         dtype = pick_dtype(config.dtype, device)
-        # A small dataset that is missing is prepared, but not by several ranks at once.
-        folder, meta = open_dataset(config.dataset, prepare_missing=not group.launched)
+        if group.local_rank in (None, 0):  # the first rank of each machine
+            open_dataset(config.dataset)  # prepares a small dataset that is missing
+    with group.exit_together():
+        folder, meta = open_dataset(config.dataset)
         if group.rank == 0 and not config.eval_only:
             stack.enter_context(run_dir.lock_run(config.out_dir))
     config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))

@@ -81,7 +81,11 @@ REFUSED = {
         refused(total_batch_size=288, batch_size=6),
         ["total_batch_size=288", "192", "384"],
     ),
-    "a missing dataset": (refused(dataset="shakespeare"), ["shakespeare", "prepare_data.py"]),
+    "a missing dataset": (refused(dataset="none"), ["data/none", "prepare_data.py"]),
+    "a dataset that cannot be prepared": (
+        refused(dataset="shakespeare_char") | {"folders": ["undecodable", "undecodable"]},
+        ["tinyshakespeare.txt", "UTF-8"],
+    ),
     "more ranks than GPUs": (
         refused(device="cuda"),
         ["--nproc_per_node" if torch.cuda.is_available() else "cuda:0"],
@@ -115,11 +119,18 @@ REFUSED = {
 
 
 def write_other_folders():
-    """Make the folders `other`, with shorter data, and `apart`, with the same data."""
+    """Make folders: `other` with shorter data, `apart` with the same, `undecodable` with bad text.
+
+    Also write the text of a dataset that is not yet prepared.
+    """
     ids = list(TEXT.encode())
     write_dataset(Path("other/data/tiny"), ids[:-700], ids[-600:], {"tokenizer": "byte"})
     os.makedirs("apart")
     os.symlink(Path("data").absolute(), "apart/data")
+    for folder, content in ((".", TEXT.encode()), ("undecodable", b"\xff")):
+        path = Path(folder, "data/download/tinyshakespeare.txt")
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
 
 
 def memory_runs(world_size):
@@ -205,6 +216,8 @@ def runs_of(world_size, pairs, with_others):
     if world_size == 2:
         runs.update(two_rank_runs("ddp2"))
         runs.update(two_rank_runs("fsdp2"))
+        argv = command("unprepared", 2, dataset="shakespeare_char", max_steps=1)
+        runs["unprepared"] = {"argv": argv}
         for name, (run, _) in REFUSED.items():
             runs[f"refused: {name}"] = run
     if world_size == 4:
@@ -501,6 +514,12 @@ def test_a_refusal_is_one_line_that_names_its_reason(stderr, name):
 def test_a_refused_run_writes_no_file(launches):
     written = Path("out/refused-model").rglob("*")
     assert [path for path in written if path.is_file()] == []
+
+
+def test_two_ranks_prepare_a_small_dataset_that_is_missing(records):
+    assert [record["status"] for record in records["unprepared"]] == [0, 0]
+    files = sorted(path.name for path in Path("data/shakespeare_char").iterdir())
+    assert files == ["meta.json", "train.bin", "val.bin"]
 
 
 # docs/DISTRIBUTED.md --------------------------------------------------------------------------
