@@ -3,18 +3,20 @@
     python prepare_data.py stdlib               Python's standard library as bytes; no download
     python prepare_data.py shakespeare          tinyshakespeare (1 MB), GPT-2 BPE
     python prepare_data.py shakespeare_char     the same, by characters
+    python prepare_data.py tinystories          TinyStories (2.2 GB), GPT-2 BPE; tinystories_byte
     python prepare_data.py fineweb --shards=10  FineWeb, tokenized for GPT-2: 100 million tokens
                                                 (200 MB) per shard, 103 shards in all
     python prepare_data.py mine --input='corpus/*.txt'
-                                                your own text: .txt, .jsonl (--field=text), .gz of
-                                                either
+                                                your own text: .txt (--separator), .jsonl or
+                                                .parquet (--field), .gz of these
     python prepare_data.py theirs --import_nanogpt=DIR
                                                 the bins in a data directory of nanoGPT
 
 The bins are raw little-endian uint16 token ids, nanoGPT's format. A .txt file is a document, and so
 is a line of a .jsonl file; <|endoftext|> separates documents. The last val_fraction of all tokens
-becomes val.bin. Text is tokenized piece by piece on all cores, so memory does not grow with it. A
-file appears under its final name only when it is complete.
+becomes val.bin, unless the dataset has a validation split of its own. Text is tokenized piece by
+piece on all cores, so memory does not grow with it. A file appears under its final name only when
+it is complete.
 """
 
 import contextlib
@@ -44,8 +46,8 @@ from common.files import (
     write_text,
 )
 from common.nanogpt import read_dataset_meta
-from common.text import find_chars, read_pieces, tokenize
-from common.tokenizer import NAMES, get_tokenizer, read_meta, token_bytes
+from common.text import check_inputs, find_chars, read_pieces, tokenize
+from common.tokenizer import EOT, NAMES, get_tokenizer, read_meta, token_bytes
 from configurator import configure
 
 SHAKESPEARE_URL = (
@@ -60,14 +62,21 @@ SHARD_HEADER = 256  # int32 numbers before a shard's tokens: magic, version, tok
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 CHUNK = 1 << 20  # bytes, or token ids, of a file that are read at a time
 
+TINYSTORIES = "roneneldan/TinyStories"  # on the hub; V2 is all by GPT-4
+TINYSTORIES_FILES = ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")
+
 # name: (tokenizer, val_fraction, a config that trains on it). A tenth of Shakespeare is for
-# validation, as in nanoGPT. With --input, other text takes the place of a named dataset.
+# validation, as in nanoGPT; None: the dataset has a validation split. With --input, other text
+# takes the place of a named dataset.
 DATASETS = {
     "stdlib": ("byte", 0.01, "config/quickstart.py"),
     "shakespeare": ("gpt2", 0.1, "config/finetune_shakespeare.py"),
     "shakespeare_char": ("char", 0.1, "config/shakespeare_char.py"),
-    "fineweb": ("gpt2", 0.01, "config/gpt2.py"),
+    "tinystories": ("gpt2", None, "config/tinystories.py"),
+    "tinystories_byte": ("byte", None, "config/tinystories_cpu.py"),
+    "fineweb": ("gpt2", None, "config/gpt2.py"),
 }
+TEXT_OPTIONS = ("field", "separator", "val_fraction")
 SMALL_DATASETS = ("stdlib", "shakespeare", "shakespeare_char")  # train.py prepares these itself
 CUSTOM_TEXT_DEFAULTS = ("gpt2", 0.01, "config/quickstart.py")
 
@@ -78,7 +87,8 @@ class PrepareConfig:
     name: str = ""  # the dataset, a folder of data/
     input: str | None = None  # your own text: a file or a quoted pattern
     import_nanogpt: str | None = None  # a data directory of nanoGPT: train.bin, val.bin, meta.pkl
-    field: str = "text"  # the field of a .jsonl line that holds its text
+    field: str | None = None  # the field of a .jsonl line that holds its text; None: text
+    separator: str | None = None  # what separates the documents of a .txt file; None: it is one
     shards: int = 10  # fineweb: training shards to have in all, 1 to 103
     # How
     tokenizer: str | None = None  # gpt2, byte or char; None: the dataset's, gpt2 for your own
@@ -90,34 +100,50 @@ class PrepareConfig:
 # Text -----------------------------------------------------------------------------------------
 
 
-def prepare_text(folder, tokenizer_name, paths, field, val_fraction, source):
-    """Tokenize text files into folder/train.bin, val.bin and meta.json; return the meta.json."""
-    meta = {"tokenizer": tokenizer_name}
-    if tokenizer_name == "char":
-        meta["chars"] = find_chars(paths, field)
+def prepare_text(folder, made, paths, val_paths, field="text", separator=None):
+    """Tokenize text files into folder/train.bin, val.bin and meta.json; return the meta.json.
+
+    made        what meta.json gets: "tokenizer", "source" and "val_fraction"
+    val_paths   the files for validation; None: the last val_fraction of all tokens
+    """
+    meta = {"tokenizer": made["tokenizer"]}
+    if made["tokenizer"] == "char":
+        meta["chars"] = find_chars([*paths, *(val_paths or [])], field, separator)
     tokenizer = get_tokenizer(meta)
     if tokenizer.n_vocab > 1 << 16:
         raise UserError(
             f"{tokenizer.n_vocab} different characters do not fit in uint16: use --tokenizer=byte"
         )
+
+    def write_tokens(file, paths):
+        for ids in tokenize(tokenizer, read_pieces(paths, field, "tokens", separator)):
+            file.write(ids)
+
     with dataset_parts(folder) as parts:
         with open(parts["train.bin"], "w+b") as train, open(parts["val.bin"], "wb") as val:
-            for ids in tokenize(tokenizer, read_pieces(paths, field, "tokens")):
-                train.write(ids)
-            total = train.tell() // 2
-            n_train = int(total * (1 - val_fraction))
-            n_val = total - n_train
-            if min(n_train, n_val) < 2:
-                raise UserError(
-                    f"{source} has {total} tokens: val_fraction={val_fraction} leaves {n_train} "
-                    f"for training and {n_val} for validation, and each needs at least 2"
-                )
-            train.seek(2 * n_train)
-            shutil.copyfileobj(train, val)
-            train.truncate(2 * n_train)
-        meta |= {"vocab_size": tokenizer.n_vocab, "source": source, "val_fraction": val_fraction}
+            write_tokens(train, paths)
+            if val_paths:
+                write_tokens(val, val_paths)
+            else:
+                split_tokens(train, val, made)
+        meta |= {"vocab_size": tokenizer.n_vocab} | made
         publish_parts(folder, parts, meta, tokenizer)
     return meta
+
+
+def split_tokens(train, val, made):
+    """Move the last val_fraction of the tokens in the file `train` to the file `val`."""
+    total, val_fraction = train.tell() // 2, made["val_fraction"]
+    n_train = int(total * (1 - val_fraction))
+    n_val = total - n_train
+    if min(n_train, n_val) < 2:
+        raise UserError(
+            f"{made['source']} has {total} tokens: val_fraction={val_fraction} leaves {n_train} "
+            f"for training and {n_val} for validation, and each needs at least 2"
+        )
+    train.seek(2 * n_train)
+    shutil.copyfileobj(train, val)
+    train.truncate(2 * n_train)
 
 
 @contextlib.contextmanager
@@ -183,11 +209,7 @@ def prepare_nanogpt(config, folder):
 
     The bins are copied, unless that directory is the folder of the dataset.
     """
-    if config.input or config.tokenizer or config.val_fraction is not None:
-        raise UserError(
-            "the bins of --import_nanogpt are tokenized and split already: --input, --tokenizer "
-            "and --val_fraction do not apply"
-        )
+    check_unused(config, "--import_nanogpt", "input", "tokenizer", *TEXT_OPTIONS)
     directory = Path(config.import_nanogpt)
     meta = read_dataset_meta(directory) | {"source": str(directory)}
     for name in ("train.bin", "val.bin"):
@@ -347,9 +369,14 @@ def input_files(pattern):
     """Return the files of a path or a pattern, sorted. Raises UserError if there are none."""
     if os.path.isfile(pattern):
         return [pattern]
-    files = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
+    files = {}
+    for path in sorted(glob.glob(pattern, recursive=True)):
+        if not os.path.isdir(path):
+            stat = os.stat(path)  # raises OSError for a link to nothing
+            # A file counts once, however many links and paths lead to it.
+            files.setdefault((stat.st_dev, stat.st_ino or os.path.realpath(path)), path)
     if files:
-        return files
+        return list(files.values())
     message = f"--input={pattern}: no such file"
     if os.path.isdir(pattern):
         message += f" (a folder: write --input='{pattern.rstrip('/')}/**/*.txt')"
@@ -374,19 +401,20 @@ def prepare(config, only_missing=False):
         raise UserError(
             f"{config.name} is not one of {', '.join(DATASETS)}: --input='FILES' names its text"
         )
-    is_fineweb = config.name == "fineweb" and not config.input
-    if is_fineweb and (config.tokenizer not in (None, "gpt2") or config.val_fraction is not None):
-        raise UserError(
-            "fineweb is tokenized for gpt2 and split already: --tokenizer and --val_fraction do "
-            "not apply"
-        )
     tokenizer, val_fraction, _ = DATASETS.get(config.name, CUSTOM_TEXT_DEFAULTS)
-    tokenizer = config.tokenizer or tokenizer
-    if config.val_fraction is not None:
+    if config.input and val_fraction is None:
+        _, val_fraction, _ = CUSTOM_TEXT_DEFAULTS
+    is_fineweb = config.name == "fineweb" and not config.input
+    if is_fineweb and config.tokenizer != "gpt2":
+        check_unused(config, config.name, "tokenizer")
+    if val_fraction is None:
+        check_unused(config, config.name, *TEXT_OPTIONS)
+    elif config.val_fraction is not None:
         val_fraction = config.val_fraction
+    tokenizer = config.tokenizer or tokenizer
     if tokenizer not in NAMES:
         raise UserError(f"tokenizer={tokenizer} must be one of {', '.join(NAMES)}")
-    if not 0 < val_fraction < 1:
+    if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction} must be above 0 and below 1")
 
     folder, source = Path("data", config.name), config.input or config.name
@@ -400,8 +428,20 @@ def prepare(config, only_missing=False):
                 return meta
         if is_fineweb:
             return prepare_fineweb(folder, config.shards, config.overwrite)
+        if val_fraction is None:
+            train, val = (hub.download(TINYSTORIES, name, "dataset") for name in TINYSTORIES_FILES)
+            return prepare_text(folder, made, [str(train)], [str(val)], separator=EOT)
         paths = source_files(config)
-        return prepare_text(folder, tokenizer, paths, config.field, val_fraction, source)
+        check_inputs(paths, config.field, config.separator)
+        field = "text" if config.field is None else config.field
+        return prepare_text(folder, made, paths, None, field, config.separator)
+
+
+def check_unused(config, what, *names):
+    """Raise UserError if an option was given that does not apply to `what`."""
+    for name in names:
+        if getattr(config, name) is not None:
+            raise UserError(f"--{name} does not apply to {what}: its files decide that")
 
 
 def lock_dataset(folder):
@@ -484,10 +524,8 @@ def open_dataset(name):
             "tokens, 2 GB (python train.py config/quickstart.py needs no download)"
         )
     if name not in SMALL_DATASETS:
-        raise UserError(
-            f"no {folder}/train.bin: python prepare_data.py {name} --input='FILES' makes it from "
-            "your text"
-        )
+        source = "" if name in DATASETS else "--input='FILES' "
+        raise UserError(f"no {folder}/train.bin: python prepare_data.py {name} {source}makes it")
     print(f"preparing {folder}", flush=True)
     return folder, prepare(PrepareConfig(name=name), only_missing=True)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import refused
+from conftest import GPT2, decode, refused
 
 import prepare_data
 from common.errors import UserError
+from common.tokenizer import EOT, get_tokenizer
 from prepare_data import DATASETS, PrepareConfig, prepare
 
 ROOT = Path(prepare_data.__file__).parent
@@ -121,6 +122,62 @@ def test_shakespeare_without_a_network_is_one_line_and_leaves_no_file(monkeypatc
     monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
     assert "http://127.0.0.1:9" in refused(capsys, ["shakespeare_char"], prepare_data.main)
     assert files() == []
+
+
+STORIES = {"train": ["Once upon a time.\n\nThe end.", "A cat sat."] * 20, "val": ["A dog.", "Ran."]}
+
+
+@pytest.fixture
+def tinystories(hub):
+    """Serve STORIES in the place of TinyStories, between the lines that separate its stories."""
+    names = dict(zip(STORIES, prepare_data.TINYSTORIES_FILES, strict=True))
+    for split, stories in STORIES.items():
+        content = "".join(f"{story}\n<|endoftext|>\n" for story in stories)
+        hub.add(f"datasets/{prepare_data.TINYSTORIES}", names[split], content.encode())
+
+
+@pytest.mark.parametrize(
+    "name", ["tinystories_byte", pytest.param("tinystories", marks=GPT2.marks)]
+)
+def test_tinystories_has_the_splits_of_the_hub(tinystories, name):
+    *splits, meta = make(name)
+    tokenizer = get_tokenizer(meta)
+    for token_ids, stories in zip(splits, STORIES.values(), strict=True):
+        assert decode(tokenizer, token_ids) == "<|endoftext|>".join(stories)
+        assert token_ids.count(tokenizer.eot_token) == len(stories) - 1
+
+
+def test_tinystories_can_have_another_tokenizer(tinystories):
+    *_, meta = make("tinystories", tokenizer="char")
+    assert meta["chars"] == [*sorted(set("".join(STORIES["train"] + STORIES["val"]))), EOT]
+
+
+def test_tinystories_is_verified_as_any_other_dataset(tinystories):
+    make("tinystories_byte")
+    prepare_data.main(["tinystories_byte", "--verify=True"])
+
+
+@pytest.mark.parametrize("option", ["val_fraction=0.5", "field=text", "separator=x"])
+def test_an_option_that_does_not_apply_to_tinystories_is_refused(capsys, option):
+    assert option[:5] in refused(capsys, ["tinystories", f"--{option}"], prepare_data.main)
+
+
+def test_tinystories_that_cannot_be_downloaded_is_one_line_and_leaves_no_file(hub, capsys):
+    line = refused(capsys, ["tinystories_byte"], prepare_data.main)
+    assert prepare_data.TINYSTORIES in line
+    assert files() == []
+
+
+@pytest.mark.parametrize("name", ["tinystories", "tinystories_byte"])
+def test_training_on_missing_tinystories_names_the_command(name):
+    with pytest.raises(UserError, match=f"python prepare_data.py {name} makes it"):
+        prepare_data.open_dataset(name)
+
+
+def test_your_own_text_under_the_name_of_a_split_dataset_is_split_by_default():
+    Path("text.txt").write_text("some text " * 100)
+    _, val, _ = make("tinystories_byte", input="text.txt")
+    assert len(val) == 10
 
 
 def test_your_own_text_under_a_known_name_is_split_and_tokenized_as_that_dataset():

@@ -1,10 +1,13 @@
 """prepare_data.py: your own text becomes two bins and meta.json, all or nothing; --verify."""
 
+import gzip
 import hashlib
 import json
 import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import conftest
@@ -88,6 +91,49 @@ def test_a_file_whose_name_looks_like_something_else_is_found(name):
 def test_field_names_the_text_of_jsonl(name, expected):
     write("lines.jsonl", '{"text": "no", "body": "ab"}\n{"text": "no", "body": "ba"}\n')
     assert ids(make(input="lines.jsonl", field="body", tokenizer=name)) == expected
+
+
+def test_each_file_counts_once_however_many_links_lead_to_it():
+    Path("folder").mkdir()
+    write("a.txt", "aa")
+    write("folder/b.txt", "bb")
+    os.symlink("a.txt", "c.txt")
+    os.link("a.txt", "folder/hard.txt")
+    os.symlink("folder", "again")
+    assert ids(make(input="**/*.txt")) == [*b"aa", EOT, *b"bb"]
+
+
+def test_a_link_to_the_folder_above_it_adds_no_file():
+    Path("folder").mkdir()
+    write("folder/a.txt", "abab")
+    os.symlink("..", "folder/up")
+    assert ids(make(input="**/*.txt")) == list(b"abab")
+
+
+def test_equal_files_that_are_not_links_count_each():
+    write("a.txt", "same")
+    write("b.txt", "same")
+    assert ids(make(input="?.txt")) == [*b"same", EOT, *b"same"]
+
+
+def test_a_separator_becomes_the_end_of_text_token():
+    write("text.txt", "ab\n<|endoftext|>\ncd\n<|endoftext|>\n")
+    assert ids(make(input="text.txt", separator="<|endoftext|>")) == [*b"ab", EOT, *b"cd"]
+
+
+@pytest.mark.parametrize("name", ["byte", "char"])
+def test_empty_files_among_others_are_no_documents(name):
+    write("a.txt", "")
+    write("b.txt", "xyxy")
+    write("c.jsonl", "\n")
+    write("d.txt.gz", gzip.compress(b""))
+    folder = make(input="*", tokenizer=name)
+    assert decode(get_tokenizer(read_meta(folder)), ids(folder)) == "xyxy"
+
+
+def test_html_is_text_as_any_other():
+    write("page.html", "<!DOCTYPE html><html><body>Some text.</body></html>")
+    assert bytes(ids(make(input="*.html"))).startswith(b"<!DOCTYPE html>")
 
 
 def test_your_own_text_is_tokenized_for_gpt2_by_default(gpt2_tokenizer):
@@ -320,6 +366,80 @@ def test_more_characters_than_uint16_holds_are_refused_with_their_number(refused
 def test_as_many_characters_as_uint16_holds_are_accepted():
     write("text.txt", "".join(map(chr, range(0x10000, 0x20000))))
     assert ids(make(input="text.txt", tokenizer="char")) == list(range(65536))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:5f\nsize 577\n"
+LINES = b'{"text": "some"}\n{"text": "text"}\n'
+# name: the content of a file, and what the error must name besides the file
+NOT_TEXT = {
+    "pointer.txt": (POINTER, "Git LFS"),
+    "pointer.jsonl": (POINTER, "Git LFS"),
+    "pointer.txt.gz": (POINTER, "Git LFS"),
+    "pointer.parquet": (POINTER, "Git LFS"),
+    "page.jsonl": (b"<!DOCTYPE html><html><body>Log in.</body></html>", "HTML"),
+    "book.pdf": (b"%PDF-1.7\n", "PDF"),
+    "book.epub": (b"PK\x03\x04 and more", "ZIP"),
+    "rows.txt": (b"PAR1 and more", ".parquet"),
+    "text.txt": (gzip.compress(b"some text"), ".gz"),
+    "lines.jsonl": (gzip.compress(LINES), ".gz"),
+    "twice.txt.gz": (gzip.compress(gzip.compress(b"some text")), "gzip"),
+    "packed.tar.gz": (gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar"), "tar"),
+    "model.gz": (gzip.compress(b"\x93NUMPY\x01\0"), "NumPy"),
+    "windows.txt": ("some text".encode("utf-16"), "UTF-16"),
+    "windows.csv": ("some text".encode("utf-16-le"), "UTF-16"),
+    "tokens.bin": (np.arange(99, dtype="<u2").tobytes(), "NUL"),
+    "rows.parquet": (b"no such file", "Parquet"),
+    "empty.parquet": (b"", "Parquet"),
+    "list.json": (b'[{"text": "some"}]', "json"),
+    "lines.json": (LINES, "json"),
+    "lines.JSON.gz": (gzip.compress(LINES), "json"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TEXT)
+def test_a_file_that_is_not_what_its_name_says_is_refused_by_what_it_is(refused, name):
+    content, expected = NOT_TEXT[name]
+    write(name, content)
+    write("a.txt", "some text " * 100)
+    line = refused("mine", "--input=*", "--tokenizer=byte")
+    assert name in line
+    assert expected in line
+    assert not Path("data/mine/train.bin").exists()
+
+
+def test_the_command_for_an_array_makes_json_lines(refused):
+    write("list.json", '[{"text": "first"}, {"text": "s\u00ebcond"}]')
+    line = refused("mine", "--input=list.json")
+    command = re.search(r'python (-c ".*") > NAME.jsonl', line)[1]
+    lines = subprocess.run(f"'{sys.executable}' {command}", shell=True, capture_output=True).stdout
+    write("lines.jsonl", lines)
+    assert ids(make(input="lines.jsonl")) == [*b"first", EOT, *"sëcond".encode()]
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("text.txt", "--field=text"), ("lines.jsonl", "--separator=x")]
+)
+def test_an_option_that_no_file_of_the_input_uses_is_refused(refused, name, option):
+    write(name, LINES)
+    assert option in refused("mine", f"--input={name}", option)
+
+
+def test_an_empty_separator_is_refused(refused):
+    write("text.txt", "text")
+    assert "--separator" in refused(*OWN_TEXT, "--separator=")
+
+
+def test_a_link_to_nothing_among_the_files_is_refused_with_its_name(refused):
+    write("a.txt", "some text")
+    os.symlink("missing", "b.txt")
+    assert "b.txt" in refused("mine", "--input=*.txt")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_a_pipe_among_the_files_is_refused_with_its_name(refused):
+    write("a.txt", "some text")
+    os.mkfifo("b.txt")
+    assert "b.txt" in refused("mine", "--input=*.txt")
 
 
 # --verify -------------------------------------------------------------------------------------

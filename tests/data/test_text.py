@@ -10,16 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults import needs_fork, run_in
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from save_memory import memory
 
 import prepare_data
 from common import text
 from common.errors import UserError
-from common.text import read_pieces, tokenize
+from common.text import count_cores, find_chars, read_pieces, tokenize
 from common.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 EOT = 256  # the byte tokenizer's <|endoftext|>
+EOT_TEXT = "<|endoftext|>"
 
 
 @pytest.fixture(autouse=True)
@@ -31,15 +34,15 @@ def write(name, content):
     """Write a file of text or bytes; compressed if its name ends in .gz."""
     if isinstance(content, str):
         content = content.encode()
-    if name.endswith(".gz"):
+    if name.lower().endswith(".gz"):
         content = gzip.compress(content)
     Path(name).write_bytes(content)
 
 
-def documents(*names, field="text"):
+def documents(*names, field="text", separator=None):
     """Return the texts of the documents in these files: what lies between the separators."""
     texts = [""]
-    for piece in read_pieces(names, field, ""):
+    for piece in read_pieces(names, field, "", separator):
         if piece is None:
             texts.append("")
         else:
@@ -62,13 +65,25 @@ def user_error(*names):
 # Documents ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["text.txt", "text.txt.gz", "text", "text.md"])
+@pytest.mark.parametrize("name", ["text.txt", "text.TXT.GZ", "text", "text.md"])
 def test_a_file_of_text_is_a_document(name):
     write(name, "naïve 日本語\r\n👍")
     assert documents(name) == ["naïve 日本語\r\n👍"]
 
 
-@pytest.mark.parametrize("name", ["lines.jsonl", "lines.jsonl.gz"])
+JSON_LINES = [
+    "jsonl",
+    "JSONL",
+    "ndjson",
+    "NDJSON",
+    "jsonlines",
+    "jsonl.gz",
+    "Jsonl.GZ",
+    "ndjson.gz",
+]
+
+
+@pytest.mark.parametrize("name", [f"lines.{suffix}" for suffix in JSON_LINES])
 def test_the_lines_of_jsonl_are_documents(name):
     write(name, '{"text": "first"}\n\n{"text": "sec\\u00f6nd", "id": 7}')
     assert documents(name) == ["first", "secönd"]
@@ -103,6 +118,116 @@ def test_empty_documents_get_no_separator():
     assert documents("a.txt", "b.txt", "c.jsonl", "a.txt") == ["text", "more"]
 
 
+# Parquet --------------------------------------------------------------------------------------
+
+
+def write_parquet(name, columns, **options):
+    """Write {column: values} to a file; skip the test if pyarrow is not installed."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table(columns), name, **options)
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.PARQUET"])
+def test_the_rows_of_parquet_are_documents(name):
+    write_parquet(name, {"id": [1, 2, 3], "text": ["first", "", "secönd"]})
+    assert documents(name) == ["first", "secönd"]
+
+
+def test_field_names_the_column_of_parquet():
+    write_parquet("rows.parquet", {"text": ["no"], "body": ["body"]})
+    assert documents("rows.parquet", field="body") == ["body"]
+
+
+def test_parquet_of_several_row_groups_is_read_in_order(monkeypatch):
+    monkeypatch.setattr("common.text.BATCH_ROWS", 7)
+    texts = [f"row {i}" for i in range(100)]
+    write_parquet("rows.parquet", {"text": texts}, row_group_size=30)
+    assert documents("rows.parquet") == texts
+
+
+def test_a_missing_column_of_parquet_is_refused_with_the_columns():
+    write_parquet("rows.parquet", {"id": [1], "content": ["x"]})
+    message = user_error("rows.parquet")
+    assert all(name in message for name in ("rows.parquet", "--field", "id", "content"))
+
+
+@pytest.mark.parametrize("values", [[1, 2], ["x", None]])
+def test_a_value_of_parquet_that_is_no_text_is_refused_with_its_file(values):
+    write_parquet("rows.parquet", {"text": values})
+    assert "rows.parquet" in user_error("rows.parquet")
+
+
+def test_truncated_parquet_is_refused_with_its_name():
+    write_parquet("rows.parquet", {"text": ["x"] * 1000})
+    os.truncate("rows.parquet", 100)
+    assert "rows.parquet" in user_error("rows.parquet")
+
+
+def test_parquet_without_pyarrow_is_refused_with_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
+    write("rows.parquet", b"PAR1 and more")
+    assert "pip install pyarrow" in user_error("rows.parquet")
+
+
+# Separators -----------------------------------------------------------------------------------
+
+SEPARATED = {
+    "in lines": ("one\n<|endoftext|>\ntwo\n\nlines\n<|endoftext|>\n", "<|endoftext|>"),
+    "with other line breaks": (
+        "one\r\n<|endoftext|>\r\ntwo\n\nlines\n\n\n<|endoftext|>",
+        "<|endoftext|>",
+    ),
+    "inside a line": ("one<|endoftext|>two\n\nlines", "<|endoftext|>"),
+    "with spaces": ("one\n== THE END ==\ntwo\n\nlines\n", "== THE END =="),
+    "of one character": ("one|two\n\nlines", "|"),
+    "repeated": ("\n%%\none\n%%%%\n%%\n\ntwo\n\nlines%%", "%%"),
+}
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 5, 7, 11, 1 << 20])
+@pytest.mark.parametrize(("content", "separator"), SEPARATED.values(), ids=SEPARATED.keys())
+def test_a_separator_ends_a_document_wherever_the_file_is_cut(
+    monkeypatch, piece_bytes, content, separator
+):
+    monkeypatch.setattr("common.text.PIECE_BYTES", piece_bytes)
+    write("text.txt", content)
+    assert documents("text.txt", separator=separator) == ["one", "two\n\nlines"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    content=st.text("ab \n\r|é", max_size=60),
+    separator=st.sampled_from(["|", "||", "a\nb", "\n|\n", " | ", "\r\n", "ab a"]),
+    piece_bytes=st.integers(1, 20),
+)
+def test_the_documents_are_those_of_the_whole_text(content, separator, piece_bytes):
+    write("text.txt", content)
+    expected = [document.strip("\r\n") for document in content.split(separator)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.text.PIECE_BYTES", piece_bytes)
+        found = documents("text.txt", separator=separator)
+    assert [text for text in found if text] == [text for text in expected if text]
+
+
+@pytest.mark.parametrize("separator", [None, "<|end|>"])
+def test_without_its_separator_a_text_is_one_document(separator):
+    write("text.txt", "one\n<|endoftext|>\ntwo")
+    assert documents("text.txt", separator=separator) == ["one\n<|endoftext|>\ntwo"]
+
+
+def test_a_separator_is_none_of_the_characters_of_a_char_tokenizer():
+    write("text.txt", "ab\n<|endoftext|>\nba")
+    assert find_chars(["text.txt"], "text", EOT_TEXT) == ["a", "b", EOT_TEXT]
+
+
+def test_a_separator_needs_no_memory_for_the_documents_before_it(monkeypatch):
+    monkeypatch.setattr("common.text.PIECE_BYTES", 100)
+    write("text.txt", "\n<|endoftext|>\n".join(["words and more words " * 100] * 20))
+    pieces = read_pieces(["text.txt"], "text", "", EOT_TEXT)
+    assert max(len(piece or "") for piece in pieces) <= 200
+
+
 # Pieces ---------------------------------------------------------------------------------------
 
 
@@ -125,7 +250,7 @@ def test_a_piece_is_yielded_before_the_next_ones_are_read(monkeypatch):
 @pytest.mark.parametrize(("cores", "batch"), [(1, 1), (3, 1), (3, 10), (3, 1 << 20)])
 def test_pieces_are_tokenized_in_order(monkeypatch, cores, batch):
     monkeypatch.setattr("common.text.BATCH_CHARS", batch)
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("common.text.count_cores", lambda: cores)
     pieces = [f"{i} " for i in range(100)]
     assert bytes(ids_of(iter(pieces))).decode() == "".join(pieces)
 
@@ -143,13 +268,35 @@ def test_endoftext_in_a_text_is_ordinary_text():
     assert ids_of(["a<|endoftext|>b"]) == list(b"a<|endoftext|>b")
 
 
+# Cores ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux has affinities")
+@pytest.mark.parametrize("limit", ["max 100000", None])
+def test_the_cores_are_those_that_the_process_may_use(monkeypatch, tmp_path, limit):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 6})
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    if limit:
+        write("cpu.max", limit)
+    monkeypatch.setattr("common.text.CPU_LIMIT", tmp_path / "cpu.max")
+    assert count_cores() == 3
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(200_000, 2), (250_000, 2), (50_000, 1)])
+def test_the_limit_of_a_container_bounds_the_cores(monkeypatch, tmp_path, quota, cores):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    write("cpu.max", f"{quota} 100000\n")
+    monkeypatch.setattr("common.text.CPU_LIMIT", tmp_path / "cpu.max")
+    assert count_cores() == cores
+
+
 # Memory ---------------------------------------------------------------------------------------
 
 
 @needs_fork
 def test_the_memory_of_preparing_does_not_grow_with_the_corpus(tmp_path):
     def prepare_and_measure():
-        os.cpu_count = lambda: 2
+        text.count_cores = lambda: 2
         text.PIECE_BYTES = text.BATCH_CHARS = 1 << 17  # little memory for the fixed part
         before = memory("VmHWM")
         prepare_data.main(["mine", "--input=text.txt", "--tokenizer=byte", "--overwrite=True"])
