@@ -34,8 +34,8 @@ from pathlib import Path
 import numpy as np
 
 from common import hub
+from common.bins import check_bin
 from common.errors import UserError, run_program
-from common.file_kinds import check_bin
 from common.files import (
     check_regular,
     fsync,

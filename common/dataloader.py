@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.bins import check_bin
 from common.errors import UserError
-from common.file_kinds import check_bin
 from common.files import name_in_errors
 from common.tokenizer import MAX_VOCAB_SIZE, cached_token_bytes, read_meta
 

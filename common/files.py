@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from common.errors import DamagedError, UserError, one_line
+from common.file_kinds import identify
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of file systems that have no locks
 
@@ -189,7 +190,5 @@ def damaged(path, message, own_kind=None):
 
     own_kind   what identify returns for an undamaged file
     """
-    from common.file_kinds import identify  # here: it imports this module
-
     kind = identify(path) if os.path.getsize(path) > 0 else "empty"
     return DamagedError(message if kind in (None, own_kind) else f"{path} is {kind}")

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 import prepare_data
 import train
+from common.bins import check_bin
 from common.dataloader import Loader
 from common.errors import UserError
-from common.file_kinds import check_bin
 
 IDS = np.random.default_rng(0).integers(0, 50257, 3000)
 

@@ -1,0 +1,75 @@
+"""Check that a file is a bin, uint16 token ids and nothing else, and not what only looks so."""
+
+import os
+
+import numpy as np
+
+from common.errors import UserError
+from common.file_kinds import LLM_C, NUMPY, identify
+from common.files import check_regular
+
+# The expression that reads the ids of a file p of another kind
+EXPRESSIONS = {NUMPY: "np.load(p, mmap_mode='r')", LLM_C: "np.memmap(p, '<u2', 'r', 1024)"}
+# Where check_bin looks at a bin
+SAMPLE_PLACES = 16
+SAMPLE_BYTES = 4096  # at each place, a multiple of 8
+FEWEST_IDS = 32  # of a wider type; fewer can be uint16 ids by chance
+
+
+def check_bin(path):
+    """Return the largest token id in a sample of a bin.
+
+    Raises UserError if the file is of a known other kind, or if its token ids are of a wider type.
+    """
+    check_regular(path)
+    kind = identify(path)
+    if kind:
+        advice = _conversion(path, EXPRESSIONS[kind]) if kind in EXPRESSIONS else ""
+        raise UserError(
+            f"{path} must hold uint16 token ids and nothing else, but is {kind}{advice}"
+        )
+    sample = _read_sample(path)
+    for wide_type in ("<i8", ">i8", "<u4", ">u4"):
+        ids = sample.view(wide_type)
+        if not _are_token_ids(ids):
+            continue
+        problem = f"{path} must hold uint16 token ids, but has {ids.itemsize} bytes for each"
+        if ids.max() < 1 << 16:
+            raise UserError(problem + _conversion(path, f"np.memmap(p, '{wide_type}', 'r')"))
+        raise UserError(
+            f"{problem}, up to {ids.max()}, which do not fit in uint16: tokenize its text by "
+            "prepare_data.py"
+        )
+    return int(sample.max(initial=0))
+
+
+def _are_token_ids(ids):
+    """Return whether integers of 4 or 8 bytes are token ids, and not several uint16 ids each.
+
+    The largest vocabularies have 2**18 ids. Several ids of a small alphabet, such as the letters of
+    DNA, can be as small, but then the upper half is as large as the lower one.
+    """
+    if len(ids) < FEWEST_IDS or ids.min() < 0 or ids.max() >= 1 << 18:
+        return False
+    return (ids & 0xFFFF).max() > (ids >> 16).max()
+
+
+def _read_sample(path):
+    """Return the uint16 numbers at some places of a file, a multiple of 8 bytes."""
+    size = os.path.getsize(path) // 8 * 8
+    parts = []
+    with open(path, "rb") as file:
+        for i in range(SAMPLE_PLACES):
+            start = size * i // SAMPLE_PLACES // 8 * 8
+            file.seek(start)
+            parts.append(file.read(min(SAMPLE_BYTES, size - start)))
+    return np.frombuffer(b"".join(parts), dtype="<u2")
+
+
+def _conversion(path, expression):
+    """Return the end of an error: the command that converts a file, which `expression` reads."""
+    return (
+        f'; this converts it: python -c "import numpy as np, os; p = {str(path)!r}; '
+        f"t = {expression}; assert t.max() < 2**16; t.astype('<u2').tofile(p + '.u2'); "
+        "os.replace(p + '.u2', p)\""
+    )
