@@ -90,6 +90,7 @@ def generate(
 ):
     """Continue a prompt, idx (1, T), by num_samples samples; yield their next token ids (B,).
 
+    idx           may be empty, (1, 0), for a model of load_model: it then starts a document
     vocab_size    ids from here on are never chosen; None: those of the padding of the vocabulary,
                   which load_model knows
     on_overflow   called once with a sentence when the text outgrows block_size
@@ -97,9 +98,11 @@ def generate(
 
     A model with learned positions ends at block_size: there, the last block_size // 2 tokens become
     its prompt. A rotary model continues. With sliding windows it does so in constant memory and
-    time per token. Raises ValueError for a prompt that the model cannot continue, an empty one
-    among them, and for options out of range.
+    time per token. Raises ValueError for a prompt that the model cannot continue, and for options
+    out of range.
     """
+    if idx.size(1) == 0 and hasattr(model, "start_token"):
+        idx = idx.new_full((1, 1), model.start_token)
     problem = option_problem(max_new_tokens, num_samples, **sampling)
     problem = problem or prompt_problem(model, idx, model.config.vocab_size)
     if problem:
@@ -148,7 +151,7 @@ def prompt_problem(model, idx, vocab_size):
     """Return why a model with vocab_size ids cannot continue a prompt, idx (1, T), or None."""
     T, block_size = idx.size(1), model.config.block_size
     if T == 0:
-        return "the prompt has no tokens: encode_prompt of sample.py starts a document"
+        return "the prompt has no tokens: give the id that begins a document, if there is one"
     if idx.max() >= vocab_size:
         return (
             f"the prompt has the token id {idx.max()}, the model {vocab_size} ids: it was trained "

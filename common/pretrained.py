@@ -23,7 +23,7 @@ from common.errors import UserError, explain_malformed, prefix_errors
 from common.files import check_regular, damaged, read_json, read_text
 from common.models import check_dtype, check_shapes, have_equal_bits, make_config, model_module
 from common.nanogpt import GELU, read_checkpoint
-from common.tokenizer import VOCAB_SIZES, check_meta, read_meta
+from common.tokenizer import EOT, VOCAB_SIZES, check_meta, read_meta
 from common.transformers_format import FORMATS, check_fields, complete_fields
 
 HUB = {
@@ -57,9 +57,9 @@ def load_model(source, name=None, options=None):
               know are free; n_kv_head and block_size may shrink; a model without learned positions
               takes any block_size; all others must agree
 
-    The model is float32, on the CPU and in eval mode; its n_vocab is the number of ids that its
-    tokenizer has, without padding. Prints to stderr how the weights had to change. Raises UserError
-    if they do not fit or are not finite.
+    The model is float32, on the CPU and in eval mode. Its n_vocab is the number of ids that its
+    tokenizer has, without padding, and its start_token the id that begins a document. Prints to
+    stderr how the weights had to change. Raises UserError if they do not fit or are not finite.
     """
     options = options or {}
     loaded = _read_source(source)
@@ -84,8 +84,11 @@ def load_model(source, name=None, options=None):
     model.load_state_dict(loaded.weights, assign=True)
     # A meta.json can name a tokenizer with more ids than the weights have.
     vocab_size = min(loaded.meta["vocab_size"], model.config.vocab_size)
-    known = VOCAB_SIZES.get(loaded.meta["tokenizer"]) or len(loaded.meta["chars"])
-    model.n_vocab = min(vocab_size, known)  # ids from here on are padding, which is not sampled
+    chars = loaded.meta.get("chars")
+    n_ids = VOCAB_SIZES.get(loaded.meta["tokenizer"]) or len(chars)
+    model.n_vocab = min(vocab_size, n_ids)  # ids from here on are padding, which is not sampled
+    has_eot = n_ids <= model.n_vocab and (not chars or EOT in chars)
+    model.start_token = n_ids - 1 if has_eot else 0
     return model.requires_grad_(True).eval(), loaded.meta | {"vocab_size": vocab_size}
 
 

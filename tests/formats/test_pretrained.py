@@ -75,6 +75,24 @@ def test_a_directory_that_transformers_saved_gives_its_logits(tmp_path, n_layer,
     assert_equal_logits(ours, theirs, length=37)
 
 
+@pytest.mark.parametrize(
+    ("meta", "vocab_size", "n_vocab", "start_token"),
+    [
+        ({"tokenizer": "byte"}, 320, 257, 256),
+        ({"tokenizer": "char", "chars": ["a", "b", "<|endoftext|>"]}, 320, 3, 2),
+        ({"tokenizer": "char", "chars": ["a", "b"]}, 2, 2, 0),
+        ({"tokenizer": "gpt2"}, 301, 301, 0),  # too few for the id of <|endoftext|>
+    ],
+)
+def test_a_model_knows_its_ids_without_padding_and_the_one_that_begins_a_document(
+    meta, vocab_size, n_vocab, start_token, tmp_path
+):
+    random_gpt2(vocab_size=vocab_size).save_pretrained(tmp_path)
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    model, _ = load_model(str(tmp_path))
+    assert (model.n_vocab, model.start_token) == (n_vocab, start_token)
+
+
 def test_weights_in_several_files_are_joined(tmp_path):
     theirs = random_gpt2()
     theirs.save_pretrained(tmp_path, max_shard_size="50KB")

@@ -248,8 +248,15 @@ def test_by_default_no_model_samples_the_padding_that_load_model_knows(name):
     assert generated(model, prompt(4), 60, **options).max() < 20
 
 
-def test_an_empty_prompt_of_ids_is_refused_with_what_starts_a_document():
-    with pytest.raises(ValueError, match=r"prompt.*encode_prompt"):
+def test_an_empty_prompt_of_ids_begins_a_document_of_a_loaded_model():
+    model = make_vivid(gpt2)
+    model.start_token = 7
+    begun = generated(model, torch.tensor([[7]]), 5, temperature=0)
+    assert torch.equal(generated(model, prompt(0), 5, temperature=0), begun)
+
+
+def test_an_empty_prompt_is_refused_by_a_model_without_a_start_token():
+    with pytest.raises(ValueError, match="prompt"):
         generated(make_vivid(gpt2), prompt(0), 5)
 
 
