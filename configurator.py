@@ -192,7 +192,10 @@ def _convert_all(given, kinds):
 def _convert(name, annotation, value):
     """Return the value as the annotated type, or as one of its union; else raise UserError."""
     if name == "init_from" and value == "resume":  # nanoGPT's
-        raise UserError("init_from=resume: the same command resumes; sample --init_from=out/NAME")
+        raise UserError(
+            "init_from=resume is not needed: the same command resumes a run, and sample.py takes "
+            "the run's directory, --init_from=out/NAME"
+        )
     if isinstance(value, str) and name in PATHS and value.startswith("~"):
         value = type(value)(os.path.expanduser(value))  # the shell leaves --out_dir=~/x alone
     is_union = isinstance(annotation, types.UnionType)

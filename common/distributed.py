@@ -40,9 +40,8 @@ class ProcessGroup:
         # Other launchers than torchrun may not set LOCAL_RANK; then a rank uses the current GPU.
         self.local_rank = _read_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else None
         if not 0 <= self.rank < self.world_size:
-            raise UserError(
-                f"RANK={self.rank} must be from 0 to below WORLD_SIZE={self.world_size}"
-            )
+            limit = f"at least 0 and below WORLD_SIZE={self.world_size}"
+            raise UserError(f"RANK={self.rank} must be {limit}: torchrun sets both")
         if self.launched and not dist.is_initialized():
             try:
                 self._init_process_group(datetime.timedelta(seconds=timeout))
@@ -74,10 +73,11 @@ class ProcessGroup:
         several_machines = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"  # set by torchrun
         is_private = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
         if self.rank == 0 and several_machines and not is_private:
-            text = (
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is not set: the run survives workers that die"
+            print(
+                "warning: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is not set: the run survives "
+                "workers that die, but not a machine that dies and comes back",
+                file=sys.stderr,
             )
-            print(f"warning: {text}, but not a machine that dies and comes back", file=sys.stderr)
 
     # Collectives ------------------------------------------------------------------------------
 

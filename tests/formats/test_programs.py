@@ -137,7 +137,10 @@ def test_onnx_runtime_has_the_same_logits_and_greedy_text(workdir, options):
 # lm-evaluation-harness ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", AS_GPT2 + AS_STARCODER2 + AS_GPT_NEO, ids=model_name)
+PADDED = [{"model": "model", "vocab_size": 320}]
+
+
+@pytest.mark.parametrize("options", AS_GPT2 + AS_STARCODER2 + AS_GPT_NEO + PADDED, ids=model_name)
 def test_lm_eval_has_the_bits_per_byte_of_the_recipe(workdir, capsys, options):
     pytest.importorskip("lm_eval")
     train_and_export(BYTE, options)
