@@ -14,6 +14,7 @@ EXPRESSIONS = {NUMPY: "np.load(p, mmap_mode='r')", LLM_C: "np.memmap(p, '<u2', '
 SAMPLE_PLACES = 16
 SAMPLE_BYTES = 4096  # at each place, a multiple of 8
 FEWEST_IDS = 32  # of a wider type; fewer can be uint16 ids by chance
+FEWEST_DIFFERENT = 3  # ids among these; fewer can be a pattern, such as 0 1 0 1
 
 
 def check_bin(path):
@@ -46,21 +47,24 @@ def check_bin(path):
 def _are_token_ids(ids):
     """Return whether integers of 4 or 8 bytes are token ids, and not several uint16 ids each.
 
-    The largest vocabularies have 2**18 ids. Several ids of a small alphabet, such as the letters of
-    DNA, can be as small, but then the upper half is as large as the lower one.
+    Ids below 2**16 leave all upper halves 0. The largest vocabularies have 2**18 ids: then the
+    upper halves are at most 3, while the lower ones go through all of uint16.
     """
-    if len(ids) < FEWEST_IDS or ids.min() < 0 or ids.max() >= 1 << 18:
+    if len(ids) < FEWEST_IDS or ids.min() < 0:
         return False
-    return (ids & 0xFFFF).max() > (ids >> 16).max()
+    low, high = ids & 0xFFFF, ids >> 16
+    if high.max() == 0:
+        return len(np.unique(low)) >= FEWEST_DIFFERENT
+    return high.max() <= 3 and low.max() >= 1 << 12
 
 
 def _read_sample(path):
     """Return the uint16 numbers at some places of a file, a multiple of 8 bytes."""
     size = os.path.getsize(path) // 8 * 8
+    step = max(SAMPLE_BYTES, size // SAMPLE_PLACES // 8 * 8)
     parts = []
     with open(path, "rb") as file:
-        for i in range(SAMPLE_PLACES):
-            start = size * i // SAMPLE_PLACES // 8 * 8
+        for start in range(0, size, step):
             file.seek(start)
             parts.append(file.read(min(SAMPLE_BYTES, size - start)))
     return np.frombuffer(b"".join(parts), dtype="<u2")

@@ -143,7 +143,7 @@ def test_ids_that_do_not_fit_get_no_command_that_cuts_them(kind):
 @settings(max_examples=60, deadline=None)
 @given(
     wide_type=st.sampled_from(["<i4", "<u4", ">u4", "<i8", ">i8", "<u8"]),
-    vocab_size=st.sampled_from([2, 65, 257, 50257, 65536, 128256, 151936, 262144]),
+    vocab_size=st.sampled_from([6, 65, 257, 50257, 65536, 128256, 151936, 262144]),
     count=st.integers(64, 20000),
     seed=st.integers(0, 99),
 )
@@ -169,6 +169,12 @@ def test_uint16_ids_of_any_vocabulary_are_accepted(vocab_size, count, seed):
 @pytest.mark.parametrize("ids", [IDS, np.frombuffer(TEXT.encode(), "u1")])
 def test_a_bin_whose_beginning_looks_wider_is_accepted(ids):
     np.concatenate([np.array([5, 0] * 5000), ids]).astype("<u2").tofile("a.bin")
+    check_bin("a.bin")
+
+
+@pytest.mark.parametrize("pattern", [[0, 1], [1, 0], [0, 1, 0, 0], [1, 2, 3, 4], [5, 0, 0, 0]])
+def test_a_pattern_that_repeats_is_accepted(pattern):
+    np.array(pattern * 300).astype("<u2").tofile("a.bin")
     check_bin("a.bin")
 
 

@@ -79,7 +79,8 @@ def test_a_directory_that_transformers_saved_gives_its_logits(tmp_path, n_layer,
     ("meta", "vocab_size", "n_vocab", "start_token"),
     [
         ({"tokenizer": "byte"}, 320, 257, 256),
-        ({"tokenizer": "char", "chars": ["a", "b", "<|endoftext|>"]}, 320, 3, 2),
+        ({"tokenizer": "byte", "vocab_size": 300}, 320, 257, 256),
+        ({"tokenizer": "char", "chars": ["a", "b", "<|endoftext|>"], "vocab_size": 64}, 320, 3, 2),
         ({"tokenizer": "char", "chars": ["a", "b"]}, 2, 2, 0),
         ({"tokenizer": "gpt2"}, 301, 301, 0),  # too few for the id of <|endoftext|>
     ],

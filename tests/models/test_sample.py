@@ -139,22 +139,6 @@ def test_padding_ids_are_never_sampled(workdir, capsys):
     run(capsys, *argv)
 
 
-@pytest.mark.parametrize(
-    ("meta", "n_vocab"),
-    [
-        ({"tokenizer": "byte"}, 257),
-        ({"tokenizer": "byte", "vocab_size": 300}, 257),
-        ({"tokenizer": "char", "chars": ["a", "b"]}, 2),
-        ({"tokenizer": "char", "chars": ["a", "b", "<|endoftext|>"], "vocab_size": 64}, 3),
-        ({"tokenizer": "gpt2", "vocab_size": 320}, 320),
-    ],
-)
-def test_load_model_knows_how_many_ids_the_tokenizer_has(workdir, meta, n_vocab):
-    write_dataset(workdir / "data/padded", [0, 1] * 300, [0, 1] * 300, meta)
-    train.main(arguments(dataset="padded", vocab_size=320, max_steps=1))
-    assert load_model("out/tiny")[0].n_vocab == n_vocab
-
-
 def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(tiny_run, capsys):
     line = refused(capsys, "--prompt=" + 17 * "x")
     assert re.search(r"\b17\b", line)
