@@ -79,7 +79,7 @@ class Loader:
     def _refuse_id(self, path, token_id):
         raise UserError(
             f"{path} holds the token id {token_id}: vocab_size={self.vocab_size} must be at least "
-            f"{token_id + 1}"
+            f"{token_id + 1}, unless the file holds other numbers than uint16"
         )
 
     def _read(self, split, starts, length):

@@ -15,9 +15,9 @@ BEGINNINGS = {
     "a Git LFS pointer: `git lfs pull` gets the file that it stands for": rb"version https://git-lfs",
     HTML: rb"(?i:(\xef\xbb\xbf)?\s*<(!doctype html|html)[\s>])",
     NUMPY: rb"\x93NUMPY",
-    LLM_C: rb"\x88\xd8\x34\x01\x01\0\0\0",  # int32: magic number 20240520, version 1
-    # 20240801, version 7
-    "a shard of llm.c with Llama 3's ids, too large for uint16": rb"\xa1\xd9\x34\x01\x07\0\0\0",
+    LLM_C: rb"\x88\xd8\x34\x01[\s\S]\0\0\0",  # int32: the magic number 20240520, a version
+    # The magic number 20240801
+    "a shard of llm.c with Llama 3's ids, too large for uint16": rb"\xa1\xd9\x34\x01[\s\S]\0\0\0",
     "a safetensors file": rb"[\s\S]{4}\0{4}\{\"",
     "a GGUF file": rb"GGUF",
     PARQUET: rb"PAR1",

@@ -13,6 +13,7 @@ import gzip
 import json
 import os
 import re
+import sys
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -89,6 +90,12 @@ def _check_kind(path):
         raise UserError(f"{path} cannot be read as {wanted}: it is {kind}")
     if b"\0" in head and wanted != "Parquet":
         raise UserError(f"{path} is not text: it has NUL bytes, as binary files and UTF-16 have")
+    if wanted == "text" and re.match(rb'\{"[^"]*": ?"', head):
+        print(
+            f"warning: {path} begins as JSON lines do, and is read as text: rename it to .jsonl if "
+            "only the text in a field counts",
+            file=sys.stderr,
+        )
 
 
 def _is_gz(path):

@@ -482,3 +482,10 @@ def test_verify_refuses_a_meta_without_hashes(described, refused):
 
 def test_verify_refuses_a_missing_dataset(refused):
     assert "meta.json" in refused("mine", "--verify=True")
+
+
+@pytest.mark.parametrize(("content", "is_named"), [('{"text": "a"}\n', True), ("{a}\n", False)])
+def test_json_lines_that_are_read_as_text_are_named(content, is_named, capsys):
+    write("lines.txt", content * 9)
+    make(input="lines.txt")
+    assert ("lines.txt" in capsys.readouterr().err) == is_named
