@@ -48,10 +48,8 @@ def check_inputs(paths, field, separator):
 
     field, separator   as given; None: not given
     """
-    for path in paths:
-        _check_kind(path)
     formats = set(map(_format, paths))
-    if field is not None and not formats & {"JSON lines", "Parquet"}:
+    if field is not None and formats == {"text"}:
         raise UserError(
             f"--field={field} names a field of JSON lines or a column of Parquet, but no file of "
             "the input is .jsonl, .ndjson or .parquet"
@@ -60,6 +58,8 @@ def check_inputs(paths, field, separator):
         raise UserError(f"--separator={separator} applies to text files, but the input has none")
     if separator == "":
         raise UserError("--separator must not be empty")
+    for path in paths:
+        _check_kind(path)
 
 
 def _format(path):
