@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 import os
 import typing
 from pathlib import Path
@@ -64,18 +65,24 @@ def check_shapes(source, name, weights, expected):
             raise UserError(f"{source}: {key} is {theirs} there, {ours} in {name}.py")
 
 
-def check_dtype(source, key, w):
-    """Raise UserError for a weight of another type than FLOATS, such as int8 and float8."""
+def to_float32(path, key, w):
+    """Return a weight, named `key` in the file or checkpoint `path`, in float32.
+
+    Raises UserError for other types than FLOATS, such as int8 and float8, for NaN and for infinity.
+    """
     if w.dtype not in FLOATS:
         raise UserError(
-            f"{source}: {key} is {w.dtype}, as in quantized weights: use the model in float32, "
+            f"{path}: {key} is {w.dtype}, as in quantized weights: use the model in float32, "
             "bfloat16 or float16"
         )
-
-
-def have_equal_bits(first, second):
-    """Return whether two float32 tensors are the same; NaN equals NaN here."""
-    return torch.equal(first.view(torch.int32), second.view(torch.int32))
+    w = w.float()
+    # If a value is not finite, neither is the sum, which is computed as fast as memory is read.
+    if not math.isfinite(w.sum()) and not w.isfinite().all():
+        raise UserError(
+            f"{path}: {key} has values that are not finite (NaN or infinity in float32): get the "
+            "weights again, or use those of an earlier step"
+        )
+    return w
 
 
 def config_fields(name):

@@ -15,7 +15,7 @@ import torch
 
 from common.errors import UserError, one_line
 from common.files import check_regular, damaged
-from common.models import check_dtype, have_equal_bits
+from common.models import to_float32
 from common.tokenizer import VOCAB_SIZES, check_meta, read_meta
 
 SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "dropout")
@@ -52,7 +52,7 @@ def read_checkpoint(path):
             f"{', '.join(map(str, shape))}, and must have {', '.join(SHAPE)}"
         )
     head, wte = weights.pop("lm_head.weight", None), weights.get("transformer.wte.weight")
-    if head is None or wte is None or not have_equal_bits(head, wte):
+    if head is None or wte is None or not torch.equal(head, wte):
         raise UserError(
             f"{path} has an lm_head.weight that differs from transformer.wte.weight; nanoGPT and "
             "model.py tie them"
@@ -92,8 +92,8 @@ def _float32_weights(path, stored):
     for key, value in stored.items():
         key = key.removeprefix("_orig_mod.")  # of a compiled model
         if not key.endswith(".attn.bias"):  # the attention mask, with old versions of torch
-            check_dtype(path, key, value)
-            weights[key] = value.detach().to(torch.float32, copy=True)  # the file may change
+            copy = value.detach().clone()  # the file, which is mapped, may change
+            weights[key] = to_float32(path, key, copy)
     return weights
 
 

@@ -8,7 +8,6 @@ rotary positions replace wpe, which is dropped.
 """
 
 import dataclasses
-import math
 import os
 import re
 import sys
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 from common import checkpoint, hub, run_dir
 from common.errors import UserError, explain_malformed, prefix_errors
 from common.files import check_regular, damaged, read_json, read_text
-from common.models import check_dtype, check_shapes, have_equal_bits, make_config, model_module
+from common.models import check_shapes, make_config, model_module, to_float32
 from common.nanogpt import GELU, read_checkpoint
 from common.tokenizer import EOT, VOCAB_SIZES, check_meta, read_meta
 from common.transformers_format import FORMATS, check_fields, complete_fields
@@ -30,7 +29,7 @@ HUB = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
 FOLDER = Path("data/pretrained")  # to which earlier versions of this project downloaded GPT-2
-ATTENTION_MASK = re.compile(r"h\.\d+\.attn\.(attention\.)?(bias|masked_bias)")
+ATTENTION_MASK = re.compile(r"(^|\.)h\.\d+\.attn\.(attention\.)?(bias|masked_bias)$")
 SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 # Fields of config.json with which transformers loads another model or other files.
 UNSUPPORTED = ("per_layer_config", "quantization_config", "transformers_weights")
@@ -80,7 +79,6 @@ def load_model(source, name=None, options=None):
             file=sys.stderr,
         )
     check_shapes(source, name, loaded.weights, expected)
-    _check_finite(source, loaded.weights)
     model.load_state_dict(loaded.weights, assign=True)
     # A meta.json can name a tokenizer with more ids than the weights have.
     vocab_size = min(loaded.meta["vocab_size"], model.config.vocab_size)
@@ -184,17 +182,6 @@ def _average_kv_heads(c_attn, n_kv_head, group_size, config):
     return torch.cat([q, heads.mean(dim=1).float().flatten(0, 1)])
 
 
-def _check_finite(source, weights):
-    """Raise UserError if a weight is NaN or infinite."""
-    for key, w in weights.items():
-        # If a value is not finite, neither is the sum, which is computed as fast as memory is read.
-        if not math.isfinite(w.sum()) and not w.isfinite().all():
-            raise UserError(
-                f"{source}: {key} has values that are not finite (NaN or infinity in float32): get "
-                "the weights again, or use those of an earlier step"
-            )
-
-
 # Read weights ---------------------------------------------------------------------------------
 
 
@@ -264,16 +251,13 @@ def _read_tensors(folder, prefix, embedding):
     tensors = {}
     for name, w in _read_safetensors(folder).items():
         key = name.removeprefix(prefix)
-        if ATTENTION_MASK.fullmatch(key):
-            continue
         if prefix + key in tensors:
             raise UserError(f"{folder} has both {key} and {prefix}{key}")
-        check_dtype(folder, name, w)
-        tensors[prefix + key] = w.contiguous().float()
+        tensors[prefix + key] = w.contiguous()
     wte, head = tensors.get(prefix + embedding), tensors.pop(prefix + "lm_head.weight", None)
     if wte is None:
         raise UserError(f"{folder} has no model*.safetensors with {embedding}")
-    if head is not None and not have_equal_bits(head, wte):
+    if head is not None and not torch.equal(head, wte):
         raise UserError(
             f"{folder} has an lm_head.weight other than {embedding}, but the models here tie them"
         )
@@ -281,7 +265,7 @@ def _read_tensors(folder, prefix, embedding):
 
 
 def _read_safetensors(folder):
-    """Return all tensors of model.safetensors or its shards."""
+    """Return all weights of model.safetensors or its shards, in float32."""
     tensors = {}
     for path, indexed in _weight_files(folder).items():
         check_regular(path)
@@ -297,7 +281,9 @@ def _read_safetensors(folder):
             raise UserError(
                 f"{path} has {min(stray)}, which belongs to another file: get all files again"
             )
-        tensors |= stored
+        for key, w in stored.items():
+            if not ATTENTION_MASK.search(key):
+                tensors[key] = to_float32(path, key, w)
     return tensors
 
 
@@ -357,4 +343,5 @@ def _read_checkpoint(path, record):
         model = module.GPT(make_config(module, shape))
     model.to_empty(device="cpu")
     checkpoint.load_checkpoint(path, model)
-    return Source(name, shape, model.state_dict(), meta)
+    weights = {key: to_float32(path, key, w) for key, w in model.state_dict().items()}
+    return Source(name, shape, weights, meta)
