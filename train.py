@@ -69,6 +69,7 @@ from training.start import (
     read_options,
 )
 from training.stop import StopSignal
+from training.tracker import open_tracker
 
 WSD_DECAY = 0.2  # fraction of the steps; 10 to 20 % suffice (Hägele et al. 2024, section 3)
 MAX_OVERFLOWS = 20  # float16 steps in a row with an infinite gradient before the run stops
@@ -230,7 +231,7 @@ def setup(config, model_options, group, stack):
     )
     with group.exit_together():
         if group.rank == 0 and config.tracker and not config.eval_only:
-            run.track = report.open_tracker(run, stack)
+            run.track = open_tracker(run, stack)
     return run
 
 

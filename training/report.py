@@ -1,8 +1,6 @@
 """What a run tells its user: the summary, the metrics of each step, and advice after an error."""
 
-import contextlib
 import math
-import secrets
 import shlex
 import sys
 import time
@@ -164,68 +162,6 @@ def log_step(run):
             print(f"warning: {warning}", file=sys.stderr)
             run.track = None
     return run_dir.append_log(run.out_dir, run.step, run.metrics)
-
-
-def open_tracker(run, stack):
-    """Return a function track(step, metrics) for config.tracker, which the ExitStack closes.
-
-    Raises UserError if its package is missing. Rank 0 only.
-    """
-    name = run.config.tracker
-    try:
-        return TRACKERS[name](run, run.record["options"] | run.record["model_config"], stack)
-    except ImportError as error:
-        raise UserError(f"tracker={name} ({error}): pip install {name}") from error
-
-
-def open_wandb(run, options, stack):
-    """Begin a run of Weights & Biases, or continue it; its own variables, WANDB_*, configure it."""
-    import wandb
-
-    id_file = run.out_dir / "wandb_id"
-    if run.step == 0 or not id_file.exists():
-        id_file.write_text(secrets.token_hex(8))
-    try:
-        session = wandb.init(
-            id=id_file.read_text(),
-            resume="allow",
-            name=run.out_dir.name,
-            dir=run.out_dir,
-            config=options,
-            allow_val_change=True,  # a resumed run may have another max_steps
-        )
-    except wandb.Error as error:
-        raise UserError(f"tracker=wandb: {error}; WANDB_MODE=offline needs no account") from error
-
-    def finish(error, *_):  # enter_context(session) would print the traceback of an error
-        with contextlib.suppress(Exception):  # track() has warned of it
-            session.finish(exit_code=int(error is not None))
-
-    stack.push(finish)
-
-    def track(step, metrics):
-        if step >= session.step:  # else it was sent before an interruption; W&B warns of it
-            session.log(metrics, step=step)
-
-    return track
-
-
-def open_tensorboard(run, options, stack):
-    """Write events for TensorBoard into out_dir; those from run.step on are hidden, if any."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = stack.enter_context(SummaryWriter(run.out_dir, purge_step=run.step, flush_secs=10))
-    lines = [f"    {name}={value}" for name, value in options.items()]
-    writer.add_text("options", "\n".join(lines), run.step)
-
-    def track(step, metrics):
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-
-    return track
-
-
-TRACKERS = {"wandb": open_wandb, "tensorboard": open_tensorboard}
 
 
 def is_finished(run):

@@ -12,7 +12,7 @@ from common.models import make_config, model_module, models_with_option
 from common.pretrained import load_model
 from configurator import check_minimum, configure_with_model
 from training.optimizer import OPTIMIZERS
-from training.report import TRACKERS
+from training.tracker import TRACKERS
 
 MAX_TIMEOUT = 10**7  # seconds, four months
 
