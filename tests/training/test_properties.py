@@ -86,20 +86,7 @@ def test_any_value_on_the_command_line_comes_back(scale):
     @given(assignments())
     def check(assignment):
         name, value = assignment
-        # A pair of quotes around a text is removed.
-        assume(not re.fullmatch(r"'[^']*'|\"[^\"]*\"", str(value)))
         assert options_of([f"--{name}={value}"]) == Options(**{name: value})
-
-    check()
-
-
-@few_and_many
-def test_any_text_in_quotes_on_the_command_line_comes_back_without_them(scale):
-    @examples(50 * scale)
-    @given(TEXTS, st.sampled_from("'\""))
-    def check(text, quote):
-        assume(quote not in text)
-        assert options_of([f"--text={quote}{text}{quote}"]) == Options(text=text)
 
     check()
 
