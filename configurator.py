@@ -29,32 +29,33 @@ from common.errors import UserError, one_line
 
 PATHS = ("init_from", "input", "import_nanogpt", "out", "out_dir")  # ~ is the home directory
 BOOLS = {"true": True, "1": True, "false": False, "0": False}  # on the command line, in lowercase
-BENCH = "python -m tools.bench measures the speed of training and sampling"
+BENCH = "python -m tools.bench train does what bench.py does"
 # Option names of nanoGPT and a few others, and what does the same here. An answer that names
 # options with -- is given by the programs that have one of them.
 OTHER_NAMES = {
     # nanoGPT's train.py
     "max_iters": "use --max_steps, in optimizer steps",
     "gradient_accumulation_steps": (
-        "use --total_batch_size, in tokens; the number of micro-steps follows from it"
+        "use --total_batch_size, in tokens: batch_size x block_size x gradient_accumulation_steps"
     ),
     "decay_lr": "use --lr_schedule; for a constant rate, --min_lr equal to --learning_rate",
-    "lr_decay_iters": "the schedule ends at --max_steps",
+    "lr_decay_iters": "leave it out: the schedule ends at --max_steps",
     "warmup_iters": "use --warmup_steps, in optimizer steps",
-    "eval_iters": "use --eval_tokens, the validation tokens of an evaluation",
-    "always_save_checkpoint": "use --checkpoint_interval and --keep_checkpoints",
-    "backend": "ranks use nccl on GPUs and gloo on CPUs",
-    "wandb_log": "use --tracker=wandb",
+    "eval_iters": "use --eval_tokens, in tokens: eval_iters x batch_size x block_size",
+    "always_save_checkpoint": "leave it out: the best is kept, and --keep_checkpoints more",
+    "backend": "leave it out: ranks use nccl on GPUs and gloo on CPUs",
+    "wandb_log": "use --tracker=wandb, or leave it out",
     "wandb_project": "use --tracker=wandb and the variable WANDB_PROJECT",
     "wandb_run_name": "use --tracker=wandb, which takes the name of out_dir",
     # its sample.py
     "start": 'use --prompt; for the text of a file, --prompt="$(cat FILE)"',
     "out_dir": "use --init_from, which takes the directory of a run",
-    "compile": "torch.compile is for training only",
+    "compile": "leave it out: torch.compile is for training only",
     # its bench.py
     "real_data": BENCH,
     "profile": BENCH,
     # others
+    "data_dir": "use --dataset, the name of a folder in data/",
     "lr": "use --learning_rate",
     "epochs": "use --max_steps, in optimizer steps",
     "max_grad_norm": "use --grad_clip",
@@ -95,9 +96,10 @@ def configure_with_model(options, argv, doc, model_config, hint, positional=None
     if "--help" in argv or "-h" in argv:
         _print_help(doc, options, model_options)
     known |= model_types
-    for name in given:
-        if name not in known:
-            raise UserError(f"unknown option {name}: {_suggest(name, known, hint)}")
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        answers = [f"unknown option {name}: {_suggest(name, known, hint)}" for name in unknown]
+        raise UserError("; ".join(answers))
     return config, _convert_all(given, model_types)
 
 
@@ -147,7 +149,7 @@ def _given_options(argv, options, positional):
 
 def _read_config_file(path):
     if not Path(path).is_file():
-        others = sorted(other.as_posix() for other in Path(path).parent.glob("*.py"))
+        others = sorted(other.as_posix() for other in Path(path).parent.glob("[!_]*.py"))
         raise UserError(f"no config file {path}; its folder has {', '.join(others) or 'none'}")
     try:
         names = runpy.run_path(path)

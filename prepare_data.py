@@ -399,7 +399,8 @@ def prepare(config, only_missing=False):
         return prepare_nanogpt(config, Path("data", config.name))
     if not config.input and config.name not in DATASETS:
         raise UserError(
-            f"{config.name} is not one of {', '.join(DATASETS)}: --input='FILES' names its text"
+            f"{config.name} is not one of {', '.join(DATASETS)}: --input='FILES' names its text, "
+            "and --import_nanogpt=DIR bins of nanoGPT, such as openwebtext"
         )
     tokenizer, val_fraction, _ = DATASETS.get(config.name, CUSTOM_TEXT_DEFAULTS)
     if config.input and val_fraction is None:

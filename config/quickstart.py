@@ -3,6 +3,8 @@
 It takes about a minute on two CPU cores.
 """
 
+import os
+
 dataset = "stdlib"
 
 n_layer = 2
@@ -10,8 +12,8 @@ n_head = 4
 n_embd = 128
 block_size = 128
 
-batch_size = 8
-total_batch_size = batch_size * block_size  # many small steps lower the loss most in a minute
+total_batch_size = 8 * block_size  # many small steps lower the loss most in a minute
+batch_size = 8 // int(os.environ.get("WORLD_SIZE", 1))  # per process; torchrun sets WORLD_SIZE
 max_steps = 1600
 optimizer = "muon"
 muon_learning_rate = 0.01  # of the matrices in the blocks; docs/RECIPES.md has the sweep

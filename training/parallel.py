@@ -48,6 +48,13 @@ def check_model(model, config):
         raise UserError(f"{name}.py: GPT needs transformer.h, an nn.ModuleList of its blocks")
     for buffer, _ in model.named_buffers():
         raise UserError(f"{name}.py: {buffer} is a buffer: compute it in the forward pass")
+    for module_name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, torch.Tensor):  # on the meta device it has no values
+                raise UserError(
+                    f"{name}.py: {module_name}.{attribute} is a tensor but no parameter: compute "
+                    "it in the forward pass"
+                )
     places = {}
     for parameter, p in model.named_parameters(remove_duplicate=False):
         if p in places:

@@ -152,6 +152,11 @@ def check_batch(config, block_size, world_size):
         return
     lower = config.total_batch_size // tokens * tokens
     nearest = [str(n) for n in (lower, lower + tokens) if n > 0]
+    remedy = f"the nearest is {' or '.join(nearest)}"
+    sequences, rest = divmod(config.total_batch_size, block_size * world_size)
+    if rest == 0 and sequences > 0:
+        batch_size = max(n for n in range(1, config.batch_size) if sequences % n == 0)
+        remedy = f"--batch_size={batch_size} keeps it; else {remedy}"
     names = "batch_size x block_size"
     numbers = f"{config.batch_size} x {block_size}"
     if world_size > 1:
@@ -159,7 +164,7 @@ def check_batch(config, block_size, world_size):
         numbers += f" x {world_size}"
     raise UserError(
         f"total_batch_size={config.total_batch_size} is not a multiple of {names} = "
-        f"{numbers} = {tokens}: the nearest are {' and '.join(nearest)}"
+        f"{numbers} = {tokens}: {remedy}"
     )
 
 
@@ -265,12 +270,13 @@ def check_same_options(config, model_config, record):
         for name, value in (asdict(config) | model_config).items()
         if name not in RESUMABLE_CHANGES and before.get(name) != value
     }
-    allowed = ALLOWED_CHANGES if config.allow_changes else set()
+    # An evaluation uses none of them but eval_tokens.
+    allowed = ALLOWED_CHANGES if config.allow_changes or config.eval_only else set()
     refused = [text for name, text in changes.items() if name not in allowed]
     if refused:
         can_be_allowed = changes.keys() <= ALLOWED_CHANGES
         refuse_other_run(config.out_dir, "; ".join(refused), can_be_allowed)
-    if changes:
+    if changes and not config.eval_only:
         print(f"{config.out_dir} continues with changes: {'; '.join(changes.values())}", flush=True)
 
 
