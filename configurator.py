@@ -200,7 +200,7 @@ def _convert(name, annotation, value):
         )
     if isinstance(value, str) and name in PATHS and value.startswith("~"):
         value = type(value)(os.path.expanduser(value))  # the shell leaves --out_dir=~/x alone
-    is_union = isinstance(annotation, types.UnionType)
+    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
     kinds = typing.get_args(annotation) if is_union else (annotation,)
     if type(None) in kinds and (value is None or value == "None"):
         return None
@@ -230,7 +230,7 @@ def _parse(kind, text):
 
 def _print_help(doc, options, model_options):
     """Print the text and all options, and exit."""
-    print(f"{doc.strip()}\n\nOptions, as --key=value or in a config file:\n")
+    print(f"{(doc or '').strip()}\n\nOptions, as --key=value or in a config file:\n")
     print("\n".join(_describe_options(options)))
     if model_options:
         print(f"\n  Model ({model_options.__module__}.py):")

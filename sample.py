@@ -102,7 +102,7 @@ def generate(
     out of range.
     """
     if idx.size(1) == 0 and hasattr(model, "start_token"):
-        idx = idx.new_full((1, 1), model.start_token)
+        idx = torch.full((1, 1), model.start_token, device=idx.device)
     problem = option_problem(max_new_tokens, num_samples, **sampling)
     problem = problem or prompt_problem(model, idx, model.config.vocab_size)
     if problem:
@@ -152,9 +152,12 @@ def prompt_problem(model, idx, vocab_size):
     T, block_size = idx.size(1), model.config.block_size
     if T == 0:
         return "the prompt has no tokens: give the id that begins a document, if there is one"
-    if idx.max() >= vocab_size:
+    if idx.size(0) != 1:
+        return f"the prompt has {idx.size(0)} rows: num_samples continues one prompt several times"
+    largest_id = int(idx.max())  # an int, which a narrow dtype does not wrap
+    if largest_id >= vocab_size:
         return (
-            f"the prompt has the token id {idx.max()}, the model {vocab_size} ids: it was trained "
+            f"the prompt has the token id {largest_id}, the model {vocab_size} ids: it was trained "
             "with another tokenizer, which a meta.json beside its weights can name"
         )
     if "wpe" in model.transformer and T > block_size:
@@ -164,7 +167,8 @@ def prompt_problem(model, idx, vocab_size):
 
 def encode_prompt(model, tokenizer, prompt):
     """Return the token ids of a prompt (1, T); of an empty one <|endoftext|>, or 0 without that."""
-    ids = encode(tokenizer, prompt).tolist() or [tokenizer.eot_token or 0]
+    start_token = getattr(model, "start_token", tokenizer.eot_token or 0)
+    ids = encode(tokenizer, prompt).tolist() or [start_token]
     return torch.tensor([ids], device=model.transformer.wte.weight.device)
 
 

@@ -457,6 +457,7 @@ def mean_loss(run, split):
         size += float(loader.token_bytes[y.numpy()].sum())
         with run.autocast():
             losses.append(run.forward(to_device(x, run.device), to_device(y, run.device)))
+        parallel.check_loss(run, losses[-1])
     run.model.train()
     losses = torch.stack(losses).tolist()  # waits for the device, once
     total = sum(loss * count for loss, count in zip(losses, counts, strict=True))

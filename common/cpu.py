@@ -74,9 +74,9 @@ def use_float32_attention(block, max_queries=MAX_FLOAT32_QUERIES):
     """Let a block of a model compute in the context Float32Attention."""
     forward = block.forward
 
-    def forward_in_context(*inputs):
+    def forward_in_context(*inputs, **options):
         with Float32Attention(max_queries):
-            return forward(*inputs)
+            return forward(*inputs, **options)
 
     block.forward = forward_in_context
 

@@ -51,7 +51,7 @@ class ProcessGroup:
             self._warn_of_shared_store()
         # Whether torchrun has restarted the workers after a failure; then --overwrite must not
         # delete the run again. Each machine's torchrun counts its own restarts.
-        self.restarted = self.any_rank(_restart_count() != "0")
+        self.restarted = self.launched and self.any_rank(_restart_count() != "0")
 
     def _init_process_group(self, timeout):
         # rendezvous is public, though not on torch's pages: it alone gives the store before the

@@ -1,5 +1,6 @@
 """Find the model files (model*.py in the repository root) and import one by its name."""
 
+import contextlib
 import dataclasses
 import importlib
 import math
@@ -21,10 +22,16 @@ def model_names():
 
 
 def model_module(name):
-    """Import the model file `name`.py. Raises UserError if there is none."""
+    """Import the model file `name`.py. Raises UserError if there is none, or no model in it."""
     if name not in model_names():
         raise UserError(f"model={name} has no {name}.py; the models are {', '.join(model_names())}")
-    return importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+    if not (hasattr(module, "GPT") and hasattr(module, "GPTConfig")):
+        raise UserError(f"{name}.py needs GPT and GPTConfig, see docs/YOUR_OWN_VARIANT.md")
+    return module
 
 
 def make_config(module, fields):
@@ -92,5 +99,9 @@ def config_fields(name):
 
 def models_with_option(option):
     """Return a sentence that names the models which have this option, or "" if none has it."""
-    names = [name for name in model_names() if option in config_fields(name)]
+    names = []
+    for name in model_names():
+        with contextlib.suppress(Exception):  # of a model file that is not the chosen one
+            if option in config_fields(name):
+                names.append(name)
     return f"it is an option of {', '.join(names)} (--model)" if names else ""

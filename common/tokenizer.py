@@ -188,7 +188,9 @@ def cached_token_bytes(meta):
 
     GPT-2's is not downloaded for this: a machine that trains may wait for a network in vain.
     """
-    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", tempfile.gettempdir() + "/data-gym-cache"))
+    cache = Path(tempfile.gettempdir(), "data-gym-cache")
+    for variable in ("DATA_GYM_CACHE_DIR", "TIKTOKEN_CACHE_DIR"):  # the second has precedence
+        cache = Path(os.environ.get(variable, cache))
     if meta["tokenizer"] != "gpt2" or all((cache / name).exists() for name in GPT2_CACHED):
         with contextlib.suppress(UserError):  # a damaged cache
             return token_bytes(get_tokenizer(meta))

@@ -74,6 +74,18 @@ def check_model(model, config):
         raise UserError(f"{name}.py: its blocks have no matrices for Muon: use --optimizer=adamw")
 
 
+def check_loss(run, loss):
+    """Collective. End the run unless a forward pass with targets returned the loss alone."""
+    if not (isinstance(loss, torch.Tensor) and loss.dim() == 0):
+        kind = (
+            f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        )
+        run.group.exit(
+            f"{run.config.model}.py: GPT.forward(idx, targets) must return the mean loss alone, a "
+            f"tensor without dimensions, not {kind}"
+        )
+
+
 def check_gradients(run):
     """Collective. End the run if a backward pass gave a parameter no gradient.
 
@@ -121,7 +133,9 @@ def checkpoint_activations(block):
     """
     forward = block.forward
     # A lambda, because torch.compile does not trace a functools.partial as a module's forward.
-    block.forward = lambda *inputs: recompute_in_backward(forward, *inputs, use_reentrant=False)
+    block.forward = lambda *inputs, **options: recompute_in_backward(
+        forward, *inputs, use_reentrant=False, **options
+    )
 
 
 def shard_model(model, group, device, dtype, shard_degree):
@@ -253,6 +267,7 @@ def first_batch(run):
 def forward_and_backward(run, forward, x, y):
     with run.autocast():
         loss = forward(x, y)
+    check_loss(run, loss)
     loss.backward()
 
 

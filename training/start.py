@@ -1,5 +1,6 @@
 """How a run starts: read and check its options; resume it, load weights, or start from scratch."""
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -238,8 +239,12 @@ def new_model(config, model_options, meta):
         )
     if config.init_from == "scratch":
         module = model_module(config.model)
+        model_config = make_config(module, with_vocab_size(model_options, meta))
+        fields = asdict(model_config)
         torch.manual_seed(config.seed)
-        return module.GPT(make_config(module, with_vocab_size(model_options, meta)))
+        model = module.GPT(model_config)
+        check_storable(config.model, fields, asdict(model.config))
+        return model
     model, source_meta = load_model(config.init_from, config.model, model_options)
     if source_meta["tokenizer"] != meta["tokenizer"]:
         raise UserError(
@@ -252,6 +257,21 @@ def new_model(config, model_options, meta):
             f"data/{config.dataset}"
         )
     return model
+
+
+def check_storable(name, fields, model_config):
+    """Raise UserError if a model's config would be another one when it is read from a checkpoint.
+
+    fields         those of the GPTConfig before the model was built
+    model_config   those after it
+    """
+    stored = json.loads(json.dumps(model_config, default=str))
+    for field, value in fields.items():
+        if stored[field] != value:
+            raise UserError(
+                f"{name}.py: {field} is {value!r}, but in a checkpoint {stored[field]!r}: "
+                "use int, float, bool, str, None or a list, and let GPT not change it"
+            )
 
 
 def with_vocab_size(model_options, meta):

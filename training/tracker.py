@@ -7,39 +7,39 @@ function track(step, metrics). Another service needs one more of them, and a nam
 import contextlib
 import secrets
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 
 def open_tracker(run, stack):
     """Return a function track(step, metrics) for config.tracker, which the ExitStack closes.
 
-    Raises UserError if its package is missing. Rank 0 only.
+    Raises UserError if its package is missing or refuses to start. Rank 0 only.
     """
     name = run.config.tracker
     try:
         return TRACKERS[name](run, run.record["options"] | run.record["model_config"], stack)
     except ImportError as error:
         raise UserError(f"tracker={name} ({error}): pip install {name}") from error
+    except Exception as error:  # each package raises its own types
+        raise UserError(f"tracker={name}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def open_wandb(run, options, stack):
     """Begin a run of Weights & Biases, or continue it; its own variables, WANDB_*, configure it."""
-    import wandb
+    from wandb import init  # of the package; a folder wandb, which it makes, has none
 
     id_file = run.out_dir / "wandb_id"
-    if run.step == 0 or not id_file.exists():
-        id_file.write_text(secrets.token_hex(8))
-    try:
-        session = wandb.init(
-            id=id_file.read_text(),
-            resume="allow",
-            name=run.out_dir.name,
-            dir=run.out_dir,
-            config=options,
-            allow_val_change=True,  # a resumed run may have another max_steps
-        )
-    except wandb.Error as error:
-        raise UserError(f"tracker=wandb: {error}; WANDB_MODE=offline needs no account") from error
+    is_new = run.step == 0 or not id_file.exists()
+    run_id = secrets.token_hex(8) if is_new else id_file.read_text()
+    session = init(  # without an account it fails, except with WANDB_MODE=offline
+        id=run_id,
+        resume="allow",
+        name=run.out_dir.name,
+        dir=run.out_dir,
+        config=options,
+        allow_val_change=True,  # a resumed run may have another max_steps
+    )
+    id_file.write_text(run_id)
 
     def finish(error, *_):  # enter_context(session) would print the traceback of an error
         with contextlib.suppress(Exception):  # track() has warned of it
@@ -58,7 +58,13 @@ def open_tensorboard(run, options, stack):
     """Write events for TensorBoard into out_dir; those from run.step on are hidden, if any."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = stack.enter_context(SummaryWriter(run.out_dir, purge_step=run.step, flush_secs=10))
+    writer = SummaryWriter(run.out_dir, purge_step=run.step, flush_secs=10)
+
+    def close():
+        with contextlib.suppress(Exception):  # track() has warned of it
+            writer.close()
+
+    stack.callback(close)
     lines = [f"    {name}={value}" for name, value in options.items()]
     writer.add_text("options", "\n".join(lines), run.step)
 

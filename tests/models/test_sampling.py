@@ -255,6 +255,20 @@ def test_an_empty_prompt_of_ids_begins_a_document_of_a_loaded_model():
     assert torch.equal(generated(model, prompt(0), 5, temperature=0), begun)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
+def test_an_empty_prompt_may_have_any_dtype(dtype):
+    model = make_vivid(gpt2)
+    model.start_token = 7
+    begun = generated(model, torch.tensor([[7]]), 5, temperature=0)
+    empty = torch.zeros(1, 0, dtype=dtype)
+    assert torch.equal(generated(model, empty, 5, temperature=0), begun)
+
+
+def test_a_prompt_of_several_rows_is_refused():
+    with pytest.raises(ValueError, match="2 rows"):
+        generated(make_vivid(gpt2), prompt(4).expand(2, -1), 5)
+
+
 def test_an_empty_prompt_is_refused_by_a_model_without_a_start_token():
     with pytest.raises(ValueError, match="prompt"):
         generated(make_vivid(gpt2), prompt(0), 5)

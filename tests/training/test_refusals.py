@@ -1,9 +1,11 @@
 """train.py: bad input is one line and exit status 2; nothing is written or lost."""
 
+import dataclasses
 import json
 import os
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from runs import same_weights, stop_in_step, weights
 
 import model
 import train
-from common import run_dir
+from common import models, run_dir
 from common.errors import UserError
 from training.parallel import check_model
 
@@ -257,6 +259,10 @@ def add_buffer(gpt):
     gpt.transformer.h[1].register_buffer("mask", torch.ones(3))
 
 
+def add_tensor(gpt):
+    gpt.transformer.h[1].scale = torch.ones(3)
+
+
 def tie(gpt):
     gpt.lm_head = torch.nn.Linear(16, 257, bias=False)
     gpt.lm_head.weight = gpt.transformer.wte.weight
@@ -288,6 +294,7 @@ def remove_matrices(gpt):
     "change, expected",
     [
         (add_buffer, "transformer.h.1.mask"),
+        (add_tensor, "transformer.h.1.scale"),
         (tie, "lm_head.weight"),
         (share_blocks, "transformer.h.1"),
         (rename_blocks, "transformer.h"),
@@ -303,6 +310,85 @@ def test_a_model_that_training_cannot_handle_is_refused_by_name(change, expected
     change(gpt)
     with pytest.raises(UserError, match=rf"model_mine\.py: .*{re.escape(expected)}"):
         check_model(gpt, config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda loss: (loss, loss),  # nanoGPT returns logits and loss
+        lambda loss: loss.view(1),
+        lambda loss: loss.item(),
+    ],
+)
+def test_a_model_that_does_not_return_the_loss_alone_is_refused(
+    workdir, capsys, monkeypatch, change
+):
+    forward = model.GPT.forward
+    monkeypatch.setattr(model.GPT, "forward", lambda *inputs: change(forward(*inputs)))
+    line = refused(capsys, arguments())
+    assert "model.py" in line and "loss" in line
+
+
+def test_blocks_may_be_called_with_keywords(workdir, monkeypatch):
+    def forward(gpt, idx, targets):
+        x = gpt.transformer.wte(idx) + gpt.transformer.wpe(torch.arange(idx.size(1)))
+        for block in gpt.transformer.h:
+            x = block(x, cache=None)
+        logits = gpt.head(gpt.transformer.ln_f(x)).flatten(0, 1).float()
+        return torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+
+    monkeypatch.setattr(model.GPT, "forward", forward)
+    train.main(arguments(max_steps=2, activation_checkpointing=True, dtype="bfloat16"))
+    assert run_dir.list_checkpoints(workdir / "out/tiny")
+
+
+def round_up(gpt_config):
+    gpt_config.vocab_size = 320
+
+
+@pytest.mark.parametrize(
+    "field, value, change",
+    [
+        ("pattern", (1, 2), None),
+        ("adtype", torch.float32, None),
+        ("cap", float("nan"), None),
+        ("vocab_size", 257, round_up),
+    ],
+)
+def test_a_config_that_a_checkpoint_cannot_hold_is_refused_by_field(
+    workdir, capsys, monkeypatch, field, value, change
+):
+    config = dataclasses.make_dataclass(
+        "GPTConfig", [(field, type(value), value)], bases=(model.GPTConfig,)
+    )
+    original = model.GPT.__init__
+
+    def init_and_change(gpt, config):
+        original(gpt, config)
+        if change:
+            change(config)
+
+    monkeypatch.setattr(model, "GPTConfig", config)
+    monkeypatch.setattr(model.GPT, "__init__", init_and_change)
+    line = refused(capsys, arguments())
+    assert "model.py" in line and field in line
+    assert run_dir.list_checkpoints(workdir / "out/tiny") == []
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("def f(:\n", "model_mine.py, line 1"), ("x = 1\n", "GPTConfig")],
+    ids=["a syntax error", "no model"],
+)
+def test_a_file_without_a_model_is_refused_and_does_not_disturb_others(
+    workdir, capsys, monkeypatch, text, expected
+):
+    (workdir / "model_mine.py").write_text(text)
+    monkeypatch.syspath_prepend(workdir)
+    monkeypatch.setattr(models, "model_names", lambda: ["model", "model_gqa", "model_mine"])
+    monkeypatch.delitem(sys.modules, "model_mine", raising=False)
+    assert expected in refused(capsys, arguments(model="model_mine"))
+    assert "model_gqa" in refused(capsys, arguments(n_kv_head=2))
 
 
 def test_a_scalar_parameter_trains_and_resumes_without_fsdp(workdir, monkeypatch):

@@ -76,10 +76,7 @@ class Writer:
         assert (name, step) not in self.events
         self.events[name, step] = value
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
+    def close(self):
         self.closed.append(self.log_dir)
 
 
@@ -203,6 +200,23 @@ def test_an_error_of_wandb_is_one_line_and_keeps_the_earlier_run(
     assert "tracker=wandb" in line
     assert "no API key" in line
     assert (tiny_run / "log.jsonl").read_text() == before
+    assert not (tiny_run / "wandb_id").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, AttributeError])
+def test_any_error_of_a_tracker_that_does_not_start_is_one_line(
+    workdir, sessions, capsys, monkeypatch, error
+):
+    def init(**options):
+        raise error("first\nsecond")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", init)
+    assert "tracker=wandb" in refused(capsys, wandb_arguments())
+
+
+def test_a_folder_in_the_place_of_the_package_is_no_package(workdir, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    assert "pip install wandb" in refused(capsys, wandb_arguments())
 
 
 # TensorBoard ----------------------------------------------------------------------------------
@@ -237,6 +251,12 @@ def test_tensorboard_is_closed_after_an_error(workdir, writers, capsys):
     with spoiled("loss", "nan", 3):
         refused(capsys, tensorboard_arguments())
     assert writers.closed == [Path("out/tiny")]
+
+
+def test_an_error_of_tensorboard_at_the_end_does_not_end_the_run(workdir, writers, monkeypatch):
+    monkeypatch.setattr(writers, "close", lambda writer: 1 / 0)
+    train.main(tensorboard_arguments())
+    assert max(logged()) == 12
 
 
 # Both -----------------------------------------------------------------------------------------

@@ -151,10 +151,9 @@ def test_ranks_ask_each_other_for_a_signal_once_per_micro_step(workdir, monkeypa
     monkeypatch.setattr(train.ProcessGroup, "any_rank", count)
     options = {"max_steps": 3, "eval_interval": 3, "eval_tokens": 64}  # one batch per evaluation
     train.main(arguments(total_batch_size=4 * 4 * 16, **options))  # 4 micro-steps
-    once = 1  # ProcessGroup asks whether a rank was restarted
     at_the_end = 1  # before the program ends
     evaluations = 2  # before the first step and after the last
-    assert len(asked) == once + 3 * 4 + at_the_end + evaluations
+    assert len(asked) == 3 * 4 + at_the_end + evaluations
 
 
 def test_the_batches_of_a_run_follow_each_other_without_gap(workdir, monkeypatch):
