@@ -25,6 +25,7 @@ import hashlib
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -236,7 +237,7 @@ def check_foreign_bin(path, meta):
     """Raise UserError unless a file is a bin of token ids that the tokenizer of `meta` has."""
     if not path.is_file():
         raise UserError(f"no {path}: --import_nanogpt needs a directory with train.bin and val.bin")
-    check_bin(path)
+    check_bin(path, meta["vocab_size"])
     size = path.stat().st_size
     if size % 2 or size < 4:
         raise UserError(f"{path} has {size} bytes: not two or more uint16 tokens, or cut off")
@@ -379,7 +380,8 @@ def input_files(pattern):
         return list(files.values())
     message = f"--input={pattern}: no such file"
     if os.path.isdir(pattern):
-        message += f" (a folder: write --input='{pattern.rstrip('/')}/**/*.txt')"
+        every_text = glob.escape(pattern.rstrip("/")) + "/**/*.txt"
+        message += f" (a folder: write --input={shlex.quote(every_text)} for its .txt files)"
     raise UserError(message)
 
 

@@ -57,7 +57,9 @@ class Loader:
         if is_described and size == 2 * expected["tokens"]:
             largest_id = expected["largest_id"]
         else:
-            largest_id = max(check_bin(path), expected.get("largest_id", 0))
+            largest_id = max(
+                check_bin(path, self.meta["vocab_size"]), expected.get("largest_id", 0)
+            )
         if size % 2:
             raise UserError(
                 f"{path} has {size} bytes, an odd number: not uint16 tokens, or cut off"

@@ -3,6 +3,7 @@
 import re
 
 HEAD_BYTES = 512
+LIT_GPT = "a PackedDataset of LitGPT, with 24 bytes before the token ids"
 LLM_C = "a shard of llm.c or modded-nanogpt, with 1024 bytes before the token ids"
 NUMPY = "a NumPy file"
 HTML = "an HTML page, perhaps of a login or an error: download the file again"
@@ -12,22 +13,24 @@ GZIP = "a gzip file"
 # What a file is, as the end of a sentence, and how it begins. Each beginning is long enough that
 # token ids do not start with it by chance.
 BEGINNINGS = {
-    "a Git LFS pointer: `git lfs pull` gets the file that it stands for": rb"version https://git-lfs",
+    "a Git LFS pointer: `git lfs pull` gets the file itself": rb"version https://git-lfs\S+\n",
+    "a git-annex pointer: `git annex get` gets the file itself": rb"/annex/objects/\S+\n",
     HTML: rb"(?i:(\xef\xbb\xbf)?\s*<(!doctype html|html)[\s>])",
     NUMPY: rb"\x93NUMPY",
     LLM_C: rb"\x88\xd8\x34\x01[\s\S]\0\0\0",  # int32: the magic number 20240520, a version
     # The magic number 20240801
     "a shard of llm.c with Llama 3's ids, too large for uint16": rb"\xa1\xd9\x34\x01[\s\S]\0\0\0",
+    LIT_GPT: rb"LITPKDS",
     "a safetensors file": rb"[\s\S]{4}\0{4}\{\"",
-    "a GGUF file": rb"GGUF",
-    PARQUET: rb"PAR1",
-    "an Arrow file": rb"ARROW1",
+    "a GGUF file": rb"GGUF[\1-\x0f]\0\0\0",
+    PARQUET: rb"PAR1[\0-\x1f]",
+    "an Arrow file": rb"ARROW1\0\0",
     "an HDF5 file": rb"\x89HDF\r\n",
-    "a PDF file": rb"%PDF-",
+    "a PDF file": rb"%PDF-\d\.\d\s*[\r\n]",
     "a SQLite file": rb"SQLite format 3\0",
     "a ZIP archive": rb"PK\x03\x04",
     GZIP: rb"\x1f\x8b\x08[\0-\x1f]",
-    "a bzip2 file": rb"BZh[1-9]1AY",
+    "a bzip2 file": rb"BZh[1-9]1AY&SY",
     "an xz file": rb"\xfd7zXZ\0",
     "a Zstandard file": rb"\x28\xb5\x2f\xfd",
     "a Python pickle": rb"\x80[\x04\x05]\x95[\s\S]{4}\0{4}",

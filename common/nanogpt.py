@@ -123,9 +123,13 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def read_dataset_meta(folder):
-    """Return the meta.json for bins of nanoGPT: they are GPT-2's tokens if there is no meta.pkl."""
-    path = folder / "meta.pkl"
-    return read_meta_pkl(path) if os.path.lexists(path) else GPT2_META
+    """Return the meta.json for bins of nanoGPT: they are GPT-2's tokens if no file names others."""
+    if os.path.lexists(folder / "meta.pkl"):
+        return read_meta_pkl(folder / "meta.pkl")
+    if os.path.lexists(folder / "meta.json"):  # of this project
+        meta = read_meta(folder)
+        return {key: meta[key] for key in ("tokenizer", "chars", "vocab_size") if key in meta}
+    return GPT2_META
 
 
 def read_meta_pkl(path):

@@ -13,6 +13,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import sys
 import zlib
 from collections import deque
@@ -34,7 +35,7 @@ BATCH_ROWS = 1024  # of a Parquet file that are read at a time
 # differ from those of the whole text.
 LONGEST_WORD = 8 << 20
 # The format of a file by its suffix; all others are text
-FORMATS = dict.fromkeys((".jsonl", ".jsonlines", ".ndjson"), "JSON lines")
+FORMATS = dict.fromkeys((".jsonl", ".jsonlines", ".ndjson", ".ldjson"), "JSON lines")
 FORMATS |= {".json": "JSON", ".parquet": "Parquet"}
 # What a file of each format can be by its first bytes; None: what identify() does not know
 KINDS = {"text": (TEXT, HTML, None), "JSON lines": (TEXT, None), "Parquet": (PARQUET,)}
@@ -58,6 +59,11 @@ def check_inputs(paths, field, separator):
         raise UserError(f"--separator={separator} applies to text files, but the input has none")
     if separator == "":
         raise UserError("--separator must not be empty")
+    if separator is not None and re.search(r"\\[nrt]", separator):
+        raise UserError(
+            f"--separator={separator} has a backslash: bash makes a line break of it in "
+            f"--separator=$'{separator}'"
+        )
     for path in paths:
         _check_kind(path)
 
@@ -72,14 +78,17 @@ def _check_kind(path):
     check_regular(path)
     wanted = _format(path)
     if wanted == "JSON":
-        opened = f"gzip.open({path!r})" if _is_gz(path) else f"open({path!r}, 'rb')"
+        opened = "gzip.open(sys.argv[1])" if _is_gz(path) else "open(sys.argv[1], 'rb')"
         raise UserError(
             f"{path} is JSON and not JSON lines, by its name: rename it to .jsonl if each line is "
-            'an object; if it is an array of objects, python -c "import gzip, json; '
-            f'[print(json.dumps(d)) for d in json.load({opened})]" > NAME.jsonl converts it'
+            'an object; if it is an array of objects, python -c "import gzip, json, sys; '
+            f'[print(json.dumps(d)) for d in json.load({opened})]" {shlex.quote(path)} > '
+            "NAME.jsonl converts it"
         )
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
+    if not head and _is_gz(path):
+        raise UserError(f"{path} is empty, and so not a gzip file: get it again")
     if _is_gz(path) and identify_head(head) == GZIP:
         with _explain_unreadable(path), gzip.open(path) as file:
             head = file.read(HEAD_BYTES)
@@ -123,19 +132,21 @@ def read_pieces(paths, field, description, separator=None):
     field       of a JSON line, or the column of a Parquet file, that holds the text
     separator   text between the documents of a text file; None: the file is one document
     """
-    started = False  # whether there was text before this piece
+    started = found = False  # whether there was text, and a separator, before this piece
     total = sum(map(os.path.getsize, paths))
     with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=None) as bar:
         for path in paths:
             is_first = True  # whether the next text begins a document
             for piece in _read_file(path, field, separator, bar):
                 if piece is None:
-                    is_first = True
+                    is_first = found = True
                 elif piece:
                     if is_first and started:
                         yield None
                     started, is_first = True, False
                     yield piece
+    if separator is not None and not found:
+        print(f"warning: --separator={separator!r} is in none of the files", file=sys.stderr)
 
 
 def _read_file(path, field, separator, bar):
@@ -235,9 +246,10 @@ def _parquet_pieces(path, stream, field):
     try:
         file = pyarrow.parquet.ParquetFile(stream, pre_buffer=False)
         columns = file.schema_arrow.names
-        if field not in columns:
+        if columns.count(field) != 1:
             raise UserError(
-                f'{path} has no column "{field}": --field names one of {", ".join(columns)}'
+                f'{path} has {columns.count(field)} columns "{field}": --field names one of '
+                f"{', '.join(columns)}"
             )
         row = 0
         for batch in file.iter_batches(BATCH_ROWS, columns=[field]):

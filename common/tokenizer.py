@@ -233,10 +233,12 @@ def _find_problem(meta, chars):
         return f"tokenizer={meta['tokenizer']!r} must be one of {', '.join(NAMES)}"
     if meta["tokenizer"] == "char" and not chars:
         return '{"tokenizer": "char"} needs "chars", its characters'
-    if chars and not all(len(char) == 1 or char == EOT for char in chars):
+    if chars and not all(isinstance(c, str) and (len(c) == 1 or c == EOT) for c in chars):
         return '"chars" must be single characters'
     if chars and (chars == [EOT] or len(set(chars)) < len(chars)):
         return '"chars" must be characters, each once'
+    if chars and EOT in chars[:-1]:
+        return f'"{EOT}" must be the last of "chars"'
     for split in ("train", "val"):
         for key in ("tokens", "largest_id", "bytes"):
             count = meta.get(split, {}).get(key, 0)

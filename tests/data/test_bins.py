@@ -6,6 +6,7 @@ The command that an error names is run: it must make the bin that was meant.
 import io
 import json
 import pickle
+import random
 import shutil
 import subprocess
 import sys
@@ -58,9 +59,15 @@ OTHER_FILES = {
     "page": (b"<!DOCTYPE html><html><body>Please log in.</body></html>\n", "HTML"),
     "text": (TEXT.encode(), "text"),
     "JSON": (b'{"error": "Repository not found"}\n', "text"),
+    "LitGPT": (b"LITPKDS" + bytes(17) + IDS.astype("<u2").tobytes(), "LitGPT"),
+    "one byte for each id": (bytes(random.randrange(65) for _ in range(999)) + b"a", "byte"),
+    "text with a control character": (b"\x1b[31mError: 403 Forbidden\x1b[0m" * 9 + b"\n", "text"),
     "a short answer": (b"404: Not Found", "text"),
     "pickle": (pickle.dumps(IDS.tolist()), "pickle"),
 }
+
+
+HEADED = ["NumPy", "NumPy of int64", "shard", "LitGPT"]  # ids behind a header
 
 
 @pytest.fixture(params=OTHER_FILES)
@@ -116,27 +123,26 @@ def test_a_pointer_in_the_place_of_a_described_bin_is_named():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the command is quoted for a POSIX shell")
 @pytest.mark.parametrize(
-    "kind",
-    ["uint32", "int32", "big-endian uint32", "int64", "uint64", "NumPy", "NumPy of int64", "shard"],
+    "kind", ["uint32", "int32", "big-endian uint32", "int64", "uint64", *HEADED]
 )
 def test_the_command_of_the_error_makes_the_bin(kind):
-    path = Path("data/d/a folder/train.bin")
+    path = Path("data/d/it's a $HOME `folder`/train.bin")
     path.parent.mkdir()
     path.write_bytes(OTHER_FILES[kind][0])
     with pytest.raises(UserError) as error:
-        check_bin(path)
+        check_bin(path, 50257)
     _, _, command = str(error.value).partition("converts it: python ")
     python = shutil.which(sys.executable)
     subprocess.run(f"'{python}' {command}", shell=True, check=True)
     assert np.fromfile(path, "<u2").tolist() == IDS.tolist()
-    assert [other.name for other in path.parent.iterdir()] == ["train.bin"]
+    assert path.with_name("train.bin.old").read_bytes() == OTHER_FILES[kind][0]
 
 
 @pytest.mark.parametrize("kind", ["uint32", "int64"])
 def test_ids_that_do_not_fit_get_no_command_that_cuts_them(kind):
     with pytest.raises(UserError) as error:
         Path("a.bin").write_bytes(OTHER_FILES[f"{kind} of a larger vocabulary"][0])
-        check_bin("a.bin")
+        check_bin("a.bin", 50257)
     assert "python -c" not in str(error.value)
 
 
@@ -151,7 +157,7 @@ def test_ids_of_any_wider_type_are_refused(wide_type, vocab_size, count, seed):
     ids = np.random.default_rng(seed).integers(0, vocab_size, count)
     ids.astype(wide_type).tofile("a.bin")
     with pytest.raises(UserError, match=f"{np.dtype(wide_type).itemsize} bytes"):
-        check_bin("a.bin")
+        check_bin("a.bin", 50257)
 
 
 @settings(max_examples=60, deadline=None)
@@ -163,19 +169,40 @@ def test_ids_of_any_wider_type_are_refused(wide_type, vocab_size, count, seed):
 def test_uint16_ids_of_any_vocabulary_are_accepted(vocab_size, count, seed):
     ids = np.random.default_rng(seed).integers(0, vocab_size, count)
     ids.astype("<u2").tofile("a.bin")
-    assert check_bin("a.bin") <= ids.max()
+    assert check_bin("a.bin", 50257) <= ids.max()
 
 
 @pytest.mark.parametrize("ids", [IDS, np.frombuffer(TEXT.encode(), "u1")])
 def test_a_bin_whose_beginning_looks_wider_is_accepted(ids):
     np.concatenate([np.array([5, 0] * 5000), ids]).astype("<u2").tofile("a.bin")
-    check_bin("a.bin")
+    check_bin("a.bin", 50257)
 
 
 @pytest.mark.parametrize("pattern", [[0, 1], [1, 0], [0, 1, 0, 0], [1, 2, 3, 4], [5, 0, 0, 0]])
 def test_a_pattern_that_repeats_is_accepted(pattern):
     np.array(pattern * 300).astype("<u2").tofile("a.bin")
-    check_bin("a.bin")
+    check_bin("a.bin", 50257)
+
+
+@pytest.mark.parametrize("space", [" ", "\n"])
+def test_characters_with_a_space_between_are_imported(space):
+    text = space.join("ACGT"[i % 4] for i in range(999))
+    chars = sorted(set(text))
+    ids = np.array([chars.index(char) for char in text])
+    write_dataset(Path("spaced"), ids, ids, {"tokenizer": "char", "chars": chars})
+    with open("spaced/meta.pkl", "wb") as file:
+        pickle.dump({"itos": dict(enumerate(chars))}, file)
+    Path("spaced/meta.json").unlink()
+    prepare_data.main(["m", "--import_nanogpt=spaced"])
+    np.array(ids).astype("<u4").tofile("spaced/train.bin")  # the same ids in the wider type
+    with pytest.raises(UserError, match="4 bytes"):
+        prepare_data.main(["n", "--import_nanogpt=spaced"])
+
+
+def test_bytes_with_endoftext_are_a_bin():
+    ids = [*b"some text", 256] * 99
+    np.array(ids).astype("<u2").tofile("a.bin")
+    check_bin("a.bin", 257)
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char"])

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -379,7 +380,7 @@ NOT_TEXT = {
     "page.jsonl": (b"<!DOCTYPE html><html><body>Log in.</body></html>", "HTML"),
     "book.pdf": (b"%PDF-1.7\n", "PDF"),
     "book.epub": (b"PK\x03\x04 and more", "ZIP"),
-    "rows.txt": (b"PAR1 and more", ".parquet"),
+    "rows.txt": (b"PAR1\x15 and more", ".parquet"),
     "text.txt": (gzip.compress(b"some text"), ".gz"),
     "lines.jsonl": (gzip.compress(LINES), ".gz"),
     "twice.txt.gz": (gzip.compress(gzip.compress(b"some text")), "gzip"),
@@ -410,7 +411,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused_by_what_it_is(refused,
 def test_the_command_for_an_array_makes_json_lines(refused):
     write("list.json", '[{"text": "first"}, {"text": "s\u00ebcond"}]')
     line = refused("mine", "--input=list.json")
-    command = re.search(r'python (-c ".*") > NAME.jsonl', line)[1]
+    command = re.search(r'python (-c ".*" list.json) > NAME.jsonl', line)[1]
     lines = subprocess.run(f"'{sys.executable}' {command}", shell=True, capture_output=True).stdout
     write("lines.jsonl", lines)
     assert ids(make(input="lines.jsonl")) == [*b"first", EOT, *"sëcond".encode()]
@@ -489,3 +490,43 @@ def test_json_lines_that_are_read_as_text_are_named(content, is_named, capsys):
     write("lines.txt", content * 9)
     make(input="lines.txt")
     assert ("lines.txt" in capsys.readouterr().err) == is_named
+
+
+@pytest.mark.parametrize("word", ["GGUF", "PAR1", "ARROW1", "%PDF-1.7", "BZh91AY", "LITP"])
+def test_text_that_begins_with_the_name_of_a_format_is_text(word):
+    write("text.txt", f"{word} is how such a file begins. " * 9)
+    make(input="text.txt")
+
+
+def test_an_import_takes_the_tokenizer_of_a_meta_json_beside_the_bins():
+    write("text.txt", "some text " * 9)
+    for tokenizer in ("byte", "char"):
+        folder = make(tokenizer, tokenizer, input="text.txt")
+        prepare_data.main(["again", f"--import_nanogpt={folder}", "--overwrite=True"])
+        assert get_tokenizer(read_meta("data/again")).n_vocab == read_meta(folder)["vocab_size"]
+
+
+def test_a_separator_with_an_escape_of_another_language_is_refused(refused):
+    write("text.txt", "one\n\ntwo")
+    assert "separator" in refused("mine", "--input=text.txt", r"--separator=\n\n")
+
+
+def test_a_separator_that_no_file_has_is_named(capsys):
+    write("text.txt", "one, two")
+    make(input="text.txt", separator="---")
+    assert "'---'" in capsys.readouterr().err
+
+
+def test_an_empty_file_that_should_be_compressed_is_refused(refused):
+    write("good.txt", "some text")
+    write("empty.txt.gz", "")
+    assert "empty.txt.gz" in refused("mine", "--input=*.*")
+
+
+def test_the_advice_for_a_folder_is_a_pattern_of_bash(refused):
+    folder = Path("it's [1]")
+    folder.mkdir()
+    write(folder / "a.txt", "some text")
+    line = refused(*OWN_TEXT[::2], f"--input={folder}")
+    [argument] = shlex.split(re.search(r"write (--input=.*) for", line)[1])
+    prepare_data.main([OWN_TEXT[0], argument, "--tokenizer=byte", "--val_fraction=0.5"])

@@ -166,7 +166,7 @@ def test_truncated_parquet_is_refused_with_its_name():
 
 def test_parquet_without_pyarrow_is_refused_with_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
-    write("rows.parquet", b"PAR1 and more")
+    write("rows.parquet", b"PAR1\x15 and more")
     assert "pip install pyarrow" in user_error("rows.parquet")
 
 

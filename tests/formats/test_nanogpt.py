@@ -331,6 +331,8 @@ BAD_META = {
     "words": {"itos": {0: "a", 1: "word"}},
     "numbers": {"itos": {0: 1}},
     "a character twice": {"itos": {0: "a", 1: "a"}},
+    "bytes": {"itos": {0: b"a", 1: b"b"}},
+    "<|endoftext|> before a character": {"itos": {0: "a", 1: "<|endoftext|>", 2: "b"}},
 }
 
 
