@@ -218,16 +218,24 @@ def _jsonl_pieces(path, stream, field):
         if not line.strip():
             continue
         try:
-            text = json.loads(line.decode("utf-8-sig"))[field]
+            record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{path}, line {number}: byte {error.start} of it is not UTF-8 ({error.reason})"
             ) from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
-                f'{path}, line {number}: no JSON object with the field "{field}" '
-                f"({type(error).__name__}); --field names another"
+                f"{path}, line {number}: not JSON ({one_line(error)}); each line must be an object"
             ) from error
+        if not isinstance(record, dict):
+            kind = type(record).__name__
+            raise UserError(f"{path}, line {number}: a {kind} of JSON, but must be an object")
+        if field not in record:
+            raise UserError(
+                f'{path}, line {number}: no field "{field}": --field names one of '
+                f"{', '.join(record)}"
+            )
+        text = record[field]
         if not isinstance(text, str):
             kind = type(text).__name__
             raise UserError(f'{path}, line {number}: the field "{field}" is {kind}, not a string')
