@@ -26,7 +26,10 @@ import time
 import traceback
 from pathlib import Path
 
+import pytest
 from conftest import write_tiny
+
+from common.errors import UserError
 
 LONGEST_JOB = 2400  # seconds until a job counts as hung, on a machine that is busy otherwise
 
@@ -67,8 +70,10 @@ class Background:
             os.chdir(folder)
             try:
                 outcome = {"result": job(tests)}
+            except UserError as error:  # it says all
+                outcome = {"error": str(error)}
             except BaseException:  # pytest.fail() raises one, too
-                outcome = {"error": traceback.format_exc()}
+                outcome = {"error": traceback.format_exc() + self._output()}
             (folder / "unfinished.json").write_text(json.dumps(outcome))
             os.rename(folder / "unfinished.json", folder / "outcome.json")
 
@@ -81,7 +86,8 @@ class Background:
             assert self.process.is_alive() and time.monotonic() < deadline, self._output()
             time.sleep(0.05)
         outcome = json.loads((folder / "outcome.json").read_text())
-        assert "error" not in outcome, outcome["error"] + self._output()
+        if "error" in outcome:
+            pytest.fail(outcome["error"], pytrace=False)
         before = os.getcwd()
         os.chdir(folder)
         yield outcome["result"]
