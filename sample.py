@@ -154,7 +154,7 @@ def prompt_problem(model, idx, vocab_size):
         return "the prompt has no tokens: give the id that begins a document, if there is one"
     if idx.size(0) != 1:
         return f"the prompt has {idx.size(0)} rows: num_samples continues one prompt several times"
-    largest_id = int(idx.max())  # an int, which a narrow dtype does not wrap
+    largest_id = int(idx.max())  # as a Python int: in uint8, vocab_size would wrap
     if largest_id >= vocab_size:
         return (
             f"the prompt has the token id {largest_id}, the model {vocab_size} ids: it was trained "

@@ -180,7 +180,7 @@ def setup(config, model_options, group, stack):
     config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
     # Rank 0 finds the run's last undamaged checkpoint. All ranks get start.checkpoint, its path,
     # and start.record, its config.json. In a new run both are None, and rank 0 has start.weights.
-    # start.model_config has all options of the model; changed ones are refused when resuming.
+    # start.model_config has all options of the model.
     start = choose_start(config, model_options, meta, group)
 
     with group.exit_together():
@@ -389,7 +389,9 @@ def train_loop(run):
         seconds = time.perf_counter() - begin
         run.metrics = step_report.measure(run.step + 1, numbers, seconds)
         run.step += 1
-        step_report.print(run.step, run.metrics | numbers)  # in the log infinities are None
+        step_report.print(
+            run.step, run.metrics | numbers
+        )  # for JSON, measure() made infinities None
         stopping = finish_step(run)
 
 
@@ -424,18 +426,23 @@ def evaluate(run):
     val_bits_per_byte   the same loss in bits per byte of these targets, if their bytes are known
     train_eval_loss     with eval_train: mean over as many targets in the training split
     """
-    metrics = {}
-    metrics["val_loss"], size = mean_loss(run, "val")
-    if size > 0:  # NaN without the tokenizer
-        metrics["val_bits_per_byte"] = metrics["val_loss"] / math.log(2) / size
+    val_loss, bytes_per_token = mean_loss(run, "val")
+    if val_loss is None:
+        return None
+    metrics = {"val_loss": val_loss}
+    if bytes_per_token > 0:  # false for NaN: the tokenizer is not available
+        metrics["val_bits_per_byte"] = val_loss / math.log(2) / bytes_per_token
     if run.config.eval_train:
-        metrics["train_eval_loss"], _ = mean_loss(run, "train")
-    return None if None in metrics.values() else metrics
+        train_loss, _ = mean_loss(run, "train")
+        if train_loss is None:
+            return None
+        metrics["train_eval_loss"] = train_loss
+    return metrics
 
 
 @torch.no_grad()
 def mean_loss(run, split):
-    """Collective. Return the means of loss and bytes over a split's targets, always the same ones.
+    """Collective. Return the mean loss and the mean bytes per target of a split's fixed sequences.
 
     The loss is None after a stop signal.
     """

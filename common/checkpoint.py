@@ -157,11 +157,11 @@ def _write_record(path, record):
 def _add_val_loss(part, path, record):
     """Add the validation loss to a checkpoint that has none, or has that of other eval_tokens."""
     stored = read_record(path)
-    eval_tokens = {"eval_tokens": record["options"]["eval_tokens"]}
-    options = stored["options"] | eval_tokens
-    is_evaluated = "val_loss" in stored["metrics"] and stored["options"] == options
-    if "val_loss" not in record["metrics"] or is_evaluated:
+    eval_tokens = record["options"]["eval_tokens"]
+    same_tokens = stored["options"]["eval_tokens"] == eval_tokens
+    if "val_loss" not in record["metrics"] or ("val_loss" in stored["metrics"] and same_tokens):
         return
+    options = stored["options"] | {"eval_tokens": eval_tokens}
     # The new config.json is written beside the checkpoint and moved into it. A kill while writing
     # inside it would leave a stray file, which verify_checkpoint refuses.
     part.mkdir(exist_ok=True)
@@ -253,7 +253,7 @@ def load_checkpoint(path, model, optimizer=None, group=None):
     """
     together = group.exit_together if group else contextlib.nullcontext
     reader = HuggingFaceStorageReader(str(path))
-    with together():  # by itself: a rank that fails here does not enter DCP's collectives
+    with together():  # a block of its own: if one rank fails, no rank enters DCP's collectives
         _check_headers(reader, path)
     with together(), _without_process_group_warning(), _explain_load_failure(path):
         if optimizer is None:

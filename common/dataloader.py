@@ -52,7 +52,7 @@ class Loader:
         if not path.is_file():
             raise UserError(f"no {path}: prepare_data.py makes it")
         size = path.stat().st_size
-        # What prepare_data.py described is a bin, however odd its ids.
+        # A bin that prepare_data.py described needs no look at its content.
         is_described = {"tokens", "largest_id", "sha256"} <= expected.keys()
         if is_described and size == 2 * expected["tokens"]:
             largest_id = expected["largest_id"]
@@ -81,7 +81,7 @@ class Loader:
     def _refuse_id(self, path, token_id):
         raise UserError(
             f"{path} holds the token id {token_id}: vocab_size={self.vocab_size} must be at least "
-            f"{token_id + 1}, unless the file holds other numbers than uint16"
+            f"{token_id + 1}, if the file holds uint16 token ids"
         )
 
     def _read(self, split, starts, length):
@@ -143,7 +143,7 @@ class Loader:
         return int(self.order[index]) * self.block_size + int(self.shift)
 
     def val_batches(self, eval_tokens, batch_size, rank=0, world_size=1, split="val"):
-        """Yield the validation batches of a rank: inputs and targets, (batch_size, T) each.
+        """Yield the evaluation batches of a rank: inputs and targets, (batch_size, T) each.
 
         The windows are spread evenly over val.bin, eval_tokens rounded up to whole windows. If
         eval_tokens covers the whole split, every token but the first is a target exactly once. All

@@ -54,8 +54,7 @@ class ProcessGroup:
         self.restarted = self.launched and self.any_rank(_restart_count() != "0")
 
     def _init_process_group(self, timeout):
-        # rendezvous is public, though not on torch's pages: it alone gives the store before the
-        # process group uses it.
+        # Undocumented, but the only way to get the store before init_process_group uses it.
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun's agent keeps this store when it restarts the workers. Under the same keys

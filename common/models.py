@@ -83,7 +83,7 @@ def to_float32(path, key, w):
             "bfloat16 or float16"
         )
     w = w.float()
-    # If a value is not finite, neither is the sum, which is computed as fast as memory is read.
+    # One fast pass: NaN and infinity survive the sum. Finite values may overflow it: look at each.
     if not math.isfinite(w.sum()) and not w.isfinite().all():
         raise UserError(
             f"{path}: {key} has values that are not finite (NaN or infinity in float32): get the "

@@ -223,7 +223,7 @@ def _read_transformers(folder):
 
 
 def _read_config(folder):
-    """Return a config.json as transformers takes it, {} if there is none: a GPT-2's weights.
+    """Return config.json with transformers' defaults; {} if it is missing, as for a GPT-2.
 
     Raises UserError for a model that no model file computes.
     """
@@ -288,7 +288,7 @@ def _read_safetensors(folder):
 
 
 def _weight_files(folder):
-    """Return {path: names of its tensors by the index, None without one} of all files with weights.
+    """Return the files to read, {path: names of the tensors in it, or None without an index}.
 
     As in transformers, that is model.safetensors, or else the files that the index names. Without
     these, a complete set of shards is read, too.

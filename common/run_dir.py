@@ -127,18 +127,22 @@ def read_evaluation(path, on_damaged=None):
 
 
 def best_checkpoints(out_dir, on_damaged=None):
-    """Return {eval_tokens: (path, lowest validation loss)}; the entry used last is the last.
+    """Return {eval_tokens: (path, loss)}: the checkpoint with the lowest validation loss for each.
 
     on_damaged   see read_evaluation; the checkpoint is then passed over
 
-    The loss is in nats per token. Only config.json is verified here.
+    The loss is in nats per token. The eval_tokens of the newest evaluated checkpoint come last.
+    Only config.json is verified here.
     """
     best = {}
     for path in list_checkpoints(out_dir):
-        eval_tokens, loss = read_evaluation(path, on_damaged) or (None, math.inf)
-        if loss < math.inf:
-            earlier, lowest = best.pop(eval_tokens, (None, math.inf))
-            best[eval_tokens] = (path, loss) if loss < lowest else (earlier, lowest)
+        evaluation = read_evaluation(path, on_damaged)
+        if evaluation is None or evaluation[1] == math.inf:
+            continue
+        eval_tokens, loss = evaluation
+        current = (path, loss)
+        earlier = best.pop(eval_tokens, current)  # popped, so that the entry below is the last
+        best[eval_tokens] = min(earlier, current, key=lambda entry: entry[1])
     return best
 
 
@@ -165,7 +169,9 @@ def checkpoint_to_resume(out_dir, rename_damaged, group):
             try:
                 record = verify_checkpoint(path, group.rank, group.world_size)
             except FileNotFoundError as missing:
-                if rename_damaged:  # and so holds the lock; else a process that trains deleted it
+                # A run that trains holds the lock, so nobody deletes: this machine sees another
+                # out_dir. With eval_only another process may have pruned the checkpoint.
+                if rename_damaged:
                     message = f"{out_dir} must be a directory that all machines share"
                     raise UserError(message) from missing
                 error = missing

@@ -80,7 +80,7 @@ def _check_kind(path):
     if wanted == "JSON":
         opened = "gzip.open(sys.argv[1])" if _is_gz(path) else "open(sys.argv[1], 'rb')"
         raise UserError(
-            f"{path} is JSON and not JSON lines, by its name: rename it to .jsonl if each line is "
+            f"{path} is JSON by its name, not JSON lines: rename it to .jsonl if each line is "
             'an object; if it is an array of objects, python -c "import gzip, json, sys; '
             f'[print(json.dumps(d)) for d in json.load({opened})]" {shlex.quote(path)} > '
             "NAME.jsonl converts it"
@@ -88,7 +88,7 @@ def _check_kind(path):
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
     if not head and _is_gz(path):
-        raise UserError(f"{path} is empty, and so not a gzip file: get it again")
+        raise UserError(f"{path} is empty, not a gzip file: download or copy it again")
     if _is_gz(path) and identify_head(head) == GZIP:
         with _explain_unreadable(path), gzip.open(path) as file:
             head = file.read(HEAD_BYTES)
@@ -174,9 +174,13 @@ def _text_pieces(path, stream, separator):
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # without a byte order mark
     text, read, block = "", 0, True
-    strip = "\r\n" if separator else ""
-    held = len(separator) - 1 if separator else 0  # the end may be the beginning of a separator
+    strip = "\r\n" if separator else ""  # removed around a separator
+    overlap = len(separator) - 1 if separator else 0  # held back: it may begin a separator
     begun = False  # whether a piece of the document was yielded
+
+    def trim_start(part):
+        return part if begun else part.lstrip(strip)
+
     while block:
         block = stream.read(PIECE_BYTES)
         read += len(block)
@@ -189,15 +193,15 @@ def _text_pieces(path, stream, separator):
             ) from error
         *documents, text = text.split(separator) if separator else [text]
         for document in documents:
-            yield document.rstrip(strip) if begun else document.strip(strip)
+            yield trim_start(document).rstrip(strip)
             yield None
             begun = False
-        end = _safe_cut(text[: max(0, len(text) - held)])
-        piece = text[:end] if begun else text[:end].lstrip(strip)
-        begun = begun or piece != ""
-        yield piece
+        text = trim_start(text)
+        end = _safe_cut(text[: max(0, len(text) - overlap)])
+        begun = begun or end > 0
+        yield text[:end]
         text = text[end:]
-    yield text.rstrip(strip) if begun else text.strip(strip)
+    yield trim_start(text).rstrip(strip)
 
 
 def _safe_cut(text):
@@ -229,7 +233,7 @@ def _jsonl_pieces(path, stream, field):
             ) from error
         if not isinstance(record, dict):
             kind = type(record).__name__
-            raise UserError(f"{path}, line {number}: a {kind} of JSON, but must be an object")
+            raise UserError(f"{path}, line {number} is a JSON {kind}, but must be an object")
         if field not in record:
             raise UserError(
                 f'{path}, line {number}: no field "{field}": --field names one of '

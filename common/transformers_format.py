@@ -109,8 +109,8 @@ def check_fields(folder, theirs, supported):
     for key, value in supported.items():
         if theirs.get(key, value) != value:
             raise UserError(
-                f"{folder}/config.json has {key}={theirs[key]}, in the file or by transformers' "
-                f"default, but only {value} is supported for these weights"
+                f"{folder}/config.json has {key}={theirs[key]} (given, or transformers' default), "
+                f"but only {value} is supported for these weights"
             )
 
 
@@ -121,8 +121,8 @@ def complete_fields(theirs, model_format, path):
     """
     defaults = model_format.defaults | model_format.fixed
     fields = dict(defaults)
-    # In this order because an alias has precedence.
-    for key in sorted(theirs, key=model_format.aliases.__contains__):
+    # Aliases last (False sorts before True), because they take precedence.
+    for key in sorted(theirs, key=lambda key: key in model_format.aliases):
         field, value = model_format.aliases.get(key, key), theirs[key]
         has_other_type = type(value) is not type(defaults.get(field, value))
         if has_other_type or (value is None and key in NEVER_NULL):
@@ -140,7 +140,7 @@ GPT2_DEFAULTS = {
     "n_embd": 768,
     "n_layer": 12,
     "n_head": 12,
-    "reorder_and_upcast_attn": False,  # the same in float32
+    "reorder_and_upcast_attn": False,  # either value computes the same in float32
     "add_cross_attention": False,
 }
 GPT2_ALIASES = {
@@ -392,7 +392,8 @@ def from_gpt_neo(tensors, theirs, folder):
     supported = {
         "intermediate_size": 4 * n_embd,
         "attention_types": all_local(shape["n_layer"]),
-        "attention_layers": ["local"] * shape["n_layer"],  # has precedence
+        "attention_layers": ["local"]
+        * shape["n_layer"],  # if present, transformers uses it instead
     }
     # Without attention_types, GPT-Neo has a window in every second layer only.
     check_fields(folder, {"attention_types": None} | theirs, supported)

@@ -36,7 +36,7 @@ from training.optimizer import hidden_matrices
 
 
 def check_model(model, config):
-    """Raise UserError if a model is not what docs/YOUR_OWN_VARIANT.md says, so that training fails.
+    """Raise UserError if a model breaks a rule of docs/YOUR_OWN_VARIANT.md that training needs.
 
     config   train.py's options
 
@@ -44,31 +44,32 @@ def check_model(model, config):
     """
     name = config.model
     blocks = getattr(getattr(model, "transformer", None), "h", None)
-    if not isinstance(blocks, (torch.nn.ModuleList, torch.nn.Sequential)):
+    if not isinstance(blocks, torch.nn.ModuleList):
         raise UserError(f"{name}.py: GPT needs transformer.h, an nn.ModuleList of its blocks")
     for buffer, _ in model.named_buffers():
         raise UserError(f"{name}.py: {buffer} is a buffer: compute it in the forward pass")
     for module_name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if isinstance(value, torch.Tensor):  # on the meta device it has no values
+                path = f"{module_name}.{attribute}".lstrip(".")
                 raise UserError(
-                    f"{name}.py: {module_name}.{attribute} is a tensor but no parameter: compute "
-                    "it in the forward pass"
+                    f"{name}.py: {path} is a tensor, not a parameter: compute it in the "
+                    "forward pass"
                 )
-    places = {}
-    for parameter, p in model.named_parameters(remove_duplicate=False):
-        if p in places:
+    first_path = {}
+    for path, p in model.named_parameters(remove_duplicate=False):
+        if p in first_path:
             raise UserError(
-                f"{name}.py: {parameter} is the parameter {places[p]}: assign it to one module "
-                "only, and use it from there"
+                f"{name}.py: {path} and {first_path[p]} are the same parameter: assign it to one "
+                "module, and call that module"
             )
-        places[p] = parameter
+        first_path[p] = path
         if p.dtype != torch.float32:
-            raise UserError(f"{name}.py: {parameter} is {p.dtype}: parameters must be float32")
+            raise UserError(f"{name}.py: {path} is {p.dtype}: parameters must be float32")
         if config.fsdp and p.dim() == 0:
             raise UserError(
-                f"{name}.py: fsdp=True cannot shard {parameter}, which has no dimension: give it "
-                "one, as in torch.ones(1)"
+                f"{name}.py: fsdp=True cannot shard {path}, which has no dimension: give it one, "
+                "as in torch.ones(1)"
             )
     if config.optimizer == "muon" and not hidden_matrices(model):
         raise UserError(f"{name}.py: its blocks have no matrices for Muon: use --optimizer=adamw")
@@ -232,6 +233,8 @@ def compile_forward(run):
         # Without gradient sync: a rank on which compiling fails must not leave the others waiting.
         with gradient_sync(run.wrapped, enabled=False):
             forward_and_backward(run, compiled, x, y)
+    except UserError:  # of check_loss, which fails on all ranks together
+        raise
     except Exception as error:  # each backend raises its own exception types
         if is_out_of_memory(error):
             raise

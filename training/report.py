@@ -13,7 +13,7 @@ from common.distributed import describe_lost_rank
 from common.errors import UserError
 from common.flops import mfu_flops_per_token
 
-# The metrics that the console shows in their own way, or not; it shows any other by its name.
+# Metrics that the functions below format or omit; describe_others prints all others by their names.
 OWN_FORMAT = "train_loss grad_norm lr tokens seconds tokens_per_second mfu memory_gb".split()
 OWN_FORMAT += ["val_loss", "val_bits_per_byte", "train_eval_loss"]
 
@@ -132,7 +132,7 @@ def describe_others(metrics):
 
 
 def print_evaluation(run, evaluation, prefix=""):
-    """Print what evaluate() returned, with the perplexity; None if a stop signal arrived."""
+    """Print what evaluate() returned, and the perplexity; print "stopped" for None."""
     if evaluation is None:
         run.group.print("stopped")
         return
@@ -199,7 +199,7 @@ def not_finite_advice(run):
     remedy = f"with a lower {rates} or --dtype=float32"
     if not run_dir.list_checkpoints(run.out_dir):
         return f"; start a new run {remedy}"
-    # The last checkpoint may be of a step that has gone wrong already; a run stands for its best.
+    # The last checkpoint may be of a step that had diverged; init_from=out_dir loads the best.
     weights = f"--init_from={shlex.quote(str(run.out_dir))} --out_dir=NEW"
     return f"; start a new run from the best checkpoint by {weights}, {remedy}"
 

@@ -42,11 +42,9 @@ RESUMABLE_CHANGES = {
     "shard_degree",
     "dist_timeout",
 }
-# Options that may change with --allow_changes=True. A step reads them anew, and nothing that is
-# saved depends on their old values. No other option may change: model, data, their order (seed,
-# total_batch_size), the optimizer and the decay of its means (beta1, beta2), or the dtype. That is
-# stored as it was chosen: a machine where "auto" would choose another one needs --dtype. The table
-# in docs/RELIABILITY.md has all options.
+# Options that may also change with --allow_changes=True: each step reads them again. All others are
+# refused. dtype is stored as chosen; if "auto" would choose another one here, give --dtype. The
+# table in docs/RELIABILITY.md has all options.
 ALLOWED_CHANGES = {
     "learning_rate",
     "muon_learning_rate",
@@ -190,13 +188,14 @@ def choose_start(config, model_options, meta, group):
     model_options   those of the model that were given
     meta            the dataset's meta.json: tokenizer, vocab_size, and more
     """
-    start = weights = path = record = None
-    overwrite = group.broadcast(config.overwrite)  # whether all agree is checked later
+    start = weights = None
+    path = record = None
+    overwrite = group.broadcast(config.overwrite)  # every rank must take the same branch
     if not overwrite:
         path, record = run_dir.checkpoint_to_resume(config.out_dir, not config.eval_only, group)
     with group.exit_together():
         if group.rank == 0 and path is not None:
-            start = resume(config, model_options, meta, path, record)
+            start = start_from_checkpoint(config, model_options, meta, path, record)
         if group.rank == 0 and start is None:
             model = new_model(config, model_options, meta)
             start, weights = Start(asdict(model.config)), model.state_dict()
@@ -205,8 +204,8 @@ def choose_start(config, model_options, meta, group):
     return start
 
 
-def resume(config, model_options, meta, path, record):
-    """Return the Start from a checkpoint, or None if other weights are to be evaluated.
+def start_from_checkpoint(config, model_options, meta, path, record):
+    """Return the Start from a checkpoint, or None if eval_only asks for other weights (init_from).
 
     Raises UserError if it is of another run: one with other options or another model.
     """
@@ -260,7 +259,7 @@ def new_model(config, model_options, meta):
 
 
 def check_storable(name, fields, model_config):
-    """Raise UserError if a model's config would be another one when it is read from a checkpoint.
+    """Raise UserError if JSON changes a field of GPTConfig, or GPT has: it could not be resumed.
 
     fields         those of the GPTConfig before the model was built
     model_config   those after it
@@ -269,8 +268,8 @@ def check_storable(name, fields, model_config):
     for field, value in fields.items():
         if stored[field] != value:
             raise UserError(
-                f"{name}.py: {field} is {value!r}, but in a checkpoint {stored[field]!r}: "
-                "use int, float, bool, str, None or a list, and let GPT not change it"
+                f"{name}.py: {field}={value!r} would be {stored[field]!r} in a checkpoint: use "
+                "int, float, bool, str, None or a list, and do not change the config in GPT"
             )
 
 
@@ -280,7 +279,9 @@ def with_vocab_size(model_options, meta):
 
 
 def check_same_options(config, model_config, record):
-    """Raise UserError if the run in out_dir has other options or another model, or print changes.
+    """Raise UserError if options or model differ from the run's in a way that is not allowed.
+
+    Prints the differences that are allowed.
 
     record   the record of the run's checkpoint
     """
@@ -290,7 +291,7 @@ def check_same_options(config, model_config, record):
         for name, value in (asdict(config) | model_config).items()
         if name not in RESUMABLE_CHANGES and before.get(name) != value
     }
-    # An evaluation uses none of them but eval_tokens.
+    # With eval_only nothing is trained, so these need no permission.
     allowed = ALLOWED_CHANGES if config.allow_changes or config.eval_only else set()
     refused = [text for name, text in changes.items() if name not in allowed]
     if refused:
@@ -301,9 +302,9 @@ def check_same_options(config, model_config, record):
 
 
 def identify_data(loader, config, start):
-    """Return the token counts and the hash of the data, by which a checkpoint knows it.
+    """Return the token counts and the hash of train.bin, which must be equal on all ranks.
 
-    Raises UserError if the run that is resumed had other data, or token ids of another meaning.
+    Raises UserError if the resumed run had another tokenizer, other token counts or other hashes.
     """
     sha256 = loader.meta.get("train", {}).get("sha256")
     data = {"tokens": [loader.n_train, loader.n_val], "sha256": sha256}

@@ -1,7 +1,7 @@
 """Trackers: send what a run logs to Weights & Biases or TensorBoard, which are optional packages.
 
-A tracker is a function from a run of train.py, its options and an ExitStack, which closes it, to a
-function track(step, metrics). Another service needs one more of them, and a name in TRACKERS.
+Each open_NAME(run, options, stack) returns a function track(step, metrics); the ExitStack closes
+the tracker. To add a service, write another one and name it in TRACKERS.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def open_tracker(run, stack):
 
 def open_wandb(run, options, stack):
     """Begin a run of Weights & Biases, or continue it; its own variables, WANDB_*, configure it."""
-    from wandb import init  # of the package; a folder wandb, which it makes, has none
+    from wandb import init  # "import wandb" would also accept a folder wandb
 
     id_file = run.out_dir / "wandb_id"
     is_new = run.step == 0 or not id_file.exists()
@@ -41,14 +41,16 @@ def open_wandb(run, options, stack):
     )
     id_file.write_text(run_id)
 
-    def finish(error, *_):  # enter_context(session) would print the traceback of an error
-        with contextlib.suppress(Exception):  # track() has warned of it
-            session.finish(exit_code=int(error is not None))
+    def finish(error_type, *_):  # "with session" would print the traceback as well
+        with contextlib.suppress(
+            Exception
+        ):  # the end of a run must not fail because of its tracker
+            session.finish(exit_code=int(error_type is not None))
 
     stack.push(finish)
 
     def track(step, metrics):
-        if step >= session.step:  # else it was sent before an interruption; W&B warns of it
+        if step >= session.step:  # W&B has the earlier steps from before the interruption
             session.log(metrics, step=step)
 
     return track
@@ -61,7 +63,7 @@ def open_tensorboard(run, options, stack):
     writer = SummaryWriter(run.out_dir, purge_step=run.step, flush_secs=10)
 
     def close():
-        with contextlib.suppress(Exception):  # track() has warned of it
+        with contextlib.suppress(Exception):  # as above
             writer.close()
 
     stack.callback(close)
