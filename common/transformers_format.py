@@ -19,12 +19,12 @@ import torch
 from common.errors import UserError, explain_malformed, prefix_errors
 from common.models import check_shapes, make_config, model_module
 
-# Fields of config.json that need no default here, and that transformers refuses if they are null.
+# Fields of config.json that need no default here, and that must not be null in transformers.
 NEVER_NULL = (
     *("attention_layers", "rope_theta", "use_cache", "initializer_range", "classifier_dropout"),
     *("attn_pdrop", "embd_pdrop", "resid_pdrop", "resid_dropout", "embed_dropout"),
     *("attention_dropout", "residual_dropout", "embedding_dropout", "summary_first_dropout"),
-    *("summary_type", "summary_use_proj", "summary_proj_to_labels"),
+    *("summary_type", "summary_use_proj", "summary_proj_to_labels", "is_causal"),
 )
 
 # What formats have in common ------------------------------------------------------------------
@@ -126,7 +126,7 @@ def complete_fields(theirs, model_format, path):
         field, value = model_format.aliases.get(key, key), theirs[key]
         has_other_type = type(value) is not type(defaults.get(field, value))
         if has_other_type or (value is None and key in NEVER_NULL):
-            raise UserError(f"{path} has {key}={value!r}, which transformers refuses: correct it")
+            raise UserError(f"{path} has {key}={value!r}, which is not a valid value: correct it")
         if value is not None:  # otherwise null is the default
             fields[field] = value
     return fields
@@ -225,6 +225,7 @@ def from_gpt2(tensors, theirs, folder):
     }
     supported = {key: shape[key] for key in ("n_layer", "n_embd", "vocab_size")}
     supported |= {"n_positions": len(wpe), "n_inner": 4 * n_embd, "add_cross_attention": False}
+    supported["is_causal"] = True  # if not, transformers attends to later tokens, too
     check_fields(folder, theirs, supported)
     return "model", shape, weights
 
@@ -314,6 +315,7 @@ def from_starcoder2(tensors, theirs, folder):
         "intermediate_size": 4 * n_embd,
         "head_dim": n_embd // n_head,
         "partial_rotary_factor": None,
+        "is_causal": True,
         rope_key: {"rope_type": "default", "rope_theta": rope_theta},
     }
     check_fields(folder, theirs | {rope_key: rope}, supported)

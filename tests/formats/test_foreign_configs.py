@@ -8,7 +8,7 @@ import json
 import shutil
 
 import pytest
-from foreign import random_gpt2, random_gpt_neo, read_as_there
+from foreign import load_error, random_gpt2, random_gpt_neo, read_as_there
 from safetensors.torch import load_file, save_file
 from starcoder2 import starcoder2
 
@@ -52,7 +52,7 @@ def read_with(saved, tmp_path):
 KEYS = [
     (name, key)
     for name, config in CONFIGS.items()
-    for key in (*config.to_dict(), "per_layer_config")
+    for key in (*config.to_dict(), "per_layer_config", "is_causal")
 ]
 ALIASES = [
     (name, alias, key)
@@ -127,6 +127,9 @@ def test_each_form_of_a_plain_rope_theta_is_read(read_with, tmp_path, rope):
         ("gpt2", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}),
         ("gpt2", {"n_ctx": 7}),
         ("gpt2", {"is_encoder_decoder": True}),
+        ("gpt2", {"is_causal": False}),
+        ("starcoder2", {"is_causal": False}),
+        ("gpt_neo", {"is_causal": False}),
         ("starcoder2", {"head_dim": None}),
         ("starcoder2", {"head_dim": 4}),
         ("starcoder2", {"num_key_value_heads": 24}),
@@ -141,6 +144,13 @@ def test_a_field_that_changes_the_model_is_read_as_in_transformers(saved, read_w
     other = {key: w + 0.1 for key, w in tensors.items()}
     save_file(other, saved[name] / "other.safetensors")
     read_with(name, changes)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "starcoder2"])
+def test_attention_to_later_tokens_is_refused_by_its_field(read_with, tmp_path, name):
+    assert read_with(name, {"is_causal": True})
+    assert not read_with(name, {"is_causal": False})
+    assert "is_causal=False" in load_error(tmp_path)
 
 
 @pytest.mark.parametrize("name", MODELS)
