@@ -33,6 +33,7 @@ BEGINNINGS = {
     "a bzip2 file": rb"BZh[1-9]1AY&SY",
     "an xz file": rb"\xfd7zXZ\0",
     "a Zstandard file": rb"\x28\xb5\x2f\xfd",
+    "in torch.save's old format: load and save it again": rb"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P",
     "a Python pickle": rb"\x80[\x04\x05]\x95[\s\S]{4}\0{4}",
     "UTF-16 text": rb"\xff\xfe([\t-~]\0){4}|\xfe\xff(\0[\t-~]){4}",
     "a tar archive": rb"[\s\S]{257}ustar",

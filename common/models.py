@@ -75,8 +75,10 @@ def check_shapes(source, name, weights, expected):
 def to_float32(path, key, w):
     """Return a weight, named `key` in the file or checkpoint `path`, in float32.
 
-    Raises UserError for other types than FLOATS, such as int8 and float8, for NaN and for infinity.
+    Raises UserError for other types than FLOATS, sparse tensors, those without data, NaN, infinity.
     """
+    if w.is_meta or w.is_nested or w.layout != torch.strided:
+        raise UserError(f"{path}: {key} is {w.layout} on {w.device}: save it dense and with data")
     if w.dtype not in FLOATS:
         raise UserError(
             f"{path}: {key} is {w.dtype}, as in quantized weights: use the model in float32, "

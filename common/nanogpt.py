@@ -51,8 +51,10 @@ def read_checkpoint(path):
             f"{path} is not a checkpoint of nanoGPT's model: model_args has "
             f"{', '.join(map(str, shape))}, and must have {', '.join(SHAPE)}"
         )
-    head, wte = weights.pop("lm_head.weight", None), weights.get("transformer.wte.weight")
-    if head is None or wte is None or not torch.equal(head, wte):
+    for key in ("lm_head.weight", "transformer.wte.weight"):
+        if key not in weights:
+            raise UserError(f"{path} is not a checkpoint of nanoGPT's model: it has no {key}")
+    if not torch.equal(weights.pop("lm_head.weight"), weights["transformer.wte.weight"]):
         raise UserError(
             f"{path} has an lm_head.weight that differs from transformer.wte.weight; nanoGPT and "
             "model.py tie them"
@@ -100,10 +102,18 @@ def _float32_weights(path, stored):
 def _read_tokenizer(path, vocab_size):
     """Return the meta.json of a checkpoint's tokenizer; files beside it come first."""
     folder = path.parent
+    if not isinstance(vocab_size, int):
+        raise UserError(f"{path} has vocab_size={vocab_size!r}, not an int")
     if os.path.lexists(folder / "meta.json"):  # a broken link is not the absence of a file
         return read_meta(folder)
     if os.path.lexists(folder / "meta.pkl"):
-        return read_meta_pkl(folder / "meta.pkl")
+        meta = read_meta_pkl(folder / "meta.pkl")
+        if meta["vocab_size"] != vocab_size:  # nanoGPT takes the number of its meta.pkl
+            raise UserError(
+                f"{path} has vocab_size={vocab_size}, and the meta.pkl beside it "
+                f"{meta['vocab_size']} characters: copy the meta.pkl of its dataset there"
+            )
+        return meta
     if VOCAB_SIZES["gpt2"] <= vocab_size <= PADDED_VOCAB_SIZE:
         return GPT2_META
     raise UserError(
@@ -139,9 +149,11 @@ def read_meta_pkl(path):
         with open(path, "rb") as file:
             itos = PlainUnpickler(file).load()["itos"]
         chars = [itos[token_id] for token_id in range(len(itos))]
+        "".join(chars)  # raises TypeError for bytes
     except OSError:
         raise
     except Exception as error:  # pickle raises many kinds
         message = f"{path} has no itos that gives a character for each token id from 0 on"
-        raise damaged(path, f"{message} ({type(error).__name__}: {one_line(error)})") from error
+        message = f"{message} ({type(error).__name__}: {one_line(error)})"
+        raise damaged(path, message, own_kind="a Python pickle") from error
     return check_meta({"tokenizer": "char", "chars": chars}, path)

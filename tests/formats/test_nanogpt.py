@@ -218,6 +218,21 @@ def test_without_meta_the_vocabulary_of_gpt2_padded_or_not_is_gpt2s(vocab_size):
     assert meta == {"tokenizer": "gpt2", "vocab_size": 50257}
 
 
+@pytest.mark.parametrize("chars", [CHARS[:-1], [*CHARS, "ß"]])
+def test_a_meta_pkl_of_another_number_of_characters_is_refused_with_both(chars):
+    message = load_error(write_checkpoint(checkpoint_of(random_model()), chars))
+    assert "meta.pkl" in message
+    assert str(len(chars)) in message
+    assert f"vocab_size={len(CHARS)}" in message
+
+
+@pytest.mark.parametrize("vocab_size", [None, "50257", 1.5])
+def test_a_vocab_size_that_is_no_number_is_refused(vocab_size):
+    checkpoint = checkpoint_of(random_model())
+    with_argument("vocab_size", vocab_size)(checkpoint)
+    assert f"vocab_size={vocab_size!r}" in load_error(write_checkpoint(checkpoint, chars=None))
+
+
 @pytest.mark.parametrize("vocab_size", [65, 50256, 50305])
 def test_without_meta_another_vocabulary_asks_for_the_meta_pkl(vocab_size):
     path = write_checkpoint(checkpoint_of(random_model(vocab_size)), chars=None)
@@ -259,7 +274,8 @@ BAD = {
     "a layer less than its weights": (with_argument("n_layer", 1), "transformer.h.1"),
     "heads that do not divide": (with_argument("n_head", 3), "n_head=3"),
     "another head": (with_weight("lm_head.weight", torch.zeros(97, 16)), "lm_head.weight"),
-    "no head": (without_weight("lm_head.weight"), "lm_head.weight"),
+    "no head": (without_weight("lm_head.weight"), "no lm_head.weight"),
+    "no embedding": (without_weight("transformer.wte.weight"), "no transformer.wte.weight"),
     "no weight": (without_weight("transformer.ln_f.weight"), "transformer.ln_f.weight"),
     "a weight of another shape": (with_weight("transformer.wpe.weight", torch.zeros(9, 16)), "wpe"),
 }

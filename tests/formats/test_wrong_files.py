@@ -198,7 +198,34 @@ def test_nanogpt_with_weights_of_another_type_is_refused_by_name(tmp_path, dtype
     assert str(dtype).removeprefix("torch.") in message
 
 
-def test_a_pickle_of_another_object_as_meta_pkl_is_refused(tmp_path):
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda w: w.to("meta")])
+def test_nanogpt_with_weights_that_are_sparse_or_without_data_is_refused(tmp_path, change):
     save_nanogpt(tmp_path)
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps([1, 2]))
-    assert "meta.pkl" in load_error(tmp_path)
+    checkpoint = torch.load(tmp_path / "ckpt.pt")
+    checkpoint["model"]["transformer.wpe.weight"] = change(checkpoint["model"][WPE])
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    assert "transformer.wpe.weight" in load_error(tmp_path)
+
+
+def test_nanogpt_in_the_old_format_of_torch_save_is_refused_by_name(tmp_path):
+    save_nanogpt(tmp_path)
+    checkpoint = torch.load(tmp_path / "ckpt.pt")
+    torch.save(checkpoint, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=False)
+    assert "old format" in load_error(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ([1, 2], "TypeError"),
+        ({"stoi": {"a": 0}}, "KeyError: 'itos'"),
+        ({"itos": {"0": "a"}}, "KeyError: 0"),
+        ({"itos": [b"a", b"b"]}, "bytes"),
+    ],
+)
+def test_a_pickle_of_another_object_as_meta_pkl_is_refused_with_the_reason(tmp_path, value, reason):
+    save_nanogpt(tmp_path)
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(value))
+    message = load_error(tmp_path)
+    assert "meta.pkl" in message
+    assert reason in message
