@@ -34,6 +34,10 @@ SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 # Fields of config.json with which transformers loads another model or other files.
 UNSUPPORTED = ("per_layer_config", "quantization_config", "transformers_weights")
 WPE = "transformer.wpe.weight"
+# Files of tokenizers, the decisive one first, and patterns by which they are GPT-2's.
+GPT2_WORD = r'"(Ġ|\\u0120)gazed"\s*:\s*50255\b'
+TOKENIZER_FILES = dict.fromkeys(("tokenizer.json", "vocab.json", "vocab.txt"), GPT2_WORD)
+TOKENIZER_FILES["tokenizer_config.json"] = r'(?s)\A(?!.*"tokenizer_class"\s*:\s*"(?!GPT2Tokenizer))'
 
 
 @dataclasses.dataclass
@@ -44,6 +48,7 @@ class Source:
     shape: dict  # fields of its GPTConfig
     weights: dict  # by our parameter names, float32
     meta: dict  # names the tokenizer, as in a dataset's meta.json
+    note: str = ""  # what the user should know about the model
 
 
 def load_model(source, name=None, options=None):
@@ -79,6 +84,8 @@ def load_model(source, name=None, options=None):
             file=sys.stderr,
         )
     check_shapes(source, name, loaded.weights, expected)
+    if loaded.note:
+        print(loaded.note, file=sys.stderr)
     model.load_state_dict(loaded.weights, assign=True)
     # A meta.json can name a tokenizer with more ids than the weights have.
     vocab_size = min(loaded.meta["vocab_size"], model.config.vocab_size)
@@ -215,11 +222,25 @@ def _read_transformers(folder):
     name, shape, weights = model_format.convert(tensors, config, folder)
     # StarCoder2's own tokenizer is none of ours. A broken link is not the absence of a file.
     if model_type == "starcoder2" or os.path.lexists(folder / "meta.json"):
-        meta = read_meta(folder)
+        return Source(name, shape, weights, read_meta(folder))
+    vocab_size = min(shape["vocab_size"], VOCAB_SIZES["gpt2"])
+    meta = {"tokenizer": "gpt2", "vocab_size": vocab_size}
+    return Source(name, shape, weights, meta, _doubt_tokenizer(folder, vocab_size))
+
+
+def _doubt_tokenizer(folder, vocab_size):
+    """Return a note if something in a model's folder speaks against GPT-2's tokenizer, or ""."""
+    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if vocab_size < VOCAB_SIZES["gpt2"]:
+        reason = f"its vocab_size is {vocab_size}, not {VOCAB_SIZES['gpt2']}"
+    elif paths and not re.search(TOKENIZER_FILES[paths[0].name], read_text(paths[0], "replace")):
+        reason = f"{paths[0].name} is not that of GPT-2"
     else:
-        vocab_size = min(shape["vocab_size"], VOCAB_SIZES["gpt2"])
-        meta = {"tokenizer": "gpt2", "vocab_size": vocab_size}
-    return Source(name, shape, weights, meta)
+        return ""
+    return (
+        f"{folder} has no meta.json: its tokenizer is taken to be GPT-2's, although {reason}; with "
+        "a wrong one, samples make no sense"
+    )
 
 
 def _read_config(folder):
@@ -329,9 +350,7 @@ def _read_index(index):
 
 def _read_nanogpt(path):
     """Return the Source of a checkpoint of nanoGPT."""
-    source = Source("model", *read_checkpoint(path))
-    print(f"{path}: {GELU}", file=sys.stderr)
-    return source
+    return Source("model", *read_checkpoint(path), note=f"{path}: {GELU}")
 
 
 def _read_checkpoint(path, record):

@@ -158,6 +158,13 @@ def test_loading_prints_one_line_about_gelu(capsys):
     assert "GELU" in line
 
 
+def test_a_checkpoint_that_is_refused_prints_no_line_about_gelu(capsys):
+    checkpoint = checkpoint_of(random_model())
+    del checkpoint["model"]["transformer.ln_f.weight"]
+    load_error(write_checkpoint(checkpoint))
+    assert capsys.readouterr().err == ""
+
+
 def test_exact_gelu_changes_logits_by_at_most_0_01_and_the_loss_by_2e_5(monkeypatch):
     train_vivid(dataset="tiny", n_embd=64, n_head=2, bias=False)
     ours, _ = load_model("out/tiny")

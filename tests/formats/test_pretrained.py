@@ -94,6 +94,58 @@ def test_a_model_knows_its_ids_without_padding_and_the_one_that_begins_a_documen
     assert (model.n_vocab, model.start_token) == (n_vocab, start_token)
 
 
+GPT2_WORDS = '{"\\u0120the": 262, "\\u0120gazed": 50255, "<|endoftext|>": 50256}'
+
+
+@pytest.mark.parametrize(
+    ("files", "word"),
+    [
+        ({}, ""),
+        ({"vocab.json": GPT2_WORDS}, ""),
+        ({"tokenizer.json": '{"model": {"vocab": {"Ġthe":262,"Ġgazed":50255}}}'}, ""),
+        ({"vocab.json": GPT2_WORDS, "tokenizer_config.json": '{"tokenizer_class": "Mine"}'}, ""),
+        ({"tokenizer_config.json": "{}"}, ""),
+        ({"tokenizer_config.json": '{"tokenizer_class": "GPT2TokenizerFast"}'}, ""),
+        (
+            {"tokenizer_config.json": '{"tokenizer_class": "BertTokenizer"}'},
+            "tokenizer_config.json",
+        ),
+        ({"vocab.json": '{"<|endoftext|>": 50256, "Ġgazed": 3}'}, "vocab.json"),
+        ({"vocab.txt": "[PAD]\n[UNK]\n"}, "vocab.txt"),
+        ({"tokenizer.json": '{"model": {"vocab": [["a", -1.5]]}}'}, "tokenizer.json"),
+    ],
+)
+def test_one_line_says_that_a_folder_has_another_tokenizer_than_gpt2s(
+    tmp_path, capsys, files, word
+):
+    random_gpt2(vocab_size=50257, n_layer=1, n_embd=8).save_pretrained(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    capsys.readouterr()
+    assert load_model(str(tmp_path))[1]["tokenizer"] == "gpt2"
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(word)
+    assert all("meta.json" in line and word in line for line in lines)
+
+
+def test_one_line_says_that_a_vocabulary_is_too_small_for_gpt2s_tokenizer(tmp_path, capsys):
+    random_gpt2().save_pretrained(tmp_path)
+    capsys.readouterr()
+    load_model(str(tmp_path))
+    [line] = capsys.readouterr().err.splitlines()
+    assert "meta.json" in line
+    assert "301" in line
+
+
+def test_no_line_is_printed_if_a_meta_json_names_gpt2s_tokenizer(tmp_path, capsys):
+    random_gpt2().save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n")
+    (tmp_path / "meta.json").write_text('{"tokenizer": "gpt2"}')
+    capsys.readouterr()
+    load_model(str(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
 def test_weights_in_several_files_are_joined(tmp_path):
     theirs = random_gpt2()
     theirs.save_pretrained(tmp_path, max_shard_size="50KB")
