@@ -275,7 +275,9 @@ def _read_tensors(folder, prefix, embedding):
         if prefix + key in tensors:
             raise UserError(f"{folder} has both {key} and {prefix}{key}")
         tensors[prefix + key] = w.contiguous()
-    wte, head = tensors.get(prefix + embedding), tensors.pop(prefix + "lm_head.weight", None)
+    head = tensors.pop(prefix + "lm_head.weight", None)
+    # safetensors.torch.save_model keeps one of two tied weights: the first by name, the head.
+    wte = tensors.setdefault(prefix + embedding, head)
     if wte is None:
         raise UserError(f"{folder} has no model*.safetensors with {embedding}")
     if head is not None and not torch.equal(head, wte):

@@ -9,9 +9,18 @@ import shutil
 
 import pytest
 import torch
-from foreign import assert_equal_logits, change_tensors, load_error, random_gpt2, read_as_there
+from foreign import (
+    assert_equal_logits,
+    change_tensors,
+    load_error,
+    random_gpt2,
+    random_gpt_neo,
+    read_as_there,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_model
+from starcoder2 import starcoder2
 
 from common.pretrained import load_model
 
@@ -193,6 +202,22 @@ def test_a_type_of_float_is_read_as_in_transformers_and_others_are_refused(tmp_p
     else:
         assert PARTS[part] in load_error(tmp_path)
         assert dtype in load_error(tmp_path)
+
+
+@pytest.mark.parametrize("make", [random_gpt2, random_gpt_neo, lambda: starcoder2(2, 2, 32, 61)])
+def test_a_tied_head_without_its_embedding_is_read_as_in_transformers(tmp_path, make):
+    model = make()
+    model.config.save_pretrained(tmp_path)
+    (tmp_path / "meta.json").write_text('{"tokenizer": "byte", "vocab_size": 61}')
+    save_model(model, str(tmp_path / "model.safetensors"))
+    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
+    assert read_as_there(tmp_path)
+
+
+def test_a_file_of_which_some_names_have_the_prefix_is_read_as_in_transformers(tmp_path):
+    name = "ln_f.weight"
+    save_with(tmp_path, lambda tensors: tensors.update({name: tensors.pop(f"transformer.{name}")}))
+    assert read_as_there(tmp_path)
 
 
 def test_a_tensor_by_two_names_is_refused(tmp_path):
