@@ -98,11 +98,15 @@ def load_model(source, name=None, options=None):
 
 
 def _read_source(source):
+    path = Path(source)
+    if source in (*HUB, *HUB.values()) and path.exists():  # which transformers would read
+        raise UserError(f"{source} is a released model and a path: write ./{source}, or rename it")
     for name, repository in HUB.items():
         if source in (name, repository):
             return _read_transformers(_fetch(name))
-    path = Path(source)
     if path.is_file():
+        if path.suffix in (".safetensors", ".json", ".bin"):
+            raise UserError(f"{path} is one of a model's files: give its folder, {path.parent}")
         return _read_nanogpt(path)
     if not path.is_dir():
         cached = _cached_snapshot(source)
@@ -328,10 +332,11 @@ def _weight_files(folder):
         return _read_index(index)
     shards = {path.name for path in folder.iterdir() if SHARD.fullmatch(path.name)}
     if not shards:
-        raise UserError(
-            f"{folder} has no model.safetensors, and a pickle, such as pytorch_model.bin, is not "
-            'read: convert it by AutoModelForCausalLM.from_pretrained("OLD").save_pretrained("NEW")'
-        )
+        names = ", ".join(sorted(path.name for path in folder.iterdir())[:12])
+        advice = "get that file, or a version of the model that has it"
+        if any(folder.glob("pytorch_model*.bin")):
+            advice = 'use AutoModelForCausalLM.from_pretrained("OLD").save_pretrained("NEW")'
+        raise UserError(f"{folder} has no model.safetensors, only {names}: {advice}")
     total = max(SHARD.fullmatch(name)[1] for name in shards)
     complete = {f"model-{i:05d}-of-{total}.safetensors" for i in range(1, int(total) + 1)}
     for name in sorted(shards - complete):

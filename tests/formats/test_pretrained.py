@@ -161,6 +161,13 @@ def test_gpt2_by_name_or_repository_is_downloaded_once(served, hub):
     assert hub.downloads() == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["gpt2", GPT2])
+def test_the_name_of_a_released_model_that_is_a_folder_here_is_refused(served, name):
+    random_gpt2(n_layer=1).save_pretrained(name)
+    assert f"./{name}" in load_error(name)
+    assert load_model(f"./{name}")[0].config.n_layer == 1
+
+
 def save_in_cache(model, cache, repository):
     """Save a model as huggingface_hub keeps it: a snapshot of links, named by its commit."""
     folder = cache / f"models--{repository.replace('/', '--')}"

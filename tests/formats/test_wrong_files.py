@@ -102,6 +102,32 @@ def test_a_folder_with_a_pickle_only_is_refused_with_the_conversion(tmp_path):
     assert "save_pretrained" in message
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.fp16.safetensors",
+        "adapter_model.safetensors",
+        "x.gguf",
+        "pytorch_model.bin.incomplete",
+    ],
+)
+def test_a_folder_without_weights_is_refused_with_its_files_and_no_conversion(tmp_path, name):
+    save_single(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    message = load_error(tmp_path)
+    assert "no model.safetensors" in message
+    assert name in message
+    assert "save_pretrained" not in message
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_of_a_model_is_refused_with_its_folder(tmp_path, name):
+    save_single(tmp_path)
+    message = load_error(tmp_path / name)
+    assert "folder" in message
+    assert str(tmp_path) in message.replace(str(tmp_path / name), "")
+
+
 # Weights that are not finite ------------------------------------------------------------------
 
 WPE = "transformer.wpe.weight"
