@@ -21,8 +21,8 @@ from conftest import TEXT, arguments
 from documents import BLOCK
 from foreign import random_gpt2
 from notebook import streams_of_a_notebook
+from programs import OPTIONS
 from torch.distributed.run import get_args_parser
-from variants import MODELS
 
 import prepare_data
 import sample
@@ -89,20 +89,8 @@ def test_files_that_are_named_exist(name):
 
 def known_options():
     """Return the names of the options of all programs, of all models and of torchrun."""
-    configs = [
-        train.TrainConfig,
-        sample.SampleConfig,
-        prepare_data.PrepareConfig,
-        bench.BenchConfig,
-        study.StudyConfig,
-        look.LookConfig,
-        plot_loss.PlotConfig,
-        export.ExportConfig,
-        estimate_memory.EstimateConfig,
-    ]
-    configs += [train.model_module(model).GPTConfig for model in MODELS]
     known = set(OTHER_OPTIONS)
-    for config in configs:
+    for config in OPTIONS:
         known.update(option.name for option in dataclasses.fields(config))
     known.update(flag.lstrip("-") for flag in get_args_parser()._option_string_actions)
     return known

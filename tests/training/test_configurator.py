@@ -11,16 +11,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
+from programs import OPTIONS
 
-import prepare_data
 import sample
 import train
 from common.errors import OtherRankError, UserError, run_program
-from common.models import config_fields, model_module, model_names, models_with_option
+from common.models import config_fields, model_module, models_with_option
 from configurator import OTHER_NAMES, check_minimum, configure, configure_with_model
-from experiments import look, study
-from tools import estimate_memory, export, plot_loss
-from tools.bench import __main__ as bench
 
 ROOT = Path(__file__).parents[2]
 
@@ -507,21 +504,7 @@ def test_help_shows_the_comment_of_a_field_over_several_lines(capsys):
     assert "a text after" in third
 
 
-PROGRAMS = [
-    train.TrainConfig,
-    sample.SampleConfig,
-    prepare_data.PrepareConfig,
-    bench.BenchConfig,
-    study.StudyConfig,
-    look.LookConfig,
-    plot_loss.PlotConfig,
-    export.ExportConfig,
-    estimate_memory.EstimateConfig,
-    *(model_module(name).GPTConfig for name in model_names()),
-]
-
-
-@pytest.mark.parametrize("options", PROGRAMS, ids=lambda options: options.__module__)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options.__module__)
 def test_every_option_of_every_program_has_a_text_in_help(options, capsys):
     with pytest.raises(SystemExit):
         configure(options, ["--help"], "")

@@ -1,0 +1,22 @@
+"""The options of all programs and models."""
+
+import prepare_data
+import sample
+import train
+from common.models import model_module, model_names
+from experiments import look, study
+from tools import estimate_memory, export, plot_loss
+from tools.bench import __main__ as bench
+
+OPTIONS = [
+    train.TrainConfig,
+    sample.SampleConfig,
+    prepare_data.PrepareConfig,
+    bench.BenchConfig,
+    study.StudyConfig,
+    look.LookConfig,
+    plot_loss.PlotConfig,
+    export.ExportConfig,
+    estimate_memory.EstimateConfig,
+    *(model_module(name).GPTConfig for name in model_names()),
+]
