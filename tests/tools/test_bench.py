@@ -360,7 +360,7 @@ def varlen_by_brute_force(q, k, v, ends_q, ends_k, max_q, max_k, window_size):
 
 @pytest.mark.parametrize("window", [1, 3, 40])
 def test_the_flash_kernel_is_given_the_windows_of_the_model(monkeypatch, window):
-    monkeypatch.setattr(attention, "varlen_attn", varlen_by_brute_force)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_brute_force)
     q, k, v, gradient = attention.random_inputs(2, 20, CPU, torch.float32)
     results = []
     for attend in (attention.flash(window), attention.sliding(window)):
@@ -377,7 +377,7 @@ def test_a_step_with_the_flash_kernel_is_compared_with_the_models_own(tiny, monk
         calls.append(options["window_size"])
         return varlen_by_brute_force(*arguments, **options)
 
-    monkeypatch.setattr(attention, "varlen_attn", counting)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", counting)
     monkeypatch.setattr(attention, "STEP_MODEL", TINY_MODEL | {"block_size": 300})
     monkeypatch.setattr(attention, "STEP_BATCH", 2)
     row = attention.step_speed(CPU, seconds=0)

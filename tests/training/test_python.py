@@ -191,11 +191,12 @@ def test_a_cache_of_the_compiler_that_can_be_made_is_made(folder, monkeypatch, p
     assert Path(path).is_dir()
 
 
-def test_help_needs_no_cache_of_the_compiler(tmp_path):
+@pytest.mark.parametrize("program", [["train.py"], ["-m", "tools.bench"]])
+def test_help_needs_no_cache_of_the_compiler(program):
     completed = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--help"],
+        [sys.executable, *program, "--help"],
         env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{__file__}/cache"},
-        cwd=tmp_path,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from common.device import peak_memory, pick_dtype
 from common.models import model_module
@@ -66,6 +65,8 @@ def flash(window):
     torch.nn.attention.varlen takes sequences of any lengths, one after the other. Its
     window_size=(left, right) does not count the token itself.
     """
+    # Not imported at the top: it imports the compiler, which --help does not need.
+    from torch.nn.attention.varlen import varlen_attn
 
     def attend(q, k, v):
         B, H, T, D = q.shape
