@@ -242,8 +242,8 @@ def _doubt_tokenizer(folder, vocab_size):
     else:
         return ""
     return (
-        f"{folder} has no meta.json: its tokenizer is taken to be GPT-2's, although {reason}; with "
-        "a wrong one, samples make no sense"
+        f"warning: {folder} has no meta.json: its tokenizer is taken to be GPT-2's, although "
+        f"{reason}; with a wrong one, samples make no sense"
     )
 
 

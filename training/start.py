@@ -314,7 +314,7 @@ def identify_data(loader, config, start):
         for name in before | now:
             if before.get(name) != now.get(name):
                 difference = f"{name} was {before.get(name)}, is {now.get(name)}"
-                refuse_other_run(config.out_dir, f"{loader.folder}: {difference}")
+                refuse_other_run(config.out_dir, f"{loader.folder}/meta.json: {difference}")
     return data
 
 

@@ -328,6 +328,8 @@ def text_ids(path):
     try:
         if path.name.endswith(".gz"):
             content = gzip.decompress(content)
+        if b"\0" in content[:512]:  # a binary file
+            return None
         documents = [content.decode("utf-8-sig")]
         if ".jsonl" in path.name:
             lines = [line for line in content.split(b"\n") if line.strip()]
