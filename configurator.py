@@ -62,6 +62,13 @@ OTHER_NAMES = {
     "n_kv_heads": "n_kv_head is an option of model_gqa and model_rope_gqa_swa (--model)",
     "sliding_window": "window is an option of model_swa and model_rope_gqa_swa (--model)",
 }
+# Values of nanoGPT's options that the option of this name does not have.
+OTHER_VALUES = {
+    ("init_from", "resume"): (
+        "init_from=resume is not needed: the same command resumes a run, and sample.py takes the "
+        "run's directory, --init_from=out/NAME"
+    ),
+}
 
 
 def configure(options, argv, doc, positional=None):
@@ -95,6 +102,9 @@ def configure_with_model(options, argv, doc, model_config, hint, positional=None
     model_types = typing.get_type_hints(model_options) if model_options else {}
     if "--help" in argv or "-h" in argv:
         _print_help(doc, options, model_options)
+    for (name, value), answer in OTHER_VALUES.items():
+        if given.get(name) == value:
+            raise UserError(answer)
     known |= model_types
     unknown = [name for name in given if name not in known]
     if unknown:
@@ -193,11 +203,6 @@ def _convert_all(given, kinds):
 
 def _convert(name, annotation, value):
     """Return the value as the annotated type, or as one of its union; else raise UserError."""
-    if name == "init_from" and value == "resume":  # nanoGPT's
-        raise UserError(
-            "init_from=resume is not needed: the same command resumes a run, and sample.py takes "
-            "the run's directory, --init_from=out/NAME"
-        )
     if isinstance(value, str) and name in PATHS and value.startswith("~"):
         value = type(value)(os.path.expanduser(value))  # the shell leaves --out_dir=~/x alone
     is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)

@@ -101,14 +101,14 @@ class PrepareConfig:
 # Text -----------------------------------------------------------------------------------------
 
 
-def prepare_text(folder, made, paths, val_paths, field="text", separator=None):
+def prepare_text(folder, origin, paths, val_paths, field="text", separator=None):
     """Tokenize text files into folder/train.bin, val.bin and meta.json; return the meta.json.
 
-    made        what meta.json gets: "tokenizer", "source" and "val_fraction"
+    origin      entries of meta.json: "tokenizer", "source" and "val_fraction"
     val_paths   the files for validation; None: the last val_fraction of all tokens
     """
-    meta = {"tokenizer": made["tokenizer"]}
-    if made["tokenizer"] == "char":
+    meta = {"tokenizer": origin["tokenizer"]}
+    if origin["tokenizer"] == "char":
         meta["chars"] = find_chars([*paths, *(val_paths or [])], field, separator)
     tokenizer = get_tokenizer(meta)
     if tokenizer.n_vocab > 1 << 16:
@@ -126,20 +126,20 @@ def prepare_text(folder, made, paths, val_paths, field="text", separator=None):
             if val_paths:
                 write_tokens(val, val_paths)
             else:
-                split_tokens(train, val, made)
-        meta |= {"vocab_size": tokenizer.n_vocab} | made
+                split_tokens(train, val, origin)
+        meta |= {"vocab_size": tokenizer.n_vocab} | origin
         publish_parts(folder, parts, meta, tokenizer)
     return meta
 
 
-def split_tokens(train, val, made):
+def split_tokens(train, val, origin):
     """Move the last val_fraction of the tokens in the file `train` to the file `val`."""
-    total, val_fraction = train.tell() // 2, made["val_fraction"]
+    total, val_fraction = train.tell() // 2, origin["val_fraction"]
     n_train = int(total * (1 - val_fraction))
     n_val = total - n_train
     if min(n_train, n_val) < 2:
         raise UserError(
-            f"{made['source']} has {total} tokens: val_fraction={val_fraction} leaves {n_train} "
+            f"{origin['source']} has {total} tokens: val_fraction={val_fraction} leaves {n_train} "
             f"for training and {n_val} for validation, and each needs at least 2"
         )
     train.seek(2 * n_train)
@@ -421,23 +421,23 @@ def prepare(config, only_missing=False):
         raise UserError(f"val_fraction={val_fraction} must be above 0 and below 1")
 
     folder, source = Path("data", config.name), config.input or config.name
-    made = {"source": source, "tokenizer": tokenizer, "val_fraction": val_fraction}
+    origin = {"source": source, "tokenizer": tokenizer, "val_fraction": val_fraction}
     with lock_dataset(folder) as waited:
         if has_dataset(folder) and not config.overwrite:
             if not only_missing:
                 check_replaceable(folder, source)
             meta = read_meta(folder)
-            if only_missing or (waited and made.items() <= meta.items()):
+            if only_missing or (waited and origin.items() <= meta.items()):
                 return meta
         if is_fineweb:
             return prepare_fineweb(folder, config.shards, config.overwrite)
         if val_fraction is None:
             train, val = (hub.download(TINYSTORIES, name, "dataset") for name in TINYSTORIES_FILES)
-            return prepare_text(folder, made, [str(train)], [str(val)], separator=EOT)
+            return prepare_text(folder, origin, [str(train)], [str(val)], separator=EOT)
         paths = source_files(config)
         check_inputs(paths, config.field, config.separator)
         field = "text" if config.field is None else config.field
-        return prepare_text(folder, made, paths, None, field, config.separator)
+        return prepare_text(folder, origin, paths, None, field, config.separator)
 
 
 def check_unused(config, what, *names):

@@ -389,9 +389,8 @@ def train_loop(run):
         seconds = time.perf_counter() - begin
         run.metrics = step_report.measure(run.step + 1, numbers, seconds)
         run.step += 1
-        step_report.print(
-            run.step, run.metrics | numbers
-        )  # for JSON, measure() made infinities None
+        # The numbers again, because measure() made infinities None, for JSON.
+        step_report.print(run.step, run.metrics | numbers)
         stopping = finish_step(run)
 
 

@@ -186,7 +186,7 @@ def token_bytes(tokenizer):
 def cached_token_bytes(meta):
     """Return token_bytes of the tokenizer that a meta.json names; None if it is not available.
 
-    GPT-2's is not downloaded for this: a machine that trains may wait for a network in vain.
+    GPT-2's is not downloaded for this: a machine that trains may have no network.
     """
     cache = Path(tempfile.gettempdir(), "data-gym-cache")
     for variable in ("DATA_GYM_CACHE_DIR", "TIKTOKEN_CACHE_DIR"):  # the second has precedence

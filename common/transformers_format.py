@@ -394,8 +394,8 @@ def from_gpt_neo(tensors, theirs, folder):
     supported = {
         "intermediate_size": 4 * n_embd,
         "attention_types": all_local(shape["n_layer"]),
-        "attention_layers": ["local"]
-        * shape["n_layer"],  # if present, transformers uses it instead
+        # If present, transformers uses it instead of attention_types.
+        "attention_layers": ["local"] * shape["n_layer"],
     }
     # Without attention_types, GPT-Neo has a window in every second layer only.
     check_fields(folder, {"attention_types": None} | theirs, supported)

@@ -77,10 +77,9 @@ def check_model(model, config):
 
 def check_loss(run, loss):
     """Collective. End the run unless a forward pass with targets returned the loss alone."""
-    if not (isinstance(loss, torch.Tensor) and loss.dim() == 0):
-        kind = (
-            f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-        )
+    is_tensor = isinstance(loss, torch.Tensor)
+    if not is_tensor or loss.dim() > 0:
+        kind = f"shape {tuple(loss.shape)}" if is_tensor else type(loss).__name__
         run.group.exit(
             f"{run.config.model}.py: GPT.forward(idx, targets) must return the mean loss alone, a "
             f"tensor without dimensions, not {kind}"

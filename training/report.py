@@ -12,10 +12,13 @@ from common.device import device_name, is_out_of_memory, peak_flops, peak_memory
 from common.distributed import describe_lost_rank
 from common.errors import UserError
 from common.flops import mfu_flops_per_token
+from training.start import smaller_batch_size
 
 # Metrics that the functions below format or omit; describe_others prints all others by their names.
-OWN_FORMAT = "train_loss grad_norm lr tokens seconds tokens_per_second mfu memory_gb".split()
-OWN_FORMAT += ["val_loss", "val_bits_per_byte", "train_eval_loss"]
+OWN_FORMAT = (
+    *("train_loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second", "mfu"),
+    *("memory_gb", "val_loss", "val_bits_per_byte", "train_eval_loss"),
+)
 
 # Before the first step ------------------------------------------------------------------------
 
@@ -158,7 +161,7 @@ def log_step(run):
         try:
             run.track(run.step, {name: n for name, n in run.metrics.items() if n is not None})
         except Exception as error:  # each package raises its own types
-            warning = f"{run.config.tracker} failed ({error!r}); training goes on without it"
+            warning = f"{run.config.tracker} failed ({error!r}); training continues without it"
             print(f"warning: {warning}", file=sys.stderr)
             run.track = None
     return run_dir.append_log(run.out_dir, run.step, run.metrics)
@@ -231,9 +234,7 @@ def explain_error(error, config, run, world_size):
 
 def out_of_memory_advice(config, block_size, world_size=1):
     """Return what to do when memory ran out: a batch_size that keeps total_batch_size."""
-    sequences = config.total_batch_size // block_size // world_size  # per rank and step
-    largest = min(config.batch_size - 1, sequences)
-    smaller = next((n for n in range(largest, 0, -1) if sequences % n == 0), None)
+    smaller = smaller_batch_size(config, block_size, world_size)
     remedies = []
     if smaller:
         remedies.append(f"--batch_size={smaller} keeps total_batch_size={config.total_batch_size}")

@@ -152,10 +152,9 @@ def check_batch(config, block_size, world_size):
     lower = config.total_batch_size // tokens * tokens
     nearest = [str(n) for n in (lower, lower + tokens) if n > 0]
     remedy = f"the nearest is {' or '.join(nearest)}"
-    sequences, rest = divmod(config.total_batch_size, block_size * world_size)
-    if rest == 0 and sequences > 0:
-        batch_size = max(n for n in range(1, config.batch_size) if sequences % n == 0)
-        remedy = f"--batch_size={batch_size} keeps it; else {remedy}"
+    smaller = smaller_batch_size(config, block_size, world_size)
+    if smaller and config.total_batch_size % (block_size * world_size) == 0:
+        remedy = f"--batch_size={smaller} keeps it; else {remedy}"
     names = "batch_size x block_size"
     numbers = f"{config.batch_size} x {block_size}"
     if world_size > 1:
@@ -165,6 +164,13 @@ def check_batch(config, block_size, world_size):
         f"total_batch_size={config.total_batch_size} is not a multiple of {names} = "
         f"{numbers} = {tokens}: {remedy}"
     )
+
+
+def smaller_batch_size(config, block_size, world_size):
+    """Return the largest batch_size below config.batch_size that divides a step; None if none."""
+    sequences = config.total_batch_size // block_size // world_size  # per rank and step
+    largest = min(config.batch_size - 1, sequences)
+    return next((n for n in range(largest, 0, -1) if sequences % n == 0), None)
 
 
 # Resume or begin ------------------------------------------------------------------------------

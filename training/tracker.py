@@ -42,9 +42,8 @@ def open_wandb(run, options, stack):
     id_file.write_text(run_id)
 
     def finish(error_type, *_):  # "with session" would print the traceback as well
-        with contextlib.suppress(
-            Exception
-        ):  # the end of a run must not fail because of its tracker
+        # The end of a run must not fail because of its tracker.
+        with contextlib.suppress(Exception):
             session.finish(exit_code=int(error_type is not None))
 
     stack.push(finish)
