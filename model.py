@@ -204,16 +204,20 @@ class GPT(nn.Module):
             cache.pos = end
             x = x[:, -1:]  # sampling needs the last position only
         x = self.transformer.ln_f(x)
-        logits = self.head(x).float()  # (B, T or 1, V)
         if targets is None:
-            return logits
-        logits, targets = logits.flatten(0, 1), targets.flatten()
-        loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-        return loss / (targets != -1).sum().clamp(min=1)  # reduction="mean" is nan without targets
+            return self.head(x).float()  # (B, T or 1, V)
+        return self.loss(x, targets)
 
     def head(self, x):
         """Return the logits of the final hidden states x (B, T, C), by the matrix of wte."""
         return F.linear(x, self.transformer.wte.weight)
+
+    def loss(self, x, targets):
+        """Return the mean loss of the final hidden states x (B, T, C) for targets (B, T)."""
+        logits = self.head(x).float().flatten(0, 1)  # (BT, V)
+        targets = targets.flatten()  # (BT,)
+        loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        return loss / (targets != -1).sum().clamp(min=1)  # reduction="mean" is nan without targets
 
     def make_cache(self, batch_size, max_len=None):
         """Return an empty KVCache for max_len tokens (block_size if None), in the model's dtype."""
