@@ -28,6 +28,7 @@ ranks end with one message.
 
 import contextlib
 import dataclasses
+import gc
 import math
 import os
 import sys
@@ -137,8 +138,7 @@ class Run:
     loader: Loader
     model: torch.nn.Module  # the plain model, under FSDP with sharded parameters
     wrapped: torch.nn.Module  # DDP around the model; without DDP the model itself
-    forward: Callable  # forward(x, y) -> loss: `wrapped`, compiled or not
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None  # None with eval_only
     scaler: torch.amp.GradScaler  # scales the loss in float16; does nothing in other dtypes
     step: int  # optimizer steps taken; the next one uses global batch number `step`
     metrics: dict  # of the last step: its line in log.jsonl
@@ -156,6 +156,15 @@ class Run:
         enabled = self.dtype != torch.float32 and not self.config.fsdp
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
+    def zero_grad(self):
+        """Drop the gradients; under DDP zero them in place, so that they stay views of its buckets.
+
+        DDP keeps its buckets in any case. Gradients that are set to None would be allocated anew
+        beside them.
+        """
+        uses_ddp = self.wrapped is not self.model
+        self.optimizer.zero_grad(set_to_none=not uses_ddp)
+
 
 def setup(config, model_options, group, stack):
     """Collective. Return the Run: data, model and optimizer, new or resumed.
@@ -170,6 +179,8 @@ def setup(config, model_options, group, stack):
     with group.exit_together():
         check_options(config, model_options, group)
         device = pick_device(config.device, group.local_rank)
+        if device.type == "cpu":
+            keep_freed_memory()  # malloc keeps freed pages, which saves a quarter of a step
         dtype = pick_dtype(config.dtype, device)
         if group.local_rank in (None, 0):  # the first rank of each machine
             open_dataset(config.dataset)  # prepares a small dataset that is missing
@@ -203,7 +214,9 @@ def setup(config, model_options, group, stack):
         model.to_empty(device=device)  # load_checkpoint fills it, below
     else:
         parallel.load_initial_weights(model, start.weights, group, device)
-    optimizer = make_optimizer(model, config, dtype)  # Muon orthogonalizes in this dtype
+    optimizer = None
+    if not config.eval_only:
+        optimizer = make_optimizer(model, config, dtype)  # Muon orthogonalizes in this dtype
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, metrics = 0, {"tokens": 0, "seconds": 0.0}
     if start.checkpoint:
@@ -222,7 +235,6 @@ def setup(config, model_options, group, stack):
         loader=loader,
         model=model,
         wrapped=wrapped,
-        forward=wrapped,
         optimizer=optimizer,
         scaler=scaler,
         step=step,
@@ -256,7 +268,7 @@ def train_step(run):
         if micro_step > 0:  # before micro-step 0, finish_step has asked the ranks for a stop
             stopping = group.any_rank(run.stop.received)
             if stopping:
-                optimizer.zero_grad()  # drops the unfinished step
+                run.zero_grad()  # drops the unfinished step
                 return None
         # Each rank takes its own part. Together they are the same batch for any world size.
         first = run.step * step_sequences + micro_step * micro_sequences
@@ -269,7 +281,7 @@ def train_step(run):
         # Gradients add up over the micro-steps; the ranks average them in the last one.
         with parallel.gradient_sync(run.wrapped, enabled=micro_step == micro_steps - 1):
             with run.autocast():
-                micro_loss = run.forward(x, y) / micro_steps
+                micro_loss = run.wrapped(x, y) / micro_steps
             run.scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
 
@@ -280,16 +292,16 @@ def train_step(run):
     gradients = [p.grad for p in parameters if p.grad is not None]
     # Under FSDP the norm is a DTensor; its full tensor is the norm over all shards.
     grad_norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
+    loss = group.mean(loss)  # over the ranks; all have the same norm
     # The step's one CPU-GPU sync (in float16 with Muon, scaler.step is another).
-    loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()
-    loss_value = group.all_reduce([loss_value])[0] / group.world_size
+    loss_value, norm_value = torch.stack([loss, grad_norm.to(loss.dtype)]).tolist()
     check_finite(run, loss_value, norm_value)
     if config.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, grad_norm)
     set_learning_rates(optimizer, config, run.step)
     run.scaler.step(optimizer)
     run.scaler.update()
-    optimizer.zero_grad()
+    run.zero_grad()
     lr = learning_rate(config, run.step)
     return {"train_loss": loss_value, "grad_norm": norm_value, "lr": lr}
 
@@ -448,7 +460,7 @@ def mean_loss(run, split):
     config, group, loader = run.config, run.group, run.loader
     losses, counts = [], []  # of this rank's batches; counts of targets
     size = 0.0  # of this rank's targets in bytes
-    run.model.eval()  # the module inside run.forward
+    run.model.eval()  # the module inside run.wrapped
     # All ranks get the same number of batches, because under FSDP a forward pass is a collective.
     # The last batches are filled up with targets of -1. For a batch of only such targets the model
     # returns a loss of 0 (a plain mean would be NaN), and its count is 0.
@@ -462,7 +474,7 @@ def mean_loss(run, split):
         counts.append(int((y != -1).sum()))
         size += float(loader.token_bytes[y.numpy()].sum())
         with run.autocast():
-            losses.append(run.forward(to_device(x, run.device), to_device(y, run.device)))
+            losses.append(run.wrapped(to_device(x, run.device), to_device(y, run.device)))
         parallel.check_loss(run, losses[-1])
     run.model.train()
     losses = torch.stack(losses).tolist()  # waits for the device, once
@@ -513,6 +525,10 @@ def train(run):
     # A finished run (the last step is taken and evaluated) only writes its last log line again.
     if not report.is_finished(run):
         parallel.prepare_forward(run)
+    # Python's garbage collector would look through all objects of torch and of the model now and
+    # then: 0.2 s, in which the GPU waits, and with it all ranks. Frozen objects are left out.
+    gc.collect()
+    gc.freeze()
     try:
         train_loop(run)
     except OSError:  # for example: stdout is a closed pipe
@@ -521,6 +537,8 @@ def train(run):
         if group.world_size == 1:  # save is a collective; other ranks may be elsewhere
             save(run)
         raise
+    finally:
+        gc.unfreeze()
     report.print_end(run)
 
 
@@ -530,7 +548,6 @@ def main(argv):
     Can be called from Python, as in a notebook; the same call resumes an interrupted run.
     """
     config, model_options, group = read_options(TrainConfig, argv, __doc__)  # the ranks connect
-    keep_freed_memory()  # malloc keeps freed pages, which saves a quarter of a step on a CPU
     run = None
     try:
         with contextlib.ExitStack() as stack:
@@ -542,6 +559,7 @@ def main(argv):
         if user_error is None:
             raise
         raise user_error from error
+    group.destroy_at_exit()
 
 
 if __name__ == "__main__":

@@ -142,7 +142,8 @@ def set_precision(device, deterministic):
         torch.set_float32_matmul_precision("highest" if deterministic else "high")
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)  # also ends those of an earlier run
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging only, and slow
 
 
 def use_cudnn_attention(device, enabled):
@@ -153,6 +154,10 @@ def use_cudnn_attention(device, enabled):
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(enabled)
+        # A compiled graph calls one kernel, and the key of torch's cache of graphs does not tell
+        # which. This variable has the same effect as enabled=False.
+        deprioritized = os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED")
+        torch.compiler.config.cache_key_tag = f"cudnn_attention={enabled} {deprioritized}"
 
 
 def device_name(device):
@@ -215,5 +220,6 @@ def peak_flops(device, dtype):
 def is_out_of_memory(error):
     """Return whether an exception means that memory ran out; on MPS and CPU only its words do."""
     words = ("out of memory", "not enough memory", "can't allocate memory", "size calculation over")
+    words += ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
     is_known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return is_known or any(text in str(error) for text in words)

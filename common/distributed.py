@@ -65,7 +65,6 @@ class ProcessGroup:
         dist.init_process_group(
             backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout
         )
-        atexit.register(_destroy_process_group)
 
     def _warn_of_shared_store(self):
         """Print what several machines lose if torchrun lends its own store to the workers."""
@@ -104,6 +103,17 @@ class ProcessGroup:
         dist.all_reduce(numbers, op)
         return numbers.tolist()
 
+    def mean(self, tensor):
+        """Collective. Return the mean of the ranks' tensors, in float64, on their device.
+
+        A GPU does it in the order of its other work, and the CPU does not wait.
+        """
+        if self.world_size == 1:
+            return tensor
+        total = tensor.double()
+        dist.all_reduce(total)
+        return total / self.world_size
+
     def any_rank(self, flag):
         """Collective. Return whether the flag is true on at least one rank."""
         return bool(self.all_reduce([flag], dist.ReduceOp.MAX)[0])
@@ -140,6 +150,18 @@ class ProcessGroup:
             if text is not None:
                 self.exit(text)
 
+    # The end ----------------------------------------------------------------------------------
+
+    def destroy_at_exit(self):
+        """Destroy torch's process group when the process ends; all ranks must call it.
+
+        Without it, gloo sometimes aborts at exit. A rank that fails alone must not call it: nccl
+        waits for the other ranks, which wait for this one, and torchrun would not notice.
+        """
+        if self.launched:
+            atexit.unregister(_destroy_process_group)  # of an earlier run in this process
+            atexit.register(_destroy_process_group)
+
     # Output -----------------------------------------------------------------------------------
 
     def print(self, text):
@@ -152,6 +174,7 @@ class ProcessGroup:
 
         A program then exits with status 2 on every rank, and rank 0 prints the message.
         """
+        self.destroy_at_exit()
         if self.rank == 0:
             raise UserError(message)
         raise OtherRankError(message)
@@ -179,15 +202,16 @@ def _restart_count():
 
 
 def _destroy_process_group():
-    # At exit, gloo sometimes aborts if the group is not destroyed, or if it is destroyed while a
-    # DDP or FSDP model still exists. gc.collect() deletes a model in a reference cycle.
+    # gloo sometimes aborts if a DDP or FSDP model still exists. gc.collect() deletes a model in a
+    # reference cycle.
     gc.collect()
     dist.destroy_process_group()
 
 
 def describe_lost_rank(error):
     """Return the reason if an error means that another rank does not answer, else None."""
-    is_lost = isinstance(error, (dist.DistNetworkError, dist.DistStoreError))
+    types = (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError)  # the last by nccl
+    is_lost = isinstance(error, types)
     if not is_lost and "gloo" not in str(error):  # gloo raises a plain RuntimeError
         return None
     return _reason(error)

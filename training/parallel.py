@@ -10,15 +10,16 @@ gathers the parameters of one block at a time. docs/DISTRIBUTED.md compares them
 
 train.py calls the functions in this order:
 
-    prepare_blocks          check the model; activation checkpointing; with FSDP: compile, shard
+    prepare_blocks          check the model; activation checkpointing; with FSDP: shard
     load_initial_weights    in a new run; else a checkpoint is loaded, with the optimizer state
     wrap_ddp                without FSDP
-    prepare_forward         without FSDP: compile; with DDP: settle its gradient buckets
+    prepare_forward         compile; with DDP: settle its gradient buckets
     gradient_sync           around each micro-step
 """
 
 import contextlib
 import sys
+from dataclasses import replace
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -30,6 +31,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from common.cpu import use_float32_attention, wants_float32_attention
 from common.device import is_out_of_memory, to_device
 from common.errors import UserError
+from common.models import model_module
 from training.optimizer import hidden_matrices
 
 # Before the weights ---------------------------------------------------------------------------
@@ -100,30 +102,28 @@ def check_gradients(run):
 
 
 def prepare_blocks(model, config, group, device, dtype):
-    """Apply activation checkpointing and, with FSDP, compilation and sharding, in place.
+    """Wrap the blocks' forward passes and, with FSDP, shard the model, in place.
 
     config   train.py's options
     group    the ProcessGroup
     dtype    of the computation
 
-    The model may be on the meta device. Without FSDP it is compiled later, by compile_forward.
+    The model may be on the meta device.
     """
     with group.exit_together():
         check_model(model, config)
-    if wants_float32_attention(device, dtype):  # faster, on many CPUs in bfloat16
-        for block in model.transformer.h:
+    wrap_blocks(model, config, device, dtype)
+    if config.fsdp:
+        shard_model(model, group, device, dtype, config.shard_degree)
+
+
+def wrap_blocks(model, config, device, dtype):
+    """Let the blocks compute attention in float32 and drop activations, as the run needs it."""
+    for block in model.transformer.h:
+        if wants_float32_attention(device, dtype):  # faster, on many CPUs in bfloat16
             use_float32_attention(block)
-    if config.activation_checkpointing:
-        for block in model.transformer.h:
+        if config.activation_checkpointing:
             checkpoint_activations(block)
-    if not config.fsdp:
-        return
-    if uses_compile(config, device):
-        # Block by block: the all-gathers between the blocks cannot be part of a graph.
-        print_compiling(group)
-        for block in model.transformer.h:
-            block.compile()
-    shard_model(model, group, device, dtype, config.shard_degree)
 
 
 def checkpoint_activations(block):
@@ -191,7 +191,7 @@ def wrap_ddp(model, device):
     """Collective. Broadcast rank 0's weights; return DDP around the model (Li et al. 2020).
 
     DDP averages the ranks' gradients. They are views of its communication buckets, which saves a
-    second copy of the gradients.
+    second copy of the gradients, as long as they are not set to None (Run.zero_grad).
     """
     device_ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
@@ -205,46 +205,76 @@ def uses_compile(config, device):
     return config.compile is True or (config.compile == "auto" and device.type == "cuda")
 
 
-def print_compiling(group):
-    group.print("compiling, which takes about a minute (--compile=False skips it)")
-
-
 def prepare_forward(run):
-    """Collective. Compile run.forward and settle DDP's buckets, where the run has them.
+    """Collective. Compile the model, and settle DDP's buckets, where the run has them.
 
     run   a Run of train.py
     """
-    if uses_compile(run.config, run.device) and not run.config.fsdp:
-        compile_forward(run)
+    if uses_compile(run.config, run.device):
+        compile_model(run)
     if isinstance(run.wrapped, DistributedDataParallel):
         settle_ddp_buckets(run)
 
 
-def compile_forward(run):
-    """Collective. Compile run.forward; leave it uncompiled on all ranks if that fails on one."""
-    print_compiling(run.group)
-    # The shapes of a run are fixed. Without dynamic=False torch would switch to dynamic shapes in a
-    # process that has compiled a run of other shapes before.
-    compiled = torch.compile(run.wrapped, dynamic=False)
+def compile_model(run):
+    """Collective. Compile each block and the loss; leave all uncompiled if that fails on one rank.
+
+    DDP, and FSDP's hooks around the blocks, are not part of a graph: the graphs of all modes are
+    the same. The blocks share one.
+    """
+    run.group.print("compiling, which takes about a minute (--compile=False skips it)")
     x, y = first_batch(run)
-    failure = None
+    failure, parts = None, []
     try:
-        # Without gradient sync: a rank on which compiling fails must not leave the others waiting.
-        with gradient_sync(run.wrapped, enabled=False):
-            forward_and_backward(run, compiled, x, y)
+        # The trial calls no collective: a rank on which it fails must not leave the others waiting.
+        # So under FSDP it is made with another model.
+        model = one_layer_model(run) if run.config.fsdp else run.model
+        parts = compile_parts(model)
+        forward_and_backward(run, model, x, y)
+        model.eval()
+        with torch.no_grad(), run.autocast():
+            model(x, y)  # evaluations have a graph of their own
     except UserError:  # of check_loss, which fails on all ranks together
         raise
     except Exception as error:  # each backend raises its own exception types
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
             raise
         reason = " ".join(str(error).split())[:300]
         failure = f"{type(error).__name__}: {reason}"
+    run.model.train()
     run.optimizer.zero_grad()
     failures = [text for text in run.group.all_gather(failure) if text is not None]
-    if not failures:
-        run.forward = compiled  # checkpoints keep using run.model, whose names have no prefix
-    elif run.group.rank == 0:
-        print(f"warning: training uncompiled, torch.compile failed: {failures[0]}", file=sys.stderr)
+    if failures:
+        for owner, name, function in parts:
+            setattr(owner, name, function)
+        if run.group.rank == 0:
+            reason = failures[0]
+            print(f"warning: training uncompiled, torch.compile failed: {reason}", file=sys.stderr)
+    elif run.config.fsdp:
+        compile_parts(run.model)
+
+
+def compile_parts(model):
+    """Compile each block and the loss of a model, in place.
+
+    Returns [(owner, name, function before)]. A model of your own may have no method `loss`.
+    """
+    parts = [(block, "forward", block.forward) for block in model.transformer.h]
+    if hasattr(model, "loss"):
+        parts.append((model, "loss", model.loss))
+    for owner, name, function in parts:
+        # The shapes of a run are fixed. Without dynamic=False torch would switch to dynamic shapes
+        # in a process that has compiled a run of other shapes before.
+        setattr(owner, name, torch.compile(function, dynamic=False))
+    return parts
+
+
+def one_layer_model(run):
+    """Return an unsharded model on the device with the first block of run.model, of any values."""
+    with torch.device("meta"):
+        model = model_module(run.config.model).GPT(replace(run.model.config, n_layer=1))
+    wrap_blocks(model, run.config, run.device, run.dtype)
+    return model.to(run.dtype).to_empty(device=run.device)
 
 
 def settle_ddp_buckets(run):
@@ -254,9 +284,9 @@ def settle_ddp_buckets(run):
     decides the order in which three or more ranks sum their gradients, and so the last bits. After
     this extra pass every step of a run, new or resumed, uses the final arrangement.
     """
-    forward_and_backward(run, run.forward, *first_batch(run))
+    forward_and_backward(run, run.wrapped, *first_batch(run))
     check_gradients(run)
-    run.optimizer.zero_grad()
+    run.zero_grad()
 
 
 def first_batch(run):

@@ -215,8 +215,8 @@ def explain_error(error, config, run, world_size):
     # Not imported at the top: Dynamo takes a second to import, which --help would pay too.
     from torch._dynamo.exc import TorchDynamoException
 
-    # Without FSDP, compile_forward catches it, and the run continues uncompiled.
-    if config.fsdp and isinstance(error, TorchDynamoException):
+    # Of a graph that compile_model has not tried. If the trial fails, the run continues uncompiled.
+    if isinstance(error, TorchDynamoException):
         name = type(error).__name__
         return UserError(f"torch.compile failed ({name}): --compile=False trains without it")
     lost_rank = describe_lost_rank(error)

@@ -45,7 +45,7 @@ def spoiled(what, value, step, rank=0):
     train_loop, train_step = train.train_loop, train.train_step
 
     def spoiled_loop(run):
-        forward = run.forward
+        forward = run.wrapped.forward
 
         def spoiled_forward(x, y):
             loss = forward(x, y)
@@ -58,7 +58,7 @@ def spoiled(what, value, step, rank=0):
                 loss = loss + value
             return loss
 
-        run.forward = spoiled_forward
+        run.wrapped.forward = spoiled_forward
         train_loop(run)
 
     def spoiled_step(run):
