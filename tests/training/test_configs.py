@@ -36,6 +36,17 @@ def test_a_fineweb_config_evaluates_the_tokens_of_the_leaderboards(name):
     assert OPTIONS[name]["eval_tokens"] == prepare_data.FINEWEB_VAL_TOKENS == 10 * 2**20
 
 
+@pytest.mark.parametrize("name", ["small_gpu", "large_gpu"])
+def test_a_config_for_a_size_of_gpus_changes_results_by_rounding_only(name):
+    assert OPTIONS[name].keys() <= {"batch_size", "activation_checkpointing"}
+
+
+@pytest.mark.parametrize("base", ["gpt2", "gpt2_rope_5b", *(f"gpt2_{name}" for name in VARIANTS)])
+def test_large_gpu_makes_a_step_one_micro_step_on_8_gpus(base):
+    sequences = OPTIONS[base]["total_batch_size"] / 1024
+    assert sequences / OPTIONS["large_gpu"]["batch_size"] == 8
+
+
 def test_50_shards_are_enough_text_for_one_epoch_of_gpt2_rope_5b():
     options = OPTIONS["gpt2_rope_5b"]
     sequences = options["max_steps"] * options["total_batch_size"] // 1024
