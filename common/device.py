@@ -17,8 +17,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 # RTX of float16. The names are regular expressions that must match the whole device name.
 PEAK_TFLOPS = {
     # Data center
-    "NVIDIA GB200": 2500,
-    "NVIDIA B200": 2250,
+    "NVIDIA (GB200|GB300)": 2500,
+    "NVIDIA (B200|B300 SXM6 AC)": 2250,
     "NVIDIA (GH200.*|H200|H100 80GB HBM3|H800)": 989,
     "NVIDIA H200 NVL|NVIDIA H100 NVL": 835,
     "NVIDIA H100 PCIe": 756,
@@ -36,6 +36,8 @@ PEAK_TFLOPS = {
     "Tesla V100-PCIE.*": 112,
     "Tesla T4": 65,
     # Workstations
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 504,
+    "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition": 439,
     "NVIDIA RTX 6000 Ada Generation": 364,
     "NVIDIA RTX A6000": 155,
     "NVIDIA RTX A5000": 111,
