@@ -298,8 +298,8 @@ class GPT(nn.Module):
 
 # SWA, an optimization: attention in blocks ----------------------------------------------------
 #
-# A first reading can skip the rest of this file. model_swa.py explains the blocks. The constants
-# were measured on a CPU by python -m tools.bench attention.
+# A first reading can skip the rest of this file. model_swa.py explains the blocks, and what to
+# expect of them on a GPU. The constants were measured on a CPU by python -m tools.bench attention.
 MIN_BLOCK, MAX_BLOCK = 64, 256  # a block has as many queries as the window, within these bounds
 MAX_DENSE_QUERIES = 256  # with more queries, blocks are faster than attend_dense
 

@@ -6,6 +6,10 @@
 All samples form one batch. One prefill processes the prompt for all of them; after that each new
 token costs one forward pass over that token alone, thanks to the KV cache. Text goes to stdout, all
 else to stderr. A single sample is printed while it is generated.
+
+On a GPU, one sample is expected to wait for kernel launches, not for memory: a token of GPT-2 124M
+takes about 200 of them, and 400 with RoPE, whether one sample or ten are generated (counted, not
+timed). So tokens per second should grow with --num_samples.
 """
 
 import os
