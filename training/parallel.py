@@ -262,6 +262,10 @@ def compile_parts(model):
     parts = [(block, "forward", block.forward) for block in model.transformer.h]
     if hasattr(model, "loss"):
         parts.append((model, "loss", model.loss))
+    # The blocks share a graph, unless they differ: then each has one for training and one for
+    # evaluation, and under FSDP the trial as many. By default torch stops compiling after 8.
+    limit = max(torch.compiler.config.recompile_limit, 4 * len(parts))
+    torch.compiler.config.recompile_limit = limit
     for owner, name, function in parts:
         # The shapes of a run are fixed. Without dynamic=False torch would switch to dynamic shapes
         # in a process that has compiled a run of other shapes before.

@@ -215,21 +215,21 @@ def explain_error(error, config, run, world_size):
     # Not imported at the top: Dynamo takes a second to import, which --help would pay too.
     from torch._dynamo.exc import TorchDynamoException
 
-    # Of a graph that compile_model has not tried. If the trial fails, the run continues uncompiled.
-    if isinstance(error, TorchDynamoException):
-        name = type(error).__name__
-        return UserError(f"torch.compile failed ({name}): --compile=False trains without it")
     lost_rank = describe_lost_rank(error)
     if lost_rank is not None:
         return UserError(
             f"another rank does not answer ({lost_rank}): the same command, without --overwrite, "
             "resumes the run"
         )
-    if not is_out_of_memory(error):
-        return None
-    if run is None:
-        return UserError("out of memory: the model alone does not fit on the device")
-    return UserError(out_of_memory_advice(config, run.loader.block_size, world_size))
+    if is_out_of_memory(error):
+        if run is None:
+            return UserError("out of memory: the model alone does not fit on the device")
+        return UserError(out_of_memory_advice(config, run.loader.block_size, world_size))
+    # Of a graph that compile_model has not tried. If the trial fails, the run continues uncompiled.
+    if isinstance(error, TorchDynamoException):
+        name = type(error).__name__
+        return UserError(f"torch.compile failed ({name}): --compile=False trains without it")
+    return None
 
 
 def out_of_memory_advice(config, block_size, world_size=1):

@@ -15,6 +15,7 @@ A JSON file is a list of runs. A run has these keys, all but argv optional:
     measure_bytes  true: the bytes of tensors are recorded
     spoil          {"what", "value", "step", "rank"}: arguments of spoiled() of spoiled.py
     unused         shape of a parameter `unused` that each block of model.py gets and does not use
+    no_compiler    ranks on which torch.compile fails; on the others it runs the graphs as they are
 
 FILE.RANK then holds the list of what the rank recorded, for each run:
 
@@ -22,6 +23,8 @@ FILE.RANK then holds the list of what the rank recorded, for each run:
     sequences      for each step the sequences that the rank read
     step_bytes     the bytes of all its tensors before each optimizer step
     saving_bytes   the same while it saved a checkpoint
+    kept_bytes     the bytes of the gradients that it keeps from one step to the next, for each step
+    graphs         the number of graphs that it has compiled
     digests        of its weights and optimizer state, before and after the spoiled step
 """
 
@@ -64,6 +67,30 @@ def tensor_bytes():
     return sum(storages.values())
 
 
+def gradient_bytes(gpt):
+    """Return the bytes of a model's gradients: each storage once."""
+    storages = {}
+    for p in gpt.parameters():
+        if p.grad is not None:
+            gradient = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
+            storage = gradient.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def compiler(fails, record):
+    """Return a torch.compile that counts graphs and runs them as they are, or fails."""
+    torch_compile = torch.compile
+
+    def backend(graph, inputs):
+        if fails:
+            raise RuntimeError("no compiler")
+        record["graphs"] += 1
+        return graph.forward
+
+    return lambda function, **options: torch_compile(function, backend=backend, **options)
+
+
 def with_unused_parameter(init, shape):
     """Return a Block's __init__ that adds a parameter to what `init` does."""
 
@@ -80,7 +107,7 @@ def do_run(run):
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     sends_signal = run.get("rank") == rank and restarts == run.get("restarts", 0)
     measures_bytes = run.get("measure_bytes", False)
-    record = {"sequences": [], "step_bytes": [], "saving_bytes": []}
+    record = {"sequences": [], "step_bytes": [], "saving_bytes": [], "kept_bytes": [], "graphs": 0}
     train_batch = Loader.train_batch
     train_step = train.train_step
     dcp_save = checkpoint.dcp.save
@@ -92,6 +119,7 @@ def do_run(run):
 
     def recording_train_step(state):
         record["sequences"].append([])
+        record["kept_bytes"].append(gradient_bytes(state.model))
         if sends_signal and state.step == run.get("step"):
             signal.raise_signal(getattr(signal, run["signal"]))
         return train_step(state)
@@ -118,6 +146,10 @@ def do_run(run):
     checkpoint.dcp.save = recording_save
     hook = register_optimizer_step_pre_hook(record_step_bytes)
     spoil = spoiled(**run["spoil"]) if "spoil" in run else contextlib.nullcontext()
+    torch_compile = torch.compile
+    if "no_compiler" in run:
+        torch._dynamo.reset()
+        torch.compile = compiler(rank in run["no_compiler"], record)
     init = model.Block.__init__
     if "unused" in run:
         model.Block.__init__ = with_unused_parameter(init, run["unused"])
@@ -131,6 +163,7 @@ def do_run(run):
         record["status"] = stopped.code
     hook.remove()
     model.Block.__init__ = init
+    torch.compile = torch_compile
     checkpoint.dcp.save = dcp_save
     train.train_step = train_step
     Loader.train_batch = train_batch
@@ -141,6 +174,7 @@ def do_run(run):
 def run_rank(path):
     """Do the runs of a file as the rank that the environment names."""
     gc.freeze()  # excludes the objects of the imported modules, so that collecting garbage is quick
+    gc.freeze = gc.unfreeze = lambda: None  # train.py would unfreeze them, too
     if hasattr(os, "SCHED_BATCH"):  # ranks that outnumber the cores then interrupt each other less
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     records = [do_run(run) for run in json.loads(Path(path).read_text())]

@@ -23,16 +23,37 @@ from training import report
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
+@pytest.fixture
+def attention_switches():
+    """Restore what use_cudnn_attention sets."""
+    enabled, tag = torch.backends.cuda.cudnn_sdp_enabled(), torch.compiler.config.cache_key_tag
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(enabled)
+    torch.compiler.config.cache_key_tag = tag
+
+
 @pytest.mark.parametrize(
     ("device", "enabled", "expected"),
     [("cuda", False, False), ("cuda", True, True), ("cpu", False, True)],
 )
-def test_attention_of_cudnn_is_switched_for_cuda_only(device, enabled, expected):
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+def test_attention_of_cudnn_is_switched_for_cuda_only(
+    attention_switches, device, enabled, expected
+):
     torch.backends.cuda.enable_cudnn_sdp(device == "cpu")
     use_cudnn_attention(torch.device(device), enabled)
     assert torch.backends.cuda.cudnn_sdp_enabled() == expected
-    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_compiled_graphs_with_and_without_attention_of_cudnn_are_cached_apart(
+    monkeypatch, attention_switches
+):
+    """torch's cache knows neither the switch nor the variable: this tag is part of its key."""
+    tags = set()
+    for enabled, variable in ((True, "0"), (False, "0"), (True, "1")):
+        monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", variable)
+        use_cudnn_attention(torch.device("cuda"), enabled)
+        tags.add(torch.compiler.config.cache_key_tag)
+    assert len(tags) == 3
 
 
 @pytest.mark.parametrize("name, index", [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
@@ -99,6 +120,17 @@ def test_an_allocation_that_a_cpu_cannot_make_is_out_of_memory():
     with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 55)
     assert is_out_of_memory(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_a_library_of_cuda_that_gets_no_memory_is_out_of_memory(text):
+    assert is_out_of_memory(RuntimeError(text))
 
 
 def test_cuda_out_of_memory_is_out_of_memory():
@@ -181,3 +213,11 @@ def test_float32_products_stay_as_they_are_on_a_cpu(monkeypatch, deterministic):
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
     set_precision(torch.device("cpu"), deterministic)
     assert chosen == []
+
+
+def test_deterministic_algorithms_end_with_the_run_that_asked_for_them():
+    set_precision(torch.device("cpu"), deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    set_precision(torch.device("cpu"), deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -418,6 +418,15 @@ def test_fsdp_needs_at_most_0_55_of_the_memory_of_ddp_after_the_last_backward(re
     assert memory_per_rank(records, "fsdp2") < 0.55 * memory_per_rank(records, "ddp2")
 
 
+@pytest.mark.parametrize("mode", ["ddp2", "ddp4"])
+def test_the_gradients_of_ddp_stay_in_its_buckets_from_step_to_step(launches, records, mode):
+    """Between the steps they are zero, and have no memory of their own."""
+    model, _ = load_model(f"out/wide-{mode}-model")
+    expected = sum(p.nbytes for p in model.parameters())
+    for record in records[f"wide-{mode}"]:
+        assert set(record["kept_bytes"]) == {expected}
+
+
 @pytest.mark.parametrize("mode", ["ddp2", "fsdp2", "fsdp4"])
 def test_saving_needs_no_more_memory_than_the_step_before_it(records, mode):
     for record in records[f"wide-{mode}"]:  # a save needs no gradients, a step does

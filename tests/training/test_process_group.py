@@ -6,9 +6,13 @@ Runs in several processes are in test_distributed.py and test_launches.py.
 import socket
 
 import pytest
+import torch
 import torch.distributed as dist
+from conftest import arguments
+from spoiled import spoiled
 
-from common.distributed import ProcessGroup
+import train
+from common.distributed import ProcessGroup, describe_lost_rank
 from common.errors import UserError
 
 
@@ -120,3 +124,42 @@ def test_rank_0_of_several_machines_warns_without_the_variable(
     environment(WORLD_SIZE="2", **variables)
     ProcessGroup(timeout=1)
     assert (VARIABLE in capsys.readouterr().err) == warns
+
+
+# The end --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def destroyed(monkeypatch):
+    """Return a list that gets an entry when a run asks to destroy the process group."""
+    calls = []
+    monkeypatch.setattr(ProcessGroup, "destroy_at_exit", lambda group: calls.append(group))
+    return calls
+
+
+def test_a_run_that_ends_well_destroys_the_process_group(workdir, destroyed):
+    train.main(arguments(max_steps=1))
+    assert len(destroyed) == 1
+
+
+def test_an_error_that_all_ranks_agree_on_destroys_the_process_group(workdir, destroyed):
+    with spoiled("loss", "nan", 0), pytest.raises(UserError):
+        train.main(arguments(max_steps=1))
+    assert len(destroyed) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), torch.OutOfMemoryError("no memory")])
+def test_an_error_of_one_rank_does_not_wait_for_the_others(workdir, destroyed, monkeypatch, error):
+    def failing_step(run):
+        raise error
+
+    monkeypatch.setattr(train, "train_step", failing_step)
+    with pytest.raises((RuntimeError, UserError)):
+        train.main(arguments(max_steps=1))
+    assert destroyed == []
+
+
+@pytest.mark.parametrize("kind", [dist.DistBackendError, dist.DistNetworkError])
+def test_an_error_of_nccl_or_of_the_network_is_a_lost_rank(kind):
+    error = kind("NCCL communicator was aborted on rank 0. More\nlines")
+    assert describe_lost_rank(error) == "NCCL communicator was aborted on rank 0"

@@ -283,3 +283,39 @@ def test_a_program_refuses_an_option_in_one_line_with_status_2(tmp_path):
     assert completed.stdout == ""
     assert completed.stderr.startswith("error: ") and completed.stderr.count("\n") == 1
     assert "color" in completed.stderr
+
+
+# One run after another in a process -----------------------------------------------------------
+
+TWO_RUNS = """
+import functools, gc, sys, weakref
+import torch
+import train
+
+torch.compile = functools.partial(torch.compile, backend="eager")  # needs no C++ compiler
+argv, models, frozen = sys.argv[1:], [], []
+train_step = train.train_step
+
+def watched_step(run):
+    models.append(weakref.ref(run.model))
+    frozen.append(gc.get_freeze_count())
+    return train_step(run)
+
+train.train_step = watched_step
+for compiles in (False, True):
+    for name in ("first", "second"):
+        train.main([*argv, f"--out_dir=out/{name}{compiles}", f"--compile={compiles}"])
+        assert gc.get_freeze_count() == 0
+gc.collect()
+assert len(models) == 8 and min(frozen) > 10_000, (len(models), frozen)
+print("alive:", sum(model() is not None for model in models))
+"""
+
+
+def test_a_run_leaves_no_model_in_memory_and_no_object_frozen(workdir):
+    argv = arguments(max_steps=2, eval_interval=2, out_dir=None)
+    command = [sys.executable, "-c", TWO_RUNS, *argv]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "alive: 0"

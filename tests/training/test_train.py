@@ -537,6 +537,14 @@ def test_a_run_can_start_from_the_best_weights_of_another(tiny_run, workdir):
     assert read_log(workdir / "out/next")[0]["val_loss"] == best_loss
 
 
+def test_eval_only_makes_no_optimizer(tiny_run, monkeypatch):
+    def no_optimizer(*args):
+        raise AssertionError("not needed")
+
+    monkeypatch.setattr(train, "make_optimizer", no_optimizer)
+    train.main(arguments(eval_only=True))
+
+
 def test_eval_only_prints_the_loss_of_the_run_and_writes_nothing(tiny_run, capsys):
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
     train.main(arguments(eval_only=True))
