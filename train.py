@@ -1,7 +1,7 @@
 """Train a GPT: one loop for one CPU or GPU, and for several processes with DDP or FSDP.
 
     python train.py config/quickstart.py                a minute on two CPU cores, no download
-    python train.py config/gpt2.py config/small_gpu.py  GPT-2 124M on FineWeb, a GPU of 8 to 16 GB
+    python train.py config/gpt2.py config/small_gpu.py  GPT-2 124M on FineWeb, a small GPU
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py               8 GPUs, DDP
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py --fsdp=True   8 GPUs, FSDP
     python train.py config/quickstart.py --model=model_mine --n_layer=4
