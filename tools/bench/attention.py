@@ -18,7 +18,7 @@ from tools.bench.limits import matmul_rates
 from tools.bench.runs import open_run, step_options, take_step
 from tools.bench.sizes import dtype_name
 from tools.results.turns import compare, milliseconds, ratio, run_in_new_process, stopwatch
-from training.parallel import compile_forward
+from training.parallel import compile_model
 
 N_HEAD, HEAD_DIM = 12, 64
 LONGEST_DENSE = 1024  # a dense mask beyond this many tokens takes too long
@@ -179,7 +179,7 @@ def step_speed(device, seconds):
                 for block in run.model.transformer.h:
                     block.attn.attend = flash(block.attn.window)
             if device.type == "cuda":
-                compile_forward(run)
+                compile_model(run)
             contestants[name] = stopwatch(device, take_step, run)
         times = compare(seconds, contestants)
     row = {"dtype": dtype_name(dtype), "batch": STEP_BATCH, "T": STEP_MODEL["block_size"]}

@@ -17,6 +17,7 @@ from common.device import keep_freed_memory, pick_dtype
 from tools.bench.limits import matmul_rates, products_flops
 from tools.bench.runs import open_run, step_options, take_step
 from tools.results.turns import Budget, milliseconds, run_in_new_process, stopwatch, time_turns
+from training import parallel
 
 
 @dataclass
@@ -92,19 +93,17 @@ def apply_process_settings(settings, device):
 
 
 def fused_loss(model):
-    """Return a forward pass whose loss is F.linear_cross_entropy: it never has all logits."""
-    model.head = lambda x: x  # the model returns its final hidden states
+    """Return a loss(x, targets) by F.linear_cross_entropy, which never has all logits."""
 
-    def forward(idx, targets):
-        hidden = model(idx).flatten(0, 1)
-        weight = model.transformer.wte.weight
+    def loss(x, targets):
+        hidden, weight = x.flatten(0, 1), model.transformer.wte.weight
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         chunks = torch.nn.LinearCrossEntropyOptions()
         return F.linear_cross_entropy(hidden, weight, targets.flatten(), options=chunks)
 
-    return forward
+    return loss
 
 
 def apply_settings(settings, run):
@@ -117,9 +116,9 @@ def apply_settings(settings, run):
         for block in run.model.transformer.h:
             use_float32_attention(block, run.loader.block_size)
     if settings.fused_loss:
-        run.forward = fused_loss(run.model)
+        run.model.loss = fused_loss(run.model)
     if settings.compile:
-        run.forward = torch.compile(run.forward)
+        parallel.compile_model(run)
 
 
 def measure_rung(settings, model_options, device, steps):

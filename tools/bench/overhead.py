@@ -107,8 +107,8 @@ class Clock:
 
 
 def forward_and_wait(run, clock):
-    """Return run.forward, which in an evaluation waits for the device and is timed."""
-    forward = run.forward
+    """Return run.wrapped, which in an evaluation waits for the device and is timed."""
+    forward = run.wrapped
 
     def finish(*inputs):
         loss = forward(*inputs)
@@ -151,7 +151,7 @@ def time_run(short, bench):
     with open_run(model_options, **changed) as run:
         train.train_step(run)  # allocates the optimizer's state; not counted as a step
         run.out_dir.mkdir(exist_ok=True)
-        run.forward = forward_and_wait(run, clock)
+        run.wrapped = forward_and_wait(run, clock)
         with clock.around(IN_STEP | IN_LOOP), contextlib.redirect_stdout(io.StringIO()):
             start = time.perf_counter()
             train.train_loop(run)

@@ -28,7 +28,7 @@ def write_random_dataset(folder, vocab_size):
 
 @contextmanager
 def open_run(model_options, **options):
-    """Give a Run of train.py in a `with` block, compiled where train.py compiles.
+    """Give a Run of train.py in a `with` block, prepared for its first step as by train.py.
 
     model_options   of GPTConfig
     options         of TrainConfig; without a dataset it trains on random tokens
@@ -41,8 +41,7 @@ def open_run(model_options, **options):
             options["dataset"] = str(folder / "data")
         config = train.TrainConfig(**options, out_dir=str(folder / "out"))
         run = train.setup(config, model_options, ProcessGroup(timeout=60), stack)
-        if parallel.uses_compile(config, run.device):
-            parallel.compile_forward(run)
+        parallel.prepare_forward(run)
         yield run
 
 
