@@ -6,6 +6,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.dataloader import Loader
 from common.errors import UserError
+from common.flops import mfu_flops_per_token
 from common.models import model_module
 from tools.bench import __main__ as bench
 from tools.bench import attention, ladder, limits, overhead, sampling, training
@@ -229,6 +231,7 @@ def test_a_step_of_nanogpt_takes_the_times_that_it_prints_after_the_first(tiny, 
     assert ours["nanogpt_over_this"] == pytest.approx(20 / ours["step_ms"]["median"])
     options = (tiny / "log" / "train").read_text().splitlines()
     assert {"--batch_size=2", "--block_size=32", "--n_layer=1", "--n_embd=16"} <= set(options)
+    assert "--bias=True" in options  # as ours
 
 
 def test_nanogpt_prepares_its_data_from_the_text_that_ours_has(tiny, peer):
@@ -393,6 +396,19 @@ def test_a_decode_step_reads_all_weights_but_the_positions(tiny):
     expected = sum(p.numel() for p in weights) - shape.block_size * shape.n_embd
     _, bytes_read = sampling.sampling_model(tiny_bench(), "model", torch.bfloat16, rows=1)
     assert bytes_read == 2 * expected
+
+
+def test_a_step_on_a_gpu_has_an_mfu_with_its_device_and_no_products_of_attention(monkeypatch):
+    monkeypatch.setattr(training, "peak_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr(training, "device_name", lambda device: "a GPU")
+    model = model_module("model").GPT(TINY.config())
+    run = SimpleNamespace(device=CPU, model=model, loader=SimpleNamespace(block_size=32))
+    times = {("step", torch.bfloat16): [2.0], ("linear", torch.bfloat16): [1.0]}
+    row = training.step_row(TINY, run, torch.bfloat16, times)
+    assert row["mfu_of"] == "a GPU"
+    assert row["mfu"] == pytest.approx(64 * mfu_flops_per_token(model, 32) / 2 / 1e12)
+    assert row["linear_over_step"] == 0.5
+    assert not [column for column in row if "products" in column]
 
 
 def test_overhead_includes_the_time_of_the_loader(tiny, monkeypatch):
