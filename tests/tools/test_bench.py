@@ -21,7 +21,7 @@ from common.flops import mfu_flops_per_token
 from common.models import model_module
 from tools.bench import __main__ as bench
 from tools.bench import attention, ladder, limits, overhead, sampling, training
-from tools.bench.sizes import TINY, TINY_MODEL, Bench
+from tools.bench.sizes import CUDA, TINY, TINY_MODEL, Bench
 from tools.results import plot, result_file, table, turns
 
 CPU = torch.device("cpu")
@@ -409,6 +409,14 @@ def test_a_step_on_a_gpu_has_an_mfu_with_its_device_and_no_products_of_attention
     assert row["mfu"] == pytest.approx(64 * mfu_flops_per_token(model, 32) / 2 / 1e12)
     assert row["linear_over_step"] == 0.5
     assert not [column for column in row if "products" in column]
+
+
+def test_overhead_on_a_gpu_has_the_steps_of_the_config():
+    short = overhead.short_runs(tiny_bench())[1]
+    config, _ = overhead.read_config(short, Bench(CPU, seconds=0, sizes=CUDA))
+    assert (config.batch_size, config.total_batch_size) == (32, 524_288)
+    config, _ = overhead.read_config(short, tiny_bench())
+    assert config.total_batch_size == 2 * 32
 
 
 def test_overhead_includes_the_time_of_the_loader(tiny, monkeypatch):

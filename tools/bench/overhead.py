@@ -129,11 +129,13 @@ def read_config(short, bench):
     path = str(ROOT / short.config_file)
     config, model_options, _ = read_options(train.TrainConfig, [path], doc="")
     device = bench.device
-    if short.name != "quickstart":  # the batch of the other benchmarks
-        B, T = bench.sizes.batch_size, bench.sizes.config().block_size
-        options = step_options(B, T, device, pick_dtype("auto", device))
-        return replace(config, **options), bench.sizes.model
-    return replace(config, device=str(device)), model_options | {"vocab_size": BYTES}
+    if short.name == "quickstart":
+        return replace(config, device=str(device)), model_options | {"vocab_size": BYTES}
+    B, T = bench.sizes.batch_size, bench.sizes.config().block_size
+    options = step_options(B, T, device, pick_dtype("auto", device))
+    if bench.sizes.keeps_total_batch_size:
+        del options["total_batch_size"]
+    return replace(config, **options), bench.sizes.model
 
 
 def time_run(short, bench):

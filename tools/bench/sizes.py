@@ -36,6 +36,8 @@ class Sizes:
     )
     memory_lengths: tuple = (4096, 16384)  # tokens between which attention's memory grows
     run_steps: tuple = (200, 3)  # of the quickstart and of GPT-2 124M, for the overhead of a run
+    # GPT-2's steps in that run: those of its config, or of one micro-step, which a CPU has time for
+    keeps_total_batch_size: bool = False
     is_tiny: bool = False
 
     def config(self):
@@ -49,7 +51,7 @@ class Sizes:
 # 124M parameters, 1024 tokens, and the padded vocabulary of config/gpt2.py, as nanoGPT has it too.
 PADDED = {"vocab_size": 50304}
 CPU = Sizes(2, PADDED)
-CUDA = Sizes(32, PADDED)
+CUDA = Sizes(32, PADDED, keeps_total_batch_size=True)
 TINY_MODEL = {"n_layer": 1, "n_head": 4, "n_embd": 16, "block_size": 32, "vocab_size": 64}
 TINY = Sizes(
     2,
