@@ -118,7 +118,7 @@ def rows_of(name):
 
 
 def tiny_bench():
-    return Bench(CPU, seconds=0, sizes=TINY)
+    return Bench(CPU, deadline=0, sizes=TINY)
 
 
 def error_of(capsys, *argv):
@@ -166,17 +166,40 @@ def test_a_result_file_says_how_it_was_made_and_names_no_place(tiny, peer):
     assert platform.node() not in text
 
 
-def test_all_divides_its_budget_over_every_benchmark(tiny, monkeypatch):
-    called = []
+def seconds_of_all(monkeypatch, budget, *benchmarks):
+    """Run `all` of benchmarks (own seconds, seconds that it takes); return those each is given."""
+    now = 0.0
+    given = {}
 
-    def measure(what):
-        called.append(what.seconds)
-        return [{"value": 1}]
+    def benchmark(name, own, takes):
+        def measure(what):
+            nonlocal now
+            given[name] = what.deadline - now
+            now += takes
+            return []
 
-    limits, train = bench.Benchmark(measure, {"cpu": 10}), bench.Benchmark(measure, {"cpu": 30})
-    monkeypatch.setattr(bench, "BENCHMARKS", {"limits": limits, "train": train})
-    bench.main(["all", "--device=cpu", "--budget_seconds=3000"])
-    assert called == [750, 2250]
+        return bench.Benchmark(measure, {"cpu": own})
+
+    made = {f"b{i}": benchmark(f"b{i}", *numbers) for i, numbers in enumerate(benchmarks)}
+    monkeypatch.setattr(bench, "BENCHMARKS", made)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.time, "monotonic", lambda: now)
+        bench.main(["all", "--device=cpu", *budget])
+    return given
+
+
+def test_all_divides_its_budget_and_passes_on_what_is_not_used(tiny, monkeypatch):
+    given = seconds_of_all(monkeypatch, ["--budget_seconds=400"], (10, 40), (30, 60), (10, 0))
+    assert given == {"b0": 80, "b1": 270, "b2": 300}
+    assert seconds_of_all(monkeypatch, [], (10, 12), (30, 12)) == {"b0": 10, "b1": 28}
+
+
+def test_all_skips_what_its_budget_is_too_short_for(tiny, monkeypatch, capsys):
+    # Too little for half of 100 + 100 + 300 seconds, so that the third gets nothing from the start.
+    budget = ["--budget_seconds=200"]
+    given = seconds_of_all(monkeypatch, budget, (100, 100), (100, 90), (300, 0), (10, 0))
+    assert given == {"b0": 100, "b1": 100, "b3": 10}
+    assert "b2 is skipped: only 10 s are left" in capsys.readouterr().out
 
 
 def test_all_goes_on_after_a_benchmark_that_failed(tiny, monkeypatch, capsys):
@@ -291,14 +314,37 @@ def test_contestants_take_turns():
     assert order == ["a", "b", "a", "b", "a", "a", "b", "a"]  # the first two warm up
 
 
-def test_a_round_that_would_exceed_the_budget_is_not_begun(monkeypatch):
-    clock = iter([0, 2.0, 3.0, 3.9])
-    monkeypatch.setattr(turns.time, "perf_counter", lambda: next(clock))
-    budget = turns.Budget(4)
-    assert budget.allows(0) and budget.allows(1)  # without looking at the clock
-    assert budget.allows(2)  # 2 s for two rounds: three take 3 s
-    assert budget.allows(3)  # 3 s for three: four take 4 s
-    assert not budget.allows(4)
+def rounds_until(deadline, monkeypatch, start=0):
+    """Return the number of rounds of a second each, if they begin at `start`."""
+    now = start
+    monkeypatch.setattr(turns.time, "monotonic", lambda: now)
+    budget = turns.Budget(deadline)
+    rounds = 0
+    while budget.allows(rounds):
+        now += 1
+        rounds += 1
+    return rounds
+
+
+def test_a_round_that_would_end_after_the_deadline_is_not_begun(monkeypatch):
+    assert rounds_until(4.5, monkeypatch) == 4
+    assert rounds_until(0, monkeypatch) == 2  # the fewest
+    assert rounds_until(1000, monkeypatch) == turns.MOST_ROUNDS
+
+
+def test_what_comes_before_the_rounds_is_part_of_the_time(monkeypatch):
+    assert rounds_until(10.5, monkeypatch, start=6) == 4
+
+
+def test_a_part_gets_its_fraction_of_what_is_left(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(turns.time, "monotonic", lambda: now)
+    deadlines = turns.split(100, [1, 1, 2])
+    assert next(deadlines) == 25
+    now = 10.0  # 15 s less than its part
+    assert next(deadlines) == 10 + 30
+    now = 60.0  # 20 s more
+    assert list(deadlines) == [100]
 
 
 def test_take_turns_returns_medians():
@@ -383,7 +429,7 @@ def test_a_step_with_the_flash_kernel_is_compared_with_the_models_own(tiny, monk
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", counting)
     monkeypatch.setattr(attention, "STEP_MODEL", TINY_MODEL | {"block_size": 300})
     monkeypatch.setattr(attention, "STEP_BATCH", 2)
-    row = attention.step_speed(CPU, seconds=0)
+    row = attention.step_speed(CPU, deadline=0)
     assert set(calls) == {(row["window"] - 1, 0)}
     assert (row["batch"], row["T"]) == (2, 300)
     ratio = row["sliding_step_ms"]["median"] / row["flash_step_ms"]["median"]
@@ -396,6 +442,45 @@ def test_a_decode_step_reads_all_weights_but_the_positions(tiny):
     expected = sum(p.numel() for p in weights) - shape.block_size * shape.n_embd
     _, bytes_read = sampling.sampling_model(tiny_bench(), "model", torch.bfloat16, rows=1)
     assert bytes_read == 2 * expected
+
+
+def test_the_time_to_the_first_token_is_measured_in_sampling(tiny, monkeypatch):
+    made = set()
+
+    def generate(model, prompt, streams, new_tokens):
+        made.add((streams, new_tokens))
+
+    monkeypatch.setattr(sampling, "our_contestant", generate)
+    monkeypatch.setattr(sampling, "has_transformers", lambda bench: False)
+    run_bench("sample")
+    assert made == {(1, 3), (1, 1), (2, 2), (2, 1)}
+    assert all(row["first_token_ms"]["median"] > 0 for row in rows_of("sample"))
+
+
+def test_the_first_token_of_a_decoded_prompt_comes_after_its_prefill(tiny, monkeypatch):
+    lengths = []
+    fill_cache = sampling.fill_cache
+
+    def recorded(model, cache, length):
+        lengths.append(length - cache.pos)
+        fill_cache(model, cache, length)
+
+    monkeypatch.setattr(sampling, "fill_cache", recorded)
+    decoding = sampling.make_decoding(tiny_bench(), torch.float32, "model_swa", 2, 20)
+    lengths.clear()
+    for _ in range(2):
+        decoding.step()
+        decoding.first_token()
+    assert lengths == [20, 20]
+
+
+def test_decoding_is_measured_for_several_numbers_of_samples(tiny):
+    run_bench("decode")
+    rows = [row for row in rows_of("decode") if "first_token_ms" in row]
+    assert {(row["batch"], row["model"]) for row in rows} == {
+        (batch, name) for batch in (1, 2) for name in ("model", "model_gqa", "model_swa")
+    }
+    assert all(row["of_read_limit"] > 0 for row in rows)
 
 
 def test_a_step_on_a_gpu_has_an_mfu_with_its_device_and_no_products_of_attention(monkeypatch):
@@ -413,7 +498,7 @@ def test_a_step_on_a_gpu_has_an_mfu_with_its_device_and_no_products_of_attention
 
 def test_overhead_on_a_gpu_has_the_steps_of_the_config():
     short = overhead.short_runs(tiny_bench())[1]
-    config, _ = overhead.read_config(short, Bench(CPU, seconds=0, sizes=CUDA))
+    config, _ = overhead.read_config(short, Bench(CPU, deadline=0, sizes=CUDA))
     assert (config.batch_size, config.total_batch_size) == (32, 524_288)
     config, _ = overhead.read_config(short, tiny_bench())
     assert config.total_batch_size == 2 * 32

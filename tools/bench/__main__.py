@@ -2,19 +2,19 @@
 
     python -m tools.bench limits      rates of matrix products, bandwidth of memory
     python -m tools.bench train       a training step of GPT-2 124M, beside nanoGPT
-    python -m tools.bench loss        time to a validation loss, whole programs, beside nanoGPT
-    python -m tools.bench sample      generating, one stream and ten, beside transformers
     python -m tools.bench attention   sliding windows, full causal attention and a dense mask
     python -m tools.bench decode      time per token and cache bytes of windows and of KV heads
+    python -m tools.bench sample      generating, one stream and ten, beside transformers
     python -m tools.bench overhead    what a run does besides computing
+    python -m tools.bench loss        time to a validation loss, whole programs, beside nanoGPT
     python -m tools.bench ladder      from torch's defaults to our settings, one change at a time
-    python -m tools.bench all         all of these
+    python -m tools.bench all         all of these, in this order
     python -m tools.bench plots       only draw the plots of the result files again
 
-Contestants take turns, round after round, until the budget is used. Median and range are printed
-and written to docs/bench/NAME-DEVICE.json, with a plot; python -m experiments.report then writes
-the tables of docs/BENCHMARKS.md. nanoGPT takes part with --nanogpt=PATH, transformers where it is
-installed.
+Contestants take turns, round after round, until the budget is used; every comparison has a round
+or two in any case. Median and range are printed and written to docs/bench/NAME-DEVICE.json, with a
+plot; python -m experiments.report then writes the tables of docs/BENCHMARKS.md. nanoGPT takes part
+with --nanogpt=PATH, transformers where it is installed.
 """
 
 import sys
@@ -25,6 +25,7 @@ if __name__ == "__main__" and not __package__:
 import gc
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,13 +48,14 @@ from tools.bench.training import measure_loss, measure_train
 from tools.results.plot import save_bars
 from tools.results.result_file import describe, read_result, write_result
 from tools.results.table import markdown_rows
+from tools.results.turns import split
 
 
 @dataclass
 class BenchConfig:
     what: str = "all"  # the benchmark, all of them, or plots
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    budget_seconds: int | None = None  # of all rounds of the call; None: the benchmarks' own
+    budget_seconds: int | None = None  # of the whole call; None: the benchmarks' own
     nanogpt: str | None = None  # directory with nanoGPT's train.py and model.py, a peer
     position: int = 100_000  # decode: timed here and at position = window
     tiny: bool = False  # tiny models and tensors: shows that the benchmarks run, measures nothing
@@ -63,12 +65,13 @@ class BenchConfig:
 @dataclass
 class Benchmark:
     measure: Callable  # function from a Bench to rows
-    seconds: dict  # the budget of its rounds on a CPU and on a GPU
+    seconds: dict  # {"cpu": its budget, "cuda": on a GPU}, for two rounds or more; start included
     column: str = ""  # of the rows, to plot
     unit: str = ""
     labels: tuple = ()  # columns that name a bar
 
 
+# The most wanted first: if the time is short, the last ones are skipped.
 BENCHMARKS = {
     "limits": Benchmark(
         measure_limits,
@@ -79,81 +82,92 @@ BENCHMARKS = {
     ),
     "train": Benchmark(
         measure_train,
-        {"cpu": 240, "cuda": 90},
+        {"cpu": 300, "cuda": 100},
         "tokens_per_second",
         "tokens per second",
         ("contestant", "dtype"),
     ),
-    "sample": Benchmark(
-        measure_sample,
-        {"cpu": 180, "cuda": 60},
-        "tokens_per_second",
-        "tokens per second, all streams",
-        ("contestant", "streams", "dtype"),
-    ),
-    "loss": Benchmark(
-        measure_loss,
-        {"cpu": 240, "cuda": 120},
-        "seconds",
-        "seconds to validation loss 1.885",
-        ("contestant",),
-    ),
     "attention": Benchmark(
         measure_attention,
-        {"cpu": 90, "cuda": 20},
+        {"cpu": 120, "cuda": 100},
         "full_over_sliding",
         "time of full causal attention / time of sliding windows",
         ("T", "dtype"),
     ),
     "decode": Benchmark(
         measure_decode,
-        {"cpu": 60, "cuda": 20},
+        {"cpu": 120, "cuda": 40},
         "ms",
         "ms per decode step",
         ("model", "batch", "position", "dtype"),
     ),
+    "sample": Benchmark(
+        measure_sample,
+        {"cpu": 300, "cuda": 90},
+        "tokens_per_second",
+        "tokens per second, all streams",
+        ("contestant", "streams", "dtype"),
+    ),
     "overhead": Benchmark(
         measure_overhead,
-        {"cpu": 120, "cuda": 40},
+        {"cpu": 120, "cuda": 100},
         "fraction",
         "fraction of the step time",
         ("config",),
     ),
+    "loss": Benchmark(
+        measure_loss,
+        {"cpu": 240, "cuda": 150},
+        "seconds",
+        "seconds to validation loss 1.885",
+        ("contestant",),
+    ),
     "ladder": Benchmark(
         measure_ladder,
-        {"cpu": 240, "cuda": 180},
+        {"cpu": 400, "cuda": 300},
         "tokens_per_second",
         "tokens per second",
         ("rung",),
     ),
 }
+LEAST = 0.5  # of its seconds a benchmark needs at least, about
 
 
-def chosen_benchmarks(what):
-    """Return the names of the benchmarks to run. Raises UserError for an unknown one."""
-    if what == "all":
-        return list(BENCHMARKS)
-    if what not in BENCHMARKS:
+def check_benchmark(what):
+    """Raise UserError if there is no such benchmark."""
+    if what != "all" and what not in BENCHMARKS:
         raise UserError(f"what={what} must be one of {', '.join(BENCHMARKS)}, all or plots")
-    return [what]
 
 
-def divide_budget(names, device, budget_seconds):
-    """Return {name: seconds} of the benchmarks, in proportion to their own budgets."""
+def chosen_benchmarks(what, device):
+    """Return {name: seconds} of the benchmarks to run."""
     kind = "cuda" if device.type == "cuda" else "cpu"
-    own = {name: BENCHMARKS[name].seconds[kind] for name in names}
-    total = sum(own.values())
-    budget = total if budget_seconds is None else budget_seconds
-    return {name: seconds * budget / total for name, seconds in own.items()}
+    names = BENCHMARKS if what == "all" else [what]
+    return {name: BENCHMARKS[name].seconds[kind] for name in names}
 
 
-def run_benchmark(name, config, device, seconds):
+def choose_deadline(seconds, end):
+    """Return the deadline of the next benchmark; None if there is no time for it.
+
+    seconds   the budgets of the next one and of those after it
+    end       the deadline of all
+
+    The time that is left is divided in proportion to their budgets over as many as it suffices for.
+    """
+    left = end - time.monotonic()
+    count = len(seconds)
+    while count > 0 and LEAST * sum(seconds[:count]) > left:
+        count -= 1
+    return next(split(end, seconds[:count])) if count > 0 else None
+
+
+def run_benchmark(name, config, device, deadline):
     """Run one benchmark; print its tables, and write its result file and its plot."""
     if config.tiny:
         sizes = TINY
     else:
         sizes = CUDA if device.type == "cuda" else CPU
-    bench = Bench(device, seconds, sizes, config.nanogpt, config.position)
+    bench = Bench(device, deadline, sizes, config.nanogpt, config.position)
     options = {
         "device": config.device,
         "budget_seconds": config.budget_seconds,
@@ -161,7 +175,7 @@ def run_benchmark(name, config, device, seconds):
         "position": config.position,
     }
     result = describe(name, f"python -m tools.bench {name}", options, device)
-    print(f"{name}: {seconds:.0f} s, {result['machine']}, {result['versions']}", flush=True)
+    print(f"{name}: {bench.left():.0f} s, {result['machine']}, {result['versions']}", flush=True)
     torch.manual_seed(0)
     result["values"] = BENCHMARKS[name].measure(bench)
     result["notes"] = bench.notes
@@ -185,11 +199,21 @@ def draw_plot(path):
     save_bars(result["values"], benchmark.column, benchmark.labels, benchmark.unit, plot)
 
 
-def run_all(names, config, device):
-    """Run benchmarks; if there are several, one that fails does not end them."""
-    for name, seconds in divide_budget(names, device, config.budget_seconds).items():
+def run_all(chosen, config, device, start):
+    """Run benchmarks {name: seconds}; if there are several, one that fails does not end them.
+
+    start   time.monotonic() when the budget began
+    """
+    names, seconds = list(chosen), list(chosen.values())
+    budget = sum(seconds) if config.budget_seconds is None else config.budget_seconds
+    end = start + budget
+    for index, name in enumerate(names):
+        deadline = end if len(names) == 1 else choose_deadline(seconds[index:], end)
+        if deadline is None:
+            print(f"{name} is skipped: only {end - time.monotonic():.0f} s are left", flush=True)
+            continue
         try:
-            run_benchmark(name, config, device, seconds)
+            run_benchmark(name, config, device, deadline)
         except Exception as error:  # of any kind: the other benchmarks still run
             if is_out_of_memory(error):
                 error = UserError(f"out of memory in the benchmark {name}: use a larger device")
@@ -207,6 +231,7 @@ def release_memory(device):
 
 
 def main(argv):
+    start = time.monotonic()
     config = configure(BenchConfig, argv, __doc__, positional="what")
     check_minimum(config, 1, "budget_seconds", "position")
     if config.out_dir is None:
@@ -215,12 +240,12 @@ def main(argv):
         for path in sorted(Path(config.out_dir).glob("*.json")):
             draw_plot(path)
         return
-    names = chosen_benchmarks(config.what)
+    check_benchmark(config.what)
     if config.nanogpt is not None:
         check_nanogpt(config.nanogpt)
     device = pick_device(config.device)
     keep_freed_memory()
-    run_all(names, config, device)
+    run_all(chosen_benchmarks(config.what, device), config, device, start)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ is worth that if a step of 4096 tokens or more becomes 1.5 times as fast.
 Shapes: B batch, T tokens, H heads, D head_dim.
 """
 
+import itertools
 from contextlib import ExitStack
 
 import torch
@@ -17,7 +18,14 @@ from common.models import model_module
 from tools.bench.limits import matmul_rates
 from tools.bench.runs import open_run, step_options, take_step
 from tools.bench.sizes import dtype_name
-from tools.results.turns import compare, milliseconds, ratio, run_in_new_process, stopwatch
+from tools.results.turns import (
+    compare,
+    milliseconds,
+    ratio,
+    run_in_new_process,
+    split,
+    stopwatch,
+)
 from training.parallel import compile_model
 
 N_HEAD, HEAD_DIM = 12, 64
@@ -25,7 +33,7 @@ LONGEST_DENSE = 1024  # a dense mask beyond this many tokens takes too long
 # A training step of GPT-2 124M with windows and long sequences, on CUDA.
 STEP_MODEL = {"block_size": 4096, "vocab_size": 50304}
 STEP_BATCH = 8
-STEP_SECONDS = 60  # it is measured if there is so much time: two models are compiled
+STEP_SECONDS = 40  # it is measured if so many are left: two models are compiled
 
 
 def random_inputs(B, T, device, dtype):
@@ -111,22 +119,22 @@ def measure_attention(bench):
     """
     rates = matmul_rates(bench)
     rows = []
-    total_cost = len(rates) * sum(B * T * T for B, T, _ in bench.sizes.attention)
-    for dtype in rates:
-        for B, T, window in bench.sizes.attention:
-            seconds = bench.seconds * B * T * T / total_cost
-            inputs = random_inputs(B, T, bench.device, dtype)
-            rows.append(bench.show(attention_speed(inputs, window, seconds, rates[dtype])))
-    for dtype in rates:
-        rows.append(bench.show(attention_memory(bench, dtype)))
-    if bench.device.type == "cuda" and bench.seconds >= STEP_SECONDS:
-        rows.append(bench.show(step_speed(bench.device, bench.seconds / 4)))
+    if bench.device.type == "cuda" and bench.left() >= STEP_SECONDS:
+        rows.append(bench.show(step_speed(bench.device, bench.deadline - bench.left() / 2)))
     elif bench.device.type == "cuda":
         bench.note(f"No training step: `python -m tools.bench attention` needs {STEP_SECONDS} s")
+    for dtype in rates:
+        rows.append(bench.show(attention_memory(bench, dtype)))
+    cases = list(itertools.product(rates, bench.sizes.attention))
+    costs = [B * T * T for _, (B, T, _) in cases]
+    for case, deadline in zip(cases, split(bench.deadline, costs), strict=True):
+        dtype, (B, T, window) = case
+        inputs = random_inputs(B, T, bench.device, dtype)
+        rows.append(bench.show(attention_speed(inputs, window, deadline, rates[dtype])))
     return rows
 
 
-def attention_speed(inputs, window, seconds, rate):
+def attention_speed(inputs, window, deadline, rate):
     """Return one row: a forward and backward pass of each kind of attention.
 
     inputs   of random_inputs()
@@ -143,7 +151,7 @@ def attention_speed(inputs, window, seconds, rate):
         name: stopwatch(q.device, forward_backward, function, *inputs)
         for name, function in functions.items()
     }
-    times = compare(seconds, contestants)
+    times = compare(deadline, contestants)
     row = {"dtype": dtype_name(q.dtype), "batch": B, "T": T, "window": window}
     for name in functions:
         row[f"{name}_ms"] = milliseconds(times[name])
@@ -166,7 +174,7 @@ def attention_memory(bench, dtype):
     return row | {"ratio": after / before if before else None}
 
 
-def step_speed(device, seconds):
+def step_speed(device, deadline):
     """Return one row: a training step of model_swa, with its own windows and with the kernel's."""
     dtype = pick_dtype("auto", device)
     options = step_options(STEP_BATCH, STEP_MODEL["block_size"], device, dtype)
@@ -181,7 +189,7 @@ def step_speed(device, seconds):
             if device.type == "cuda":
                 compile_model(run)
             contestants[name] = stopwatch(device, take_step, run)
-        times = compare(seconds, contestants)
+        times = compare(deadline, contestants)
     row = {"dtype": dtype_name(dtype), "batch": STEP_BATCH, "T": STEP_MODEL["block_size"]}
     row["window"] = run.model.config.window
     row["sliding_step_ms"] = milliseconds(times["sliding"])

@@ -158,7 +158,7 @@ def measure_ladder(bench):
     for name, settings in rungs.items():
         arguments = (measure_rung, settings, model_options, device, steps)
         contestants[name] = functools.partial(run_in_new_process, *arguments)
-    times = time_turns(contestants, Budget(bench.seconds, least=1).allows)
+    times = time_turns(contestants, Budget(bench.deadline, least=1).allows)
     limit_rate = max(matmul_rates(bench).values())
     per_token = statistics.median(times["float32"]) / (rungs["float32"].batch_size * T)
     previous = per_token

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tools.bench.sizes import dtype_name, dtypes
-from tools.results.turns import compare, spread, stopwatch
+from tools.results.turns import compare, split, spread, stopwatch
 
 
 def limit_stopwatch(device, run, *arguments):
@@ -127,7 +127,7 @@ def precisions(device):
     return kinds
 
 
-def matmul_rows(bench, seconds):
+def matmul_rows(bench, deadline):
     """Return one row per precision and layer: the rates of its three products."""
     sizes, device = bench.sizes, bench.device
     layers = linear_layers(sizes.config())
@@ -138,7 +138,7 @@ def matmul_rows(bench, seconds):
             for name, product in PRODUCTS.items():
                 turn = limit_stopwatch(device, with_precision, precision, product, *operands)
                 contestants[kind, layer, name] = turn
-    times = compare(seconds, contestants)
+    times = compare(deadline, contestants)
     rows = []
     for kind in precisions(device):
         for layer, (n_in, n_out, _) in layers.items():
@@ -170,7 +170,7 @@ def matmul_rates(bench):
     for dtype in dtypes(device):
         operands = random_operands(sizes.tokens, n_in, n_out, device, dtype)
         contestants[dtype] = limit_stopwatch(device, forward_product, *operands)
-    times = compare(bench.sizes.limit_seconds, contestants)
+    times = compare(bench.limit_deadline(), contestants)
     flops = 2 * sizes.tokens * n_in * n_out
     return {dtype: flops / statistics.median(times[dtype]) for dtype in contestants}
 
@@ -197,7 +197,7 @@ def fastest_reader(bench):
     It can take part in a comparison: the bandwidth of a shared machine varies over time.
     """
     contestants = read_contestants(bench)
-    times = compare(bench.sizes.limit_seconds, contestants)
+    times = compare(bench.limit_deadline(), contestants)
     return contestants[min(times, key=lambda name: statistics.median(times[name]))]
 
 
@@ -206,13 +206,13 @@ def bandwidth(bench, times):
     return bench.sizes.read_bytes / statistics.median(times)
 
 
-def memory_rows(bench, seconds):
+def memory_rows(bench, deadline):
     """Return a row for the fastest way to read memory, and one for a copy."""
     device, size = bench.device, bench.sizes.read_bytes
     contestants = read_contestants(bench)
     source = torch.ones(size // 4, device=device)
     contestants["copy"] = limit_stopwatch(device, torch.empty_like(source).copy_, source)
-    times = compare(seconds, contestants)
+    times = compare(deadline, contestants)
     copy_times = times.pop("copy")
     fastest = min(times, key=lambda name: statistics.median(times[name]))
     read = spread([size / 1e9 / t for t in times[fastest]])
@@ -226,6 +226,7 @@ def memory_rows(bench, seconds):
 def measure_limits(bench):
     """Return rows with the rates of matrix products and the bandwidth of memory."""
     precision = torch.get_float32_matmul_precision()
-    rows = matmul_rows(bench, 0.8 * bench.seconds)
+    deadlines = split(bench.deadline, [4, 1])
+    rows = matmul_rows(bench, next(deadlines))
     torch.set_float32_matmul_precision(precision)
-    return rows + memory_rows(bench, 0.2 * bench.seconds)
+    return rows + memory_rows(bench, next(deadlines))

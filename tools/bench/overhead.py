@@ -188,7 +188,7 @@ def measure_overhead(bench):
     contestants = {
         short.name: functools.partial(measure_run, short, bench) for short in short_runs(bench)
     }
-    turns = time_turns(contestants, Budget(bench.seconds, least=1).allows)
+    turns = time_turns(contestants, Budget(bench.deadline, least=1).allows)
     rows = []
     for name, results in turns.items():
         row = {"config": name}

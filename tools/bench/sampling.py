@@ -9,6 +9,8 @@ import itertools
 import os
 import statistics
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -19,7 +21,15 @@ from common.models import model_module
 from tools.bench.limits import bandwidth, fastest_reader
 from tools.bench.nanogpt import copy_given_nanogpt, generating_seconds
 from tools.bench.sizes import dtype_name, dtypes
-from tools.results.turns import compare, milliseconds, ratio, run_in_new_process, spread, stopwatch
+from tools.results.turns import (
+    compare,
+    milliseconds,
+    ratio,
+    run_in_new_process,
+    split,
+    spread,
+    stopwatch,
+)
 
 # Generating ----------------------------------------------------------------------------------
 
@@ -87,23 +97,27 @@ def has_transformers(bench):
     return False
 
 
-def generating_rows(bench, dtype, streams, reader, programs, with_transformers):
+def generating_rows(bench, dtype, streams, deadline, reader, programs, with_transformers):
     """Return one row per contestant for a number of streams in one dtype."""
     device, new_tokens = bench.device, bench.sizes.streams[streams]
     model, bytes_read = sampling_model(bench, "model", dtype, streams)
     prompt = torch.arange(PROMPT_TOKENS, device=device)[None]
-    arguments = (prompt, streams, new_tokens)
-    contestants = {"ours": stopwatch(device, our_contestant, model, *arguments), "read": reader}
+    generators = {"ours": (our_contestant, model)}
     if with_transformers:
-        peer = transformers_model(bench, dtype)
-        contestants["transformers"] = stopwatch(device, transformers_contestant, peer, *arguments)
-    seconds = bench.seconds / (len(dtypes(device)) * len(bench.sizes.streams))
-    times = compare(seconds, contestants, programs)
+        generators["transformers"] = (transformers_contestant, transformers_model(bench, dtype))
+    contestants = {"read": reader}
+    for name, generator in generators.items():
+        contestants[name] = stopwatch(device, *generator, prompt, streams, new_tokens)
+        contestants[name, "first"] = stopwatch(device, *generator, prompt, streams, 1)
+    times = compare(deadline, contestants, programs)
     read_limit = new_tokens * bytes_read / bandwidth(bench, times.pop("read"))
+    first_tokens = {name: times.pop((name, "first")) for name in generators}
     rows = []
     for name, values in times.items():
         row = {"streams": streams, "dtype": dtype_name(dtype), "contestant": name}
         row["tokens_per_second"] = spread([streams * new_tokens / t for t in values])
+        is_timed = name in first_tokens  # nanoGPT's program is not
+        row["first_token_ms"] = milliseconds(first_tokens[name]) if is_timed else None
         for peer in times:
             if peer != "ours":
                 row[f"{peer.lower()}_over_this"] = ratio(times[peer], values)
@@ -126,8 +140,9 @@ def in_process_of_sample(measure, bench):
 def measure_sample(bench):
     """Return rows with the tokens per second of one stream and of several, in each dtype.
 
-    Each time includes the prefill of a short prompt. "of_read_limit" compares with the time in
-    which the weights alone could be read from memory, once per decode step.
+    Each time includes the prefill of a short prompt; "first_token_ms" is the time of that and of
+    the first token alone. "of_read_limit" compares with the time in which the weights alone could
+    be read from memory, once per decode step.
     """
     return in_process_of_sample(sample_rows, bench)
 
@@ -140,21 +155,23 @@ def sample_rows(bench):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_given_nanogpt(bench, folder)
-        for dtype, streams in itertools.product(dtypes(bench.device), bench.sizes.streams):
+        cases = list(itertools.product(dtypes(bench.device), bench.sizes.streams))
+        deadlines = split(bench.deadline, [1] * len(cases))
+        for (dtype, streams), deadline in zip(cases, deadlines, strict=True):
             programs = {}
             # nanoGPT samples in float32, one stream after another: one comparison is enough.
             if copy is not None and (dtype, streams) == (torch.float32, 1):
                 new_tokens = bench.sizes.streams[streams]
                 options = (bench.sizes.sampled_model, bench.device, PROMPT_TOKENS, new_tokens)
                 programs["nanoGPT"] = functools.partial(generating_seconds, copy, *options)
-            rows += generating_rows(bench, dtype, streams, reader, programs, with_transformers)
+            arguments = (bench, dtype, streams, deadline, reader, programs, with_transformers)
+            rows += generating_rows(*arguments)
     return rows, bench.notes
 
 
 # Decode --------------------------------------------------------------------------------------
 
 PREFILL_CHUNK = 1024  # tokens
-SAMPLES = 10  # streams of the comparison between models
 
 
 @torch.inference_mode()
@@ -180,20 +197,39 @@ def make_decode_step(model, cache, position):
     return step
 
 
-def decode_contestant(bench, dtype, name, streams, position):
-    """Return a contestant that decodes, the bytes of its KV cache, and the bytes that a step reads.
+@dataclass
+class Decoding:
+    """A model that decodes: contestants, and what a step reads."""
 
-    A step reads the weights, and all keys and values in the cache.
-    """
+    step: Callable  # one token of each sample
+    first_token: Callable  # prefills the cache, as many tokens as the step's position
+    cache_bytes: int
+    bytes_read: float  # by a step: the weights, and all keys and values in the cache
+
+
+def make_decoding(bench, dtype, name, streams, position):
+    """Return the Decoding of a model: so many samples, at a position."""
     model, bytes_read = sampling_model(bench, name, dtype, streams)
     cache = model.make_cache(streams, None if "wpe" in model.transformer else position + 1)
     step = make_decode_step(model, cache, position)
     bytes_read += cache.nbytes * min(1, position / cache.k.size(3))
-    return stopwatch(bench.device, step), cache.nbytes, bytes_read
+
+    def first_token():
+        cache.pos = 0
+        fill_cache(model, cache, position)
+
+    device = bench.device
+    return Decoding(
+        stopwatch(device, step), stopwatch(device, first_token), cache.nbytes, bytes_read
+    )
 
 
 def measure_decode(bench):
-    """Return rows with the milliseconds of a decode step and the bytes of the KV cache."""
+    """Return rows with the milliseconds of a decode step and the bytes of the KV cache.
+
+    The models are compared for several numbers of samples. There "first_token_ms" is the time of
+    the prefill of a prompt that ends where the step is.
+    """
     return in_process_of_sample(decode_rows, bench)
 
 
@@ -202,49 +238,55 @@ def decode_rows(bench):
     keep_freed_memory()  # as sample.py
     rows = []
     reader = fastest_reader(bench)
-    kinds = dtypes(bench.device)
+    kinds, batches = dtypes(bench.device), bench.sizes.decode_batches
+    deadlines = split(bench.deadline, [1] * len(kinds) * (1 + len(batches)))
     for dtype in kinds:
-        seconds = bench.seconds / (2 * len(kinds))
-        rows += decode_positions(bench, dtype, seconds, reader)
-        rows += decode_models(bench, dtype, seconds, reader)
+        rows += decode_positions(bench, dtype, next(deadlines), reader)
+        for streams in batches:
+            rows += decode_models(bench, dtype, streams, next(deadlines), reader)
     return rows, bench.notes
 
 
-def decode_positions(bench, dtype, seconds, reader):
+def decode_positions(bench, dtype, deadline, reader):
     """Return two rows: model_rope_gqa_swa at position = window and at a far position."""
     name = "model_rope_gqa_swa"
     window = model_module(name).GPTConfig(**bench.sizes.sampled_model).window
     near, far = (name, 1, window), (name, 1, bench.position)
-    times, rows = time_decode_steps(bench, dtype, seconds, reader, [near, far])
+    made = {case: make_decoding(bench, dtype, *case) for case in (near, far)}
+    times, rows = time_decode_steps(bench, dtype, deadline, reader, made)
     for case, row in rows.items():
         row["this_over_window"] = ratio(times[case], times[near])
     return [bench.show(row) for row in rows.values()]
 
 
-def decode_models(bench, dtype, seconds, reader):
-    """Return one row per model: a decode step of several samples, KV heads and windows compared."""
+def decode_models(bench, dtype, streams, deadline, reader):
+    """Return one row per model: a decode step of some samples, KV heads and windows compared."""
     names = ("model", "model_gqa", "model_swa")
-    cases = [(name, SAMPLES, bench.sizes.samples_position) for name in names]
-    times, rows = time_decode_steps(bench, dtype, seconds, reader, cases)
+    cases = [(name, streams, bench.sizes.decode_position) for name in names]
+    made = {case: make_decoding(bench, dtype, *case) for case in cases}
+    deadlines = split(deadline, [3, 1])
+    times, rows = time_decode_steps(bench, dtype, next(deadlines), reader, made)
+    prefills = {case: decoding.first_token for case, decoding in made.items()}
+    first_tokens = compare(next(deadlines), prefills)
     for case, row in rows.items():
         row["model_over_this"] = ratio(times[cases[0]], times[case])
+        row["first_token_ms"] = milliseconds(first_tokens[case])
     return [bench.show(row) for row in rows.values()]
 
 
-def time_decode_steps(bench, dtype, seconds, reader, cases):
+def time_decode_steps(bench, dtype, deadline, reader, made):
     """Return {case: seconds of each round} and {case: row} of decode steps.
 
-    A case is (model, streams, position).
+    made   {case: Decoding}; a case is (model, streams, position)
     """
-    made = {case: decode_contestant(bench, dtype, *case) for case in cases}
-    contestants = {case: turn for case, (turn, *_) in made.items()}
-    times = compare(seconds, contestants | {"read": reader})
+    contestants = {case: decoding.step for case, decoding in made.items()}
+    times = compare(deadline, contestants | {"read": reader})
     rows = {}
-    for case, (_, cache_bytes, bytes_read) in made.items():
+    for case, decoding in made.items():
         name, streams, position = case
         row = {"dtype": dtype_name(dtype), "model": name, "batch": streams, "position": position}
-        row |= {"cache_bytes": cache_bytes, "ms": milliseconds(times[case])}
-        read_limit = bytes_read / bandwidth(bench, times["read"])
+        row |= {"cache_bytes": decoding.cache_bytes, "ms": milliseconds(times[case])}
+        read_limit = decoding.bytes_read / bandwidth(bench, times["read"])
         row["of_read_limit"] = ratio([read_limit], times[case])
         rows[case] = row
     return times, rows

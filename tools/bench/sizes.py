@@ -1,5 +1,6 @@
 """What a benchmark is given: the device, its seconds, and the sizes of what it measures."""
 
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +22,8 @@ class Sizes:
     read_bytes: int = 1 << 29  # of the tensor that is read: larger than the caches
     limit_seconds: float = 3  # for a limit that another benchmark needs
     streams: dict = field(default_factory=lambda: {1: 200, 10: 100})  # {streams: new tokens}
-    samples_position: int = 512  # where models decode ten samples
+    decode_batches: tuple = (1, 10)  # samples of a decode step
+    decode_position: int = 512  # of that step
     attention: tuple = (  # B, T, window
         (2, 256, 64),
         (2, 320, 64),
@@ -51,7 +53,7 @@ class Sizes:
 # 124M parameters, 1024 tokens, and the padded vocabulary of config/gpt2.py, as nanoGPT has it too.
 PADDED = {"vocab_size": 50304}
 CPU = Sizes(2, PADDED)
-CUDA = Sizes(32, PADDED, keeps_total_batch_size=True)
+CUDA = Sizes(32, PADDED, decode_batches=(1, 10, 100), keeps_total_batch_size=True)
 TINY_MODEL = {"n_layer": 1, "n_head": 4, "n_embd": 16, "block_size": 32, "vocab_size": 64}
 TINY = Sizes(
     2,
@@ -60,7 +62,8 @@ TINY = Sizes(
     read_bytes=1 << 16,
     limit_seconds=0,
     streams={1: 3, 2: 2},
-    samples_position=20,
+    decode_batches=(1, 2),
+    decode_position=20,
     attention=((1, 128, 32),),
     memory_lengths=(128, 192),
     run_steps=(2, 2),
@@ -73,11 +76,19 @@ class Bench:
     """What a benchmark is given, and where it reports."""
 
     device: torch.device
-    seconds: float  # for its rounds
+    deadline: float  # of time.monotonic(), for all that it does
     sizes: Sizes
     nanogpt: str | None = None  # directory of nanoGPT's programs
     position: int = 100_000  # of decode
     notes: list = field(default_factory=list)  # what was left out, and why
+
+    def left(self):
+        """Return the seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def limit_deadline(self):
+        """Return the deadline of a short measurement of one of the machine's limits."""
+        return time.monotonic() + self.sizes.limit_seconds
 
     def show(self, row):
         """Print a row and return it."""

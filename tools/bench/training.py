@@ -91,7 +91,7 @@ def measure_train(bench):
                 attention = attention_products(sizes, device, dtype)
                 contestants["attention", dtype] = stopwatch(device, attention)
         programs = nanogpt_contestants(bench, folder)
-        times = compare(bench.seconds, contestants, programs)
+        times = compare(bench.deadline, contestants, programs)
     rows = [bench.show(step_row(sizes, runs[dtype], dtype, times)) for dtype in kinds]
     if programs:
         row = {"contestant": "nanoGPT", "dtype": "its own"}
@@ -225,7 +225,7 @@ def measure_loss(bench):
     with tempfile.TemporaryDirectory() as folder:
         contestants = loss_contestants(bench, dataset.resolve(), meta, folder)
         # A program of a minute is an average already: one round, if there is no time for more.
-        turns = time_turns(contestants, Budget(bench.seconds, least=1).allows)
+        turns = time_turns(contestants, Budget(bench.deadline, least=1).allows)
     rows = []
     for name, results in turns.items():
         seconds, steps, losses = zip(*results, strict=True)

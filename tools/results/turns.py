@@ -42,22 +42,37 @@ def stopwatch(device, run, *arguments, calls=1):
     return turn
 
 
-class Budget:
-    """Seconds for the rounds of a comparison; a round that would not fit is not begun."""
+# A deadline is a time of time.monotonic(), a clock that all processes of a machine share.
 
-    def __init__(self, seconds, least=2):
-        self.seconds = seconds
+
+def split(deadline, weights):
+    """Yield the deadline of each of several parts: a part of the time that is left when it begins.
+
+    weights   of the parts. What one does not use, or overuses, changes what is left for the others.
+    """
+    for i, weight in enumerate(weights):
+        now = time.monotonic()
+        yield now + (deadline - now) * weight / sum(weights[i:])
+
+
+class Budget:
+    """The time for the rounds of a comparison; a round that would not fit is not begun."""
+
+    def __init__(self, deadline, least=2):
+        self.deadline = deadline
         self.least = least  # rounds that are made in any case
-        self.start = time.perf_counter()
+        self.start = None  # of the first round
 
     def allows(self, rounds):
         """Return whether another round may begin after this many."""
+        now = time.monotonic()
+        if rounds == 0:
+            self.start = now
         if rounds < self.least:
             return True
         if rounds >= MOST_ROUNDS:
             return False
-        elapsed = time.perf_counter() - self.start
-        return elapsed * (rounds + 1) / rounds <= self.seconds
+        return now + (now - self.start) / rounds <= self.deadline
 
 
 def time_turns(contestants, is_allowed):
@@ -88,13 +103,13 @@ def take_turns(rounds, device, functions):
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def compare(seconds, contestants, programs=None):
-    """Warm up, then return {name: [seconds of each round]}, within a budget of seconds.
+def compare(deadline, contestants, programs=None):
+    """Warm up, then return {name: [seconds of each round]}: as many rounds as end by the deadline.
 
     programs   further contestants, which start processes: for them there is nothing to warm up
     """
     warm_up(contestants)
-    return time_turns(contestants | (programs or {}), Budget(seconds).allows)
+    return time_turns(contestants | (programs or {}), Budget(deadline).allows)
 
 
 def spread(values):
