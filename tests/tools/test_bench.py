@@ -1,6 +1,7 @@
 """tools/bench and tools/results: each benchmark at a tiny size, peers, budgets, files, plots."""
 
 import itertools
+import math
 import os
 import platform
 import sys
@@ -20,7 +21,7 @@ from common.errors import UserError
 from common.flops import mfu_flops_per_token
 from common.models import model_module
 from tools.bench import __main__ as bench
-from tools.bench import attention, ladder, limits, overhead, sampling, training
+from tools.bench import attention, ladder, limits, memory, overhead, sampling, training
 from tools.bench.sizes import CUDA, TINY, TINY_MODEL, Bench
 from tools.results import plot, result_file, table, turns
 
@@ -98,7 +99,7 @@ def tiny(tmp_path, monkeypatch):
     write_dataset(tmp_path / "data" / "shakespeare_char", ids[:800], ids[800:], meta)
     monkeypatch.setattr(turns, "MOST_ROUNDS", 2)
     monkeypatch.setattr(training, "run_recipe", lambda *arguments: (10.0, 2, 1.8))  # seconds
-    for module in (attention, ladder, sampling):  # a new process takes seconds
+    for module in (attention, ladder, memory, sampling):  # a new process takes seconds
         monkeypatch.setattr(module, "run_in_new_process", call_in_this_process)
     monkeypatch.setattr(ladder, "apply_process_settings", lambda *arguments: None)
     monkeypatch.setattr(bench, "save_bars", lambda *arguments: None)  # tested below
@@ -129,7 +130,10 @@ def error_of(capsys, *argv):
 # Every benchmark ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in bench.BENCHMARKS if name != "ladder"])
+WITHOUT_A_GPU = [name for name, what in bench.BENCHMARKS.items() if "cpu" in what.seconds]
+
+
+@pytest.mark.parametrize("name", [name for name in WITHOUT_A_GPU if name != "ladder"])
 def test_a_benchmark_writes_rows_and_says_that_nanogpt_is_missing(tiny, name, capsys):
     run_bench(name)
     assert rows_of(name)
@@ -200,6 +204,11 @@ def test_all_skips_what_its_budget_is_too_short_for(tiny, monkeypatch, capsys):
     given = seconds_of_all(monkeypatch, budget, (100, 100), (100, 90), (300, 0), (10, 0))
     assert given == {"b0": 100, "b1": 100, "b3": 10}
     assert "b2 is skipped: only 10 s are left" in capsys.readouterr().out
+
+
+def test_a_note_is_part_of_the_result(tiny):
+    run_bench("limits", "--note=the fan is broken")
+    assert result_of("limits")["notes"] == ["the fan is broken"]
 
 
 def test_all_goes_on_after_a_benchmark_that_failed(tiny, monkeypatch, capsys):
@@ -532,6 +541,65 @@ def test_overhead_leaves_out_the_forward_passes_of_an_evaluation(tiny, monkeypat
     config, _ = overhead.read_config(run, tiny_bench())
     batches_per_step = config.eval_tokens / (2 * 32) / config.eval_interval
     assert overhead.measure_run(run, tiny_bench())["evaluation"] < 0.05 * batches_per_step
+
+
+def memory_rows(monkeypatch, deadline):
+    """Return the rows and notes of memory, whose steps run out of memory with 64 sequences."""
+
+    def step_memory(model_options, options, launched):
+        if options["batch_size"] == 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 100 * options["batch_size"] + launched
+
+    monkeypatch.setattr(memory, "step_memory", step_memory)
+    what = Bench(CPU, deadline, TINY)
+    return memory.measure_memory(what), what.notes
+
+
+def test_memory_has_a_row_for_each_case_that_fits(tiny, monkeypatch):
+    rows, notes = memory_rows(monkeypatch, deadline=math.inf)
+    assert len(rows) + 2 == len(memory.memory_cases(TINY))
+    assert notes == [
+        "gpt2 large_gpu, one process, 64 x 32 tokens: out of memory",
+        "gpt2 large_gpu, not compiled, 64 x 32 tokens: out of memory",
+    ]
+    assert rows[0] == {
+        "config": "gpt2",
+        "mode": "one process",
+        "batch": 16,
+        "T": 32,
+        "peak_gb": 1600,
+    }
+    peaks = {(row["config"], row["mode"], row["T"]): row["peak_gb"] for row in rows[1:]}
+    assert peaks["gpt2", "one process", 32] == peaks["gpt2_rope_gqa_swa", "one process", 32] == 200
+    assert peaks["gpt2", "FSDP", 32] == 201
+    assert peaks["gpt2_swa", "one process", 256] == 100
+    assert peaks["gpt2_medium small_gpu", "one process", 32] == 200
+
+
+def test_memory_says_which_cases_it_had_no_time_for(tiny, monkeypatch):
+    rows, notes = memory_rows(monkeypatch, deadline=0)
+    assert len(rows) == 1
+    assert len(rows) + len(notes) == len(memory.memory_cases(TINY))
+
+
+def test_memory_is_left_out_without_a_gpu(tiny, capsys):
+    run_bench("memory")
+    assert "memory is left out: it needs CUDA" in capsys.readouterr().out
+    assert not Path("out/bench").exists()
+
+
+def test_a_case_of_memory_trains_as_its_config_says(tiny):
+    cases = {(case.configs, case.mode): case for case in memory.memory_cases(TINY)}
+    model_options, options = memory.case_options(cases["gpt2_gqa", "one process"], tiny_bench())
+    assert (options["model"], model_options["n_kv_head"]) == ("model_gqa", 4)
+    assert options["compile"] and not options["fsdp"]
+    _, options = memory.case_options(cases["gpt2 small_gpu", "one process"], tiny_bench())
+    assert options["activation_checkpointing"] and options["total_batch_size"] == 2 * 2 * 32
+    model_options, options = memory.case_options(cases["gpt2", "FSDP"], tiny_bench())
+    assert options["fsdp"]
+    options["compile"] = False  # which takes long
+    assert turns.run_in_new_process(memory.step_memory, model_options, options, True) > 0.1
 
 
 def test_a_rung_keeps_the_changes_of_the_kept_rungs_before_it():

@@ -8,6 +8,7 @@
     python -m tools.bench overhead    what a run does besides computing
     python -m tools.bench loss        time to a validation loss, whole programs, beside nanoGPT
     python -m tools.bench ladder      from torch's defaults to our settings, one change at a time
+    python -m tools.bench memory      peak GPU memory of a training step; on CUDA only
     python -m tools.bench all         all of these, in this order
     python -m tools.bench plots       only draw the plots of the result files again
 
@@ -40,6 +41,7 @@ from configurator import check_minimum, configure
 from tools.bench.attention import measure_attention
 from tools.bench.ladder import measure_ladder
 from tools.bench.limits import measure_limits
+from tools.bench.memory import measure_memory
 from tools.bench.nanogpt import check_nanogpt
 from tools.bench.overhead import measure_overhead
 from tools.bench.sampling import measure_decode, measure_sample
@@ -56,6 +58,7 @@ class BenchConfig:
     what: str = "all"  # the benchmark, all of them, or plots
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     budget_seconds: int | None = None  # of the whole call; None: the benchmarks' own
+    note: str | None = None  # a sentence that is shown with the results, such as what is unusual
     nanogpt: str | None = None  # directory with nanoGPT's train.py and model.py, a peer
     position: int = 100_000  # decode: timed here and at position = window
     tiny: bool = False  # tiny models and tensors: shows that the benchmarks run, measures nothing
@@ -129,6 +132,13 @@ BENCHMARKS = {
         "tokens per second",
         ("rung",),
     ),
+    "memory": Benchmark(
+        measure_memory,
+        {"cuda": 300},
+        "peak_gb",
+        "peak GPU memory of a training step, GB",
+        ("config", "mode", "batch", "T"),
+    ),
 }
 LEAST = 0.5  # of its seconds a benchmark needs at least, about
 
@@ -140,10 +150,15 @@ def check_benchmark(what):
 
 
 def chosen_benchmarks(what, device):
-    """Return {name: seconds} of the benchmarks to run."""
+    """Return {name: seconds} of the benchmarks to run; print which one needs a GPU."""
     kind = "cuda" if device.type == "cuda" else "cpu"
-    names = BENCHMARKS if what == "all" else [what]
-    return {name: BENCHMARKS[name].seconds[kind] for name in names}
+    chosen = {}
+    for name in BENCHMARKS if what == "all" else [what]:
+        if kind in BENCHMARKS[name].seconds:
+            chosen[name] = BENCHMARKS[name].seconds[kind]
+        else:
+            print(f"{name} is left out: it needs CUDA")
+    return chosen
 
 
 def choose_deadline(seconds, end):
@@ -168,6 +183,8 @@ def run_benchmark(name, config, device, deadline):
     else:
         sizes = CUDA if device.type == "cuda" else CPU
     bench = Bench(device, deadline, sizes, config.nanogpt, config.position)
+    if config.note is not None:
+        bench.note(config.note)
     options = {
         "device": config.device,
         "budget_seconds": config.budget_seconds,
