@@ -162,7 +162,7 @@ class Run:
         DDP keeps its buckets in any case. Gradients that are set to None would be allocated anew
         beside them.
         """
-        uses_ddp = self.wrapped is not self.model
+        uses_ddp = self.group.launched and not self.config.fsdp
         self.optimizer.zero_grad(set_to_none=not uses_ddp)
 
 
