@@ -202,6 +202,7 @@ def check_config(config):
 def load(config):
     """Return the model, on its device and in its dtype, and the tokenizer."""
     device = pick_device(config.device)
+    keep_freed_memory(device)
     dtype = pick_dtype(config.dtype, device)
     model, meta = load_model(config.init_from)
     model.to(device, dtype)
@@ -270,7 +271,6 @@ def main(argv):
     """
     config = configure(SampleConfig, argv, __doc__)
     check_config(config)
-    keep_freed_memory()
     try:
         print_samples(config)
     except (RuntimeError, MemoryError) as error:

@@ -56,8 +56,8 @@ class Study:
             self.config = with_dataset(self.config, options.dataset)
         self.options = options
         self.seeds = chosen_seeds(options.seeds, getattr(self.config, "seeds", ()))
-        keep_freed_memory()
         self.device = pick_device("cuda" if options.preset == "gpu" else "cpu")
+        keep_freed_memory(self.device)
         self.dtype = pick_dtype(getattr(self.config, "dtype", "auto"), self.device)
         self.points = []
         self.result = self._describe(name)

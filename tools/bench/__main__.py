@@ -261,7 +261,7 @@ def main(argv):
     if config.nanogpt is not None:
         check_nanogpt(config.nanogpt)
     device = pick_device(config.device)
-    keep_freed_memory()
+    keep_freed_memory(device)
     run_all(chosen_benchmarks(config.what, device), config, device, start)
 
 

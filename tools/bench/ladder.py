@@ -83,7 +83,7 @@ def settings_of_rungs(ladder):
 def apply_process_settings(settings, device):
     """Set what holds for the whole process, also where train.py has set it already."""
     if settings.keep_freed_memory:
-        keep_freed_memory()
+        keep_freed_memory(device)
     if device.type != "cuda":  # the switches below would change attention on a CPU too
         return
     torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")

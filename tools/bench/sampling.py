@@ -149,7 +149,7 @@ def measure_sample(bench):
 
 def sample_rows(bench):
     """Return the rows of measure_sample, and notes."""
-    keep_freed_memory()  # as sample.py
+    keep_freed_memory(bench.device)  # as sample.py
     reader = fastest_reader(bench)
     with_transformers = has_transformers(bench)
     rows = []
@@ -235,7 +235,7 @@ def measure_decode(bench):
 
 def decode_rows(bench):
     """Return the rows of measure_decode, and notes."""
-    keep_freed_memory()  # as sample.py
+    keep_freed_memory(bench.device)  # as sample.py
     rows = []
     reader = fastest_reader(bench)
     kinds, batches = dtypes(bench.device), bench.sizes.decode_batches
