@@ -56,7 +56,8 @@ def start(line):
 
 def torchrun(world_size, *argv, **options):
     """Start torchrun on one machine; return the process."""
-    flags = ["--standalone", f"--nproc_per_node={world_size}"]
+    # Without the address torchrun looks up the name of the machine, which may not resolve.
+    flags = ["--standalone", "--local-addr=127.0.0.1", f"--nproc_per_node={world_size}"]
     for name, value in options.items():
         flags.append(f"--{name.replace('_', '-')}={value}")
     return start([sys.executable, "-m", "torch.distributed.run", *flags, *map(str, argv)])
