@@ -159,8 +159,8 @@ class Run:
     def zero_grad(self):
         """Drop the gradients; under DDP zero them in place, so that they stay views of its buckets.
 
-        DDP keeps its buckets in any case. Gradients that are set to None would be allocated anew
-        beside them.
+        DDP keeps its buckets in any case. If the gradients were set to None, the micro-steps before
+        the last one would allocate others beside the buckets.
         """
         uses_ddp = self.group.launched and not self.config.fsdp
         self.optimizer.zero_grad(set_to_none=not uses_ddp)
@@ -292,7 +292,8 @@ def train_step(run):
     # Under FSDP the norm is a DTensor; its full tensor is the norm over all shards.
     grad_norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
     loss = group.mean(loss)  # over the ranks; all have the same norm
-    # The step's one CPU-GPU sync (in float16 with Muon, scaler.step is another).
+    # Here the CPU waits for the GPU, once per step (in float16 with Muon also in scaler.step). The
+    # optimizer's work on the GPU overlaps with the next step, and counts to its time.
     loss_value, norm_value = torch.stack([loss, grad_norm.to(loss.dtype)]).tolist()
     check_finite(run, loss_value, norm_value)
     if config.grad_clip:
@@ -524,8 +525,8 @@ def train(run):
     # A finished run (the last step is taken and evaluated) only writes its last log line again.
     if not report.is_finished(run):
         parallel.prepare_forward(run)
-    # Python's garbage collector would look through all objects of torch and of the model now and
-    # then: 0.2 s, in which the GPU waits, and with it all ranks. Frozen objects are left out.
+    # Now and then Python's garbage collector looks through all objects, those of torch and of the
+    # model among them: 0.2 s, in which the GPU waits, and with it all ranks. It skips frozen ones.
     gc.collect()
     gc.freeze()
     try:
@@ -558,7 +559,7 @@ def main(argv):
         if user_error is None:
             raise
         raise user_error from error
-    group.destroy_at_exit()
+    group.destroy_at_exit()  # not in a finally: after an error on this rank alone it could hang
 
 
 if __name__ == "__main__":

@@ -104,9 +104,9 @@ class ProcessGroup:
         return numbers.tolist()
 
     def mean(self, tensor):
-        """Collective. Return the mean of the ranks' tensors, in float64, on their device.
+        """Collective. Return the mean of the ranks' tensors in float64; one rank's as it is.
 
-        A GPU does it in the order of its other work, and the CPU does not wait.
+        They stay on their device. On a GPU nccl does it in turn with other work; the CPU goes on.
         """
         if self.world_size == 1:
             return tensor
@@ -153,10 +153,12 @@ class ProcessGroup:
     # The end ----------------------------------------------------------------------------------
 
     def destroy_at_exit(self):
-        """Destroy torch's process group when the process ends; all ranks must call it.
+        """Collective. Destroy torch's process group when the process ends, not before.
 
-        Without it, gloo sometimes aborts at exit. A rank that fails alone must not call it: nccl
-        waits for the other ranks, which wait for this one, and torchrun would not notice.
+        Another call of train.main in this process uses the group again. If no rank destroys it,
+        gloo sometimes aborts at exit. A rank that fails alone must not call this method: nccl waits
+        for all ranks, so the rank would hang instead of exiting, and torchrun would not stop the
+        others.
         """
         if self.launched:
             atexit.unregister(_destroy_process_group)  # of an earlier run in this process

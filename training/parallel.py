@@ -91,7 +91,7 @@ def check_loss(run, loss):
 def check_gradients(run):
     """Collective. End the run if a backward pass gave a parameter no gradient.
 
-    It has no optimizer state to save, and DDP waits for its gradient.
+    Such a parameter has no optimizer state to save, and DDP would wait for its gradient.
     """
     for name, p in run.model.named_parameters():
         if p.requires_grad and p.grad is None:
@@ -102,7 +102,7 @@ def check_gradients(run):
 
 
 def prepare_blocks(model, config, group, device, dtype):
-    """Wrap the blocks' forward passes and, with FSDP, shard the model, in place.
+    """Collective. Check the model, wrap its blocks' forward passes and, with FSDP, shard it.
 
     config   train.py's options
     group    the ProcessGroup
@@ -118,7 +118,7 @@ def prepare_blocks(model, config, group, device, dtype):
 
 
 def wrap_blocks(model, config, device, dtype):
-    """Let the blocks compute attention in float32 and drop activations, as the run needs it."""
+    """Let blocks compute attention in float32, or recompute activations, where the run wants it."""
     for block in model.transformer.h:
         if wants_float32_attention(device, dtype):  # faster, on many CPUs in bfloat16
             use_float32_attention(block)
@@ -217,23 +217,24 @@ def prepare_forward(run):
 
 
 def compile_model(run):
-    """Collective. Compile each block and the loss; leave all uncompiled if that fails on one rank.
+    """Collective. Compile each block and the loss; leave them uncompiled if that fails on a rank.
 
-    DDP, and FSDP's hooks around the blocks, are not part of a graph: the graphs of all modes are
-    the same. The blocks share one.
+    DDP, and FSDP's hooks around the blocks, are not compiled. All blocks run the same code, which
+    torch compiles once. A rank on which memory runs out or the GPU fails ends, and with it the run.
     """
     run.group.print("compiling, which takes about a minute (--compile=False skips it)")
+    before = compile_parts(run.model)  # torch compiles at the first call
     x, y = first_batch(run)
-    failure, parts = None, []
-    try:
-        # The trial calls no collective: a rank on which it fails must not leave the others waiting.
-        # So under FSDP it is made with another model.
-        model = one_layer_model(run) if run.config.fsdp else run.model
-        parts = compile_parts(model)
+    failure = None
+    try:  # no collective in here: a rank on which it fails must not leave the others waiting
+        model = run.model  # not DDP around it, whose hooks do nothing then
+        if run.config.fsdp:
+            model = one_layer_model(run)
+            compile_parts(model)
         forward_and_backward(run, model, x, y)
         model.eval()
         with torch.no_grad(), run.autocast():
-            model(x, y)  # evaluations have a graph of their own
+            model(x, y)  # evaluations have graphs of their own
     except UserError:  # of check_loss, which fails on all ranks together
         raise
     except Exception as error:  # each backend raises its own exception types
@@ -242,39 +243,39 @@ def compile_model(run):
         reason = " ".join(str(error).split())[:300]
         failure = f"{type(error).__name__}: {reason}"
     run.model.train()
-    run.optimizer.zero_grad()
+    run.optimizer.zero_grad()  # to None: these gradients are not yet views of DDP's buckets
     failures = [text for text in run.group.all_gather(failure) if text is not None]
-    if failures:
-        for owner, name, function in parts:
-            setattr(owner, name, function)
-        if run.group.rank == 0:
-            reason = failures[0]
-            print(f"warning: training uncompiled, torch.compile failed: {reason}", file=sys.stderr)
-    elif run.config.fsdp:
-        compile_parts(run.model)
+    if not failures:
+        return
+    for owner, name, function in before:
+        setattr(owner, name, function)
+    if run.group.rank == 0:
+        reason = failures[0]
+        print(f"warning: training uncompiled, torch.compile failed: {reason}", file=sys.stderr)
 
 
 def compile_parts(model):
     """Compile each block and the loss of a model, in place.
 
-    Returns [(owner, name, function before)]. A model of your own may have no method `loss`.
+    Returns what they were, [(owner, name, function)]. A model of your own may have no method
+    `loss`.
     """
-    parts = [(block, "forward", block.forward) for block in model.transformer.h]
+    before = [(block, "forward", block.forward) for block in model.transformer.h]
     if hasattr(model, "loss"):
-        parts.append((model, "loss", model.loss))
-    # The blocks share a graph, unless they differ: then each has one for training and one for
-    # evaluation, and under FSDP the trial as many. By default torch stops compiling after 8.
-    limit = max(torch.compiler.config.recompile_limit, 4 * len(parts))
+        before.append((model, "loss", model.loss))
+    # torch compiles a function at most 8 times, then no more. Blocks whose attributes differ need a
+    # graph each for training and for evaluation, under FSDP also in the model of the trial.
+    limit = max(torch.compiler.config.recompile_limit, 4 * len(before))
     torch.compiler.config.recompile_limit = limit
-    for owner, name, function in parts:
+    for owner, name, function in before:
         # The shapes of a run are fixed. Without dynamic=False torch would switch to dynamic shapes
         # in a process that has compiled a run of other shapes before.
         setattr(owner, name, torch.compile(function, dynamic=False))
-    return parts
+    return before
 
 
 def one_layer_model(run):
-    """Return an unsharded model on the device with the first block of run.model, of any values."""
+    """Return a new model like run.model, but with one layer, unsharded and of any values."""
     with torch.device("meta"):
         model = model_module(run.config.model).GPT(replace(run.model.config, n_layer=1))
     wrap_blocks(model, run.config, run.device, run.dtype)
