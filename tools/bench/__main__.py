@@ -50,7 +50,6 @@ from tools.bench.training import measure_loss, measure_train
 from tools.results.plot import save_bars
 from tools.results.result_file import describe, read_result, write_result
 from tools.results.table import markdown_rows
-from tools.results.turns import split
 
 
 @dataclass
@@ -140,7 +139,7 @@ BENCHMARKS = {
         ("config", "mode", "batch", "T"),
     ),
 }
-LEAST = 0.5  # of its seconds a benchmark needs at least, about
+MIN_FRACTION = 0.5  # of its own budget, without which a benchmark is not begun
 
 
 def check_benchmark(what):
@@ -167,13 +166,16 @@ def choose_deadline(seconds, end):
     seconds   the budgets of the next one and of those after it
     end       the deadline of all
 
-    The time that is left is divided in proportion to their budgets over as many as it suffices for.
+    The time that is left is divided in proportion to these budgets. The last ones get none if there
+    is not enough for all.
     """
-    left = end - time.monotonic()
+    now = time.monotonic()
     count = len(seconds)
-    while count > 0 and LEAST * sum(seconds[:count]) > left:
+    while count > 0 and MIN_FRACTION * sum(seconds[:count]) > end - now:
         count -= 1
-    return next(split(end, seconds[:count])) if count > 0 else None
+    if count == 0:
+        return None
+    return now + (end - now) * seconds[0] / sum(seconds[:count])
 
 
 def run_benchmark(name, config, device, deadline):

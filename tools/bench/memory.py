@@ -1,8 +1,8 @@
 """Memory: the peak GPU memory of a training step, by config, batch and kind of run.
 
 A step has two micro-steps in bfloat16, and is taken in a process of its own, because a process's
-peak never falls. The peak includes compilation. DDP and FSDP have one rank: nothing is sharded, so
-that the difference from one process is what they need themselves.
+peak never falls. The peak includes compilation. DDP and FSDP have one rank: nothing is sharded, and
+the difference from one process is what DDP and FSDP need themselves.
 """
 
 import os
@@ -27,7 +27,7 @@ class Case:
     configs: str  # such as "gpt2 small_gpu", as on a command line
     batch_size: int | None  # None: the configs' own
     block_size: int
-    mode: str = "one process"  # one process, not compiled (in one process), DDP, FSDP
+    mode: str = "one process"  # or not compiled (also one process), DDP, FSDP
 
 
 def memory_cases(sizes):
@@ -93,7 +93,7 @@ def measure_memory(bench):
         batch_size = options["batch_size"]
         title = f"{case.configs}, {case.mode}, {batch_size} x {case.block_size} tokens"
         if rows and bench.left() <= 0:
-            bench.note(f"{title}: not measured, the time was over")
+            bench.note(f"{title}: not measured, no time was left")
             continue
         launched = case.mode in ("DDP", "FSDP")
         try:
