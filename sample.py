@@ -8,8 +8,8 @@ token costs one forward pass over that token alone, thanks to the KV cache. Text
 else to stderr. A single sample is printed while it is generated.
 
 On a GPU, one sample is expected to wait for kernel launches, not for memory: a token of GPT-2 124M
-takes about 200 of them, and 400 with RoPE, whether one sample or ten are generated (counted, not
-timed). So tokens per second should grow with --num_samples.
+takes about 200 of them, and 400 with RoPE, whether one sample or ten are generated (counted on a
+stand-in for a GPU, not timed). So tokens per second should grow with --num_samples.
 """
 
 import os
