@@ -560,6 +560,8 @@ def main(argv):
             raise
         raise user_error from error
     group.destroy_at_exit()  # not in a finally: after an error on this rank alone it could hang
+    run = None
+    gc.collect()  # frees the model, which refers to its compiled functions, and they to it
 
 
 if __name__ == "__main__":

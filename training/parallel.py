@@ -261,7 +261,7 @@ def compile_parts(model):
     `loss`.
     """
     before = [(block, "forward", block.forward) for block in model.transformer.h]
-    if hasattr(model, "loss"):
+    if callable(getattr(type(model), "loss", None)):
         before.append((model, "loss", model.loss))
     # torch compiles a function at most 8 times, then no more. Blocks whose attributes differ need a
     # graph each for training and for evaluation, under FSDP also in the model of the trial.

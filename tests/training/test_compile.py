@@ -43,24 +43,20 @@ class GPT(model.GPT):
         self.transformer.h = torch.nn.ModuleList(blocks)
         self.init_weights()
 """
-WITHOUT_LOSS = """
+WITHOUT_METHOD = """
 import torch.nn.functional as F
 import model
 from model import GPTConfig
 
 
 class GPT(model.GPT):
-    loss = None
+    loss = {loss}
 
     def forward(self, idx, targets=None, cache=None):
         logits = super().forward(idx, cache=cache)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-del GPT.loss
-del model
 """
 
 
@@ -143,10 +139,12 @@ def test_blocks_that_differ_are_all_compiled(workdir, graphs, monkeypatch, capsy
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("loss", ["None", "0.5", "property(lambda model: model.forward)"])
 def test_a_model_without_a_method_loss_trains_with_its_blocks_compiled(
-    workdir, graphs, monkeypatch
+    workdir, graphs, monkeypatch, loss
 ):
-    write_model(monkeypatch, workdir, "model_without_loss", WITHOUT_LOSS)
+    text = WITHOUT_METHOD.format(loss=loss)
+    write_model(monkeypatch, workdir, "model_without_loss", text)
     options = {"dropout": 0.0} | EVERY_STEP
     train.main(arguments(model="model_without_loss", compile=True, out_dir="out/mine", **options))
     train.main(arguments(out_dir="out/base", **options))
