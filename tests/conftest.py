@@ -11,8 +11,9 @@ import tempfile
 from pathlib import Path
 
 # Many tests fork, and a forked process cannot use CUDA. So only the tests of the GPU see one:
-# pytest -m gpu.
-if not any("gpu" in argument for argument in sys.argv[1:]):
+# pytest -m gpu. The workers of pytest-xdist do not have these arguments, but the environment of the
+# process that has them.
+if not ("PYTEST_XDIST_WORKER" in os.environ or any("gpu" in arg for arg in sys.argv[1:])):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
