@@ -293,7 +293,7 @@ def train_step(run):
     grad_norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
     loss = group.mean(loss)  # over the ranks; all have the same norm
     # Here the CPU waits for the GPU, once per step (in float16 with Muon also in scaler.step). The
-    # optimizer's work on the GPU overlaps with the next step, and counts to its time.
+    # optimizer's work on the GPU overlaps with the next step, and is part of that step's time.
     loss_value, norm_value = torch.stack([loss, grad_norm.to(loss.dtype)]).tolist()
     check_finite(run, loss_value, norm_value)
     if config.grad_clip:

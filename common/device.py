@@ -224,8 +224,12 @@ def peak_flops(device, dtype):
 def is_out_of_memory(error):
     """Return whether an exception means that memory ran out; often only its words tell."""
     words = (
-        *("out of memory", "not enough memory", "can't allocate memory", "size calculation over"),
-        *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+        "out of memory",
+        "not enough memory",
+        "can't allocate memory",
+        "size calculation over",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
     )
     is_known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return is_known or any(text in str(error) for text in words)

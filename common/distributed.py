@@ -212,7 +212,8 @@ def _destroy_process_group():
 
 def describe_lost_rank(error):
     """Return the reason if an error means that another rank does not answer, else None."""
-    types = (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError)  # the last by nccl
+    # DistBackendError is nccl's.
+    types = (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError)
     is_lost = isinstance(error, types)
     if not is_lost and "gloo" not in str(error):  # gloo raises a plain RuntimeError
         return None
