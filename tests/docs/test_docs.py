@@ -30,7 +30,7 @@ import train
 from common import pretrained
 from common.models import models_with_option
 from configurator import configure, configure_with_model
-from experiments import drawings, look, report, study
+from experiments import drawings, explorer, look, report, study
 from tools import estimate_memory, export, plot_loss
 from tools.bench import __main__ as bench
 
@@ -237,7 +237,7 @@ def run_estimate_memory(argv):
 
 def run_experiment(name, argv):
     module = importlib.import_module(name)
-    if module in (report, drawings):
+    if module in (report, drawings, explorer):
         assert argv == []
         return
     if module is look:
