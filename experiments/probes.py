@@ -35,7 +35,7 @@ INTERLEAVED = (
     ),
 )
 ROUNDED = "(positions.bfloat16()[:, None] * frequencies).bfloat16().float()"
-NEVER = "DistributedDataParallel)"  # and so without a condition
+ALWAYS = "DistributedDataParallel)"  # no_sync in every micro-step, also in the last one
 BLOCKS_SHARDED = """    for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
 """
@@ -51,7 +51,7 @@ MISTAKES = {
     "bfloat16Angles": {"model_rope": [("positions[:, None] * frequencies", ROUNDED)]},
     "interleaved": {"model_rope": INTERLEAVED},
     "restart": {"model_rope": [("torch.arange(start, end,", "torch.arange(end - start,")]},
-    "noSync": {"training.parallel": [("DistributedDataParallel) and not enabled", NEVER)]},
+    "noSync": {"training.parallel": [("DistributedDataParallel) and not enabled", ALWAYS)]},
     "rootOnly": {"training.parallel": [(BLOCKS_SHARDED, "")]},
 }
 
@@ -359,7 +359,7 @@ class Collectives(TorchDispatchMode):
 
 @contextlib.contextmanager
 def process_group(ranks):
-    """Make a process group of ranks that are all in this process, and receive nothing."""
+    """Make a process group whose ranks are all this process; its collectives transfer nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         yield SimpleNamespace(world_size=ranks)
