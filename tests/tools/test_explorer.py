@@ -20,7 +20,6 @@ from experiments import drawings, explorer, look, probes
 
 TEXT = (ROOT / "docs" / "explorer.html").read_text(encoding="utf-8")
 PAGE = explorer.read_block(TEXT)
-needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 each_function = pytest.mark.parametrize("name", explorer.FUNCTIONS)
 each_mistake = pytest.mark.parametrize("mistake", probes.MISTAKES)
 
@@ -185,21 +184,21 @@ RUN = "JSON.stringify(runCases(data))"
 
 
 def node(expression, functions=FUNCTIONS):
-    """Return the value of an expression after the functions of the page; it must be JSON."""
+    """Return the value of an expression, a text in JSON, behind the functions of the page."""
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed")
     script = f"const data = {json.dumps(PAGE)};\n{functions}\nconsole.log({expression});"
     completed = subprocess.run(["node", "-"], input=script, capture_output=True, text=True)
     assert completed.returncode == 0, completed.stderr
     return json.loads(completed.stdout)
 
 
-@needs_node
 def test_the_page_computes_all_cases():
     result = node(RUN)
     assert result["failures"] == []
     assert result["passed"] == result["total"] == len(PAGE["cases"])
 
 
-@needs_node
 @each_mistake
 def test_a_switch_without_effect_fails_its_cases(mistake):
     switch = f"mistakes.{mistake}"
@@ -229,7 +228,6 @@ WRONG = {
 }
 
 
-@needs_node
 @each_function
 def test_a_wrong_function_fails_its_cases(name):
     text, replacement = WRONG[name]
@@ -239,7 +237,6 @@ def test_a_wrong_function_fails_its_cases(name):
     assert result["passed"] < result["total"]
 
 
-@needs_node
 def test_the_events_of_a_step_hold_and_send_what_is_estimated():
     setups = []
     for name, arguments, _ in PAGE["cases"]:
