@@ -14,22 +14,29 @@ from statistics import mean
 
 from common.errors import run_program
 from configurator import configure
-from experiments.intervals import (
-    format_difference,
-    format_mean,
-    interval_of,
-    paired_difference,
-    verdict,
-)
+from experiments.intervals import format_difference, format_mean, paired_difference, verdict
 from experiments.runs import PRESETS, train_variant, val_losses, variants
 from experiments.steps import cache_bytes
 from experiments.study import Study, StudyConfig, complete_rows
 from tools.plot_loss import read_log
-from tools.results.plot import COLORS, label_points
+from tools.results.plot import COLORS
 from tools.results.table import markdown_table
 
 CACHE_TOKENS = 32 * 1024
-MARKERS = ("o", "s")  # of the first models, and of those whose colors repeat
+# What a plot calls a model, its color and its marker. Each idea has a hue and a marker of its own,
+# and its models differ in lightness, so that eyes that see hues alike can tell them apart.
+LOOKS = {
+    "base": ("GPT-2, the base", COLORS[0], "o"),
+    "RoPE": ("RoPE", COLORS[5], "D"),
+    "RoPE + SWA": ("RoPE + SWA 1/4", "#00553F", "D"),
+    "all three": ("RoPE + SWA 1/4 + GQA 1/4", COLORS[6], "P"),
+    "GQA 1/2": ("GQA, 1/2 of the KV heads", COLORS[4], "s"),
+    "GQA 1/4": ("GQA, 1/4 of the KV heads", COLORS[2], "s"),
+    "MQA": ("MQA, a single KV head", "#00304C", "s"),
+    "SWA 1/2": ("SWA, window 1/2 of training length", COLORS[1], "^"),
+    "SWA 1/4": ("SWA, window 1/4 of training length", COLORS[3], "^"),
+    "SWA 1/16": ("SWA, window 1/16 of training length", "#7A3500", "^"),
+}
 # What is compared with another variant than the base.
 COMPARISONS = (
     ("GQA 1/4", "GQA 1/2"),
@@ -111,26 +118,37 @@ def comparisons(result):
 
 
 def draw(result, differences, caches):
-    """Plot differences from the base, and losses over KV cache size; both with 95 % intervals."""
+    """Plot each model's difference from the base and its KV cache: one row a model, best first."""
     final = final_losses(result)
+    names = sorted(final, key=lambda name: mean(final[name]))
     shape = result["config"]["shape"]  # of GPT-2 124M, which has other numbers of heads
-    for i, (name, values) in enumerate(final.items()):
-        color = COLORS[i % len(COLORS)]
-        style = {"fmt": MARKERS[i // len(COLORS)], "capsize": 4, "color": color}
-        if name != "base":
-            difference = paired_difference(values, final["base"])
-            differences.errorbar(difference.mean, i, xerr=difference.half_width, **style)
-        loss = interval_of(values)
-        x = cache_bytes(shape | variants(shape)[name], CACHE_TOKENS) / 1e6
-        caches.errorbar(x, loss.mean, yerr=loss.half_width, **style)
-        label_points(caches, (name, x, loss.mean, color), offset=(6, 4))
+    labels = []
+    for row, name in enumerate(names):
+        label, color, marker = LOOKS.get(name, (name, COLORS[7], "X"))  # or a model of the reader's
+        labels.append(label)
+        style = {"color": color, "marker": marker, "markersize": 7}
+        if name == "base":
+            differences.plot(0, row, **style)
+        else:
+            difference = paired_difference(final[name], final["base"])
+            differences.errorbar(
+                difference.mean, row, xerr=difference.half_width, capsize=4, **style
+            )
+        megabytes = cache_bytes(shape | variants(shape)[name], CACHE_TOKENS) / 1e6
+        caches.plot(megabytes, row, **style)
+        end = (megabytes, row)
+        text = f"{megabytes:,.0f} MB"
+        caches.annotate(text, end, xytext=(8, 0), textcoords="offset points", va="center")
     differences.axvline(0, color=COLORS[0], linewidth=0.8)
-    differences.set_yticks(range(len(final)), list(final))
-    differences.set_xlabel("loss minus that of the base (95 % interval)")
+    differences.set_yticks(range(len(names)), labels)
+    differences.set_xlabel("validation loss minus that\nof the base (95 % interval)")
     caches.set_xscale("log")
-    caches.set_xlim(3, 9000)  # all variants, so that plots of some of them have readable ticks
-    caches.set_xlabel("KV cache of 32k tokens, GPT-2 124M (MB)")
-    caches.set_ylabel("validation loss (nats per token)")
+    caches.set_xlim(2, 50_000)  # all models and their numbers, in plots of some of them, too
+    caches.set_xticks([10, 100, 1000, 10_000], ["10 MB", "100 MB", "1 GB", "10 GB"])
+    caches.set_yticks(range(len(names)), [])
+    caches.set_xlabel("KV cache of 32k tokens\nat the size of GPT-2 124M")
+    for panel in (differences, caches):
+        panel.set_ylim(len(names) - 0.5, -0.5)
 
 
 def main(argv):

@@ -1,14 +1,17 @@
 """experiments/: each runs in full at a tiny size, resumes, and measures what it says."""
 
 import importlib
+import itertools
 import json
 import re
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, refused, write_tiny
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from common.dataloader import Loader
@@ -163,7 +166,7 @@ def test_an_experiment_plots_lines_in_each_panel(tiny, name, monkeypatch):
     panels = []
 
     def draw_without_file(draw, count, size, path):
-        panels.extend(Figure(size).subplots(1, count, squeeze=False)[0])
+        panels[:] = Figure(size).subplots(1, count, squeeze=False)[0]
         draw(*panels)
 
     monkeypatch.setattr(study, "save_lines", plot.save_lines)
@@ -182,6 +185,84 @@ def test_the_plot_of_an_experiment_is_beside_its_result_file(tiny, monkeypatch):
 def test_an_unknown_preset_is_an_error_of_one_line(tiny, capsys, name):
     main = importlib.import_module(f"experiments.{name}").main
     assert "preset=tpu" in refused(capsys, ["--preset=tpu"], main)
+
+
+# The plots of quality -------------------------------------------------------------------------
+
+QUALITY = sorted((ROOT / "docs/experiments").glob("quality_*.json"))
+
+
+@pytest.fixture(params=QUALITY, ids=lambda path: path.stem)
+def drawn_quality(request, monkeypatch):
+    """A published result of experiments/quality.py, and the figure that is saved for it."""
+    result = result_file.read_result(request.param)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
+    plot.save_lines(result, quality.draw, "quality.png")
+    [figure] = figures
+    figure.draw_without_rendering()
+    return result, figure
+
+
+def texts_of(panel):
+    """Return the texts of a panel: the labels of its axes and ticks, and those at its points."""
+    low, high = panel.get_xlim()
+    ticks = [label for label in panel.get_xticklabels() if low <= label.get_position()[0] <= high]
+    texts = [*ticks, *panel.get_yticklabels(), panel.xaxis.label, panel.yaxis.label, *panel.texts]
+    return [text for text in texts if text.get_text()]
+
+
+def points_of(panel):
+    """Return the points of a panel: matplotlib's lines of one point, from the top to the bottom."""
+    points = [line for line in panel.lines if line.get_marker() in "oDPs^"]
+    return sorted(points, key=lambda point: point.get_ydata()[0])
+
+
+def test_no_text_of_the_plot_of_quality_overlaps_a_text_or_a_point(drawn_quality):
+    result, figure = drawn_quality
+    texts = [text for panel in figure.axes for text in texts_of(panel)]
+    assert len(texts) > 2 * len(quality.final_losses(result))
+    boxes = [text.get_window_extent() for text in texts]
+    for panel in figure.axes:
+        boxes += [point.get_window_extent() for point in points_of(panel)]
+    for box, other in itertools.combinations(boxes, 2):
+        assert not box.overlaps(other)
+
+
+def test_the_plot_of_quality_has_a_row_for_each_model_the_lowest_loss_at_the_top(drawn_quality):
+    result, figure = drawn_quality
+    final = {name: mean(losses) for name, losses in quality.final_losses(result).items()}
+    labels = [quality.LOOKS[name][0] for name in sorted(final, key=final.get)]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == labels
+    for panel in figure.axes:
+        bottom, top = panel.get_ylim()
+        assert bottom > top  # row 0 is the upper one
+
+
+def test_a_model_has_the_same_color_and_marker_in_both_halves_and_no_two_are_equal(drawn_quality):
+    result, figure = drawn_quality
+    left, right = (
+        [(point.get_color(), point.get_marker()) for point in points_of(panel)]
+        for panel in figure.axes
+    )
+    assert left == right
+    assert len(left) == len(quality.final_losses(result))
+    assert len({color for color, _ in left}) == len(left)
+    assert quality.LOOKS.keys() == runs.variants(runs.PRESETS["cpu"].run).keys()
+
+
+def lightness(color):
+    """Return about how light a color looks (CIE L*): 0 is black and 100 white."""
+    red, green, blue = (channel**2.2 for channel in to_rgb(color))
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return 116 * luminance ** (1 / 3) - 16
+
+
+def test_models_with_the_same_marker_differ_in_lightness():
+    pairs = itertools.combinations(quality.LOOKS.values(), 2)
+    for (_, color, marker), (_, other, other_marker) in pairs:
+        if marker == other_marker:
+            assert abs(lightness(color) - lightness(other)) > 12
 
 
 # Studies --------------------------------------------------------------------------------------

@@ -48,8 +48,8 @@ def draw_line(panel, name, x, y, color, **style):
     return name, x[-1], y[-1], color
 
 
-def label_points(panel, *points, offset=(6, -3)):
-    """Write a text beside each point (text, x, y, color), offset by typographic points.
+def label_points(panel, *points):
+    """Write a text to the right of each point (text, x, y, color).
 
     A text that would overlap the one below it is moved up.
     """
@@ -61,7 +61,7 @@ def label_points(panel, *points, offset=(6, -3)):
         panel.annotate(
             text,
             xy=(x, y),
-            xytext=(offset[0], offset[1] + lowest - height),
+            xytext=(6, lowest - height - 3),
             textcoords="offset points",
             color=color,
             fontsize="small",
