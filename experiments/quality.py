@@ -143,7 +143,7 @@ def draw(result, differences, caches):
     differences.set_yticks(range(len(names)), labels)
     differences.set_xlabel("validation loss minus that\nof the base (95 % interval)")
     caches.set_xscale("log")
-    caches.set_xlim(2, 50_000)  # all models and their numbers, in plots of some of them, too
+    caches.set_xlim(2, 90_000)  # all models and their numbers, in plots of some of them, too
     caches.set_xticks([10, 100, 1000, 10_000], ["10 MB", "100 MB", "1 GB", "10 GB"])
     caches.set_yticks(range(len(names)), [])
     caches.set_xlabel("KV cache of 32k tokens\nat the size of GPT-2 124M")

@@ -41,8 +41,13 @@ FILE = re.compile(
     r"[\w./*-]+\.(py|md|txt|toml)(::\S+)?|(config|docs|tests|experiments|common|tools)/[\w./*-]*"
 )
 COMMAND = re.compile(r"(python|torchrun) .*\.py\b|python -m |pytest .|diff .|git diff .")
-# Examples of what a reader makes
-FILES_OF_USERS = {"model_mine.py", "model_my_gqa.py", "model_my_window.py", "corpus/*.txt"}
+FILES_OF_USERS = {  # examples of what a reader makes
+    "model_mine.py",
+    "model_qknorm.py",
+    "model_my_gqa.py",
+    "model_my_window.py",
+    "corpus/*.txt",
+}
 OTHER_OPTIONS = {"help", "key", "logdir"}  # --key=value; tensorboard --logdir=
 each_document = pytest.mark.parametrize("name", TEXTS)
 

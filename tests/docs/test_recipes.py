@@ -1,5 +1,6 @@
-"""The Python in docs/ runs; the diff of YOUR_OWN_VARIANT.md makes the model its check accepts."""
+"""The Python in docs/ runs; each diff of YOUR_OWN_VARIANT.md makes the model its check accepts."""
 
+import copy
 import csv
 import importlib
 import re
@@ -14,6 +15,7 @@ from conftest import GPT2, arguments, read_log
 from documents import block
 from variants import close, feed, last_logits, make, make_vivid, tokens
 
+import model as model_base
 import model_rope
 import prepare_data
 import train
@@ -23,6 +25,9 @@ from experiments import length, runs
 from sample import generate_text
 from tools.export import export
 from tools.results.plot import COLORS
+from train import TrainConfig
+from training.optimizer import OPTIMIZERS, hidden_matrices, make_optimizer
+from training.parallel import check_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +44,8 @@ def apply_diff(text, diff):
 
 
 BASE = (ROOT / "model.py").read_text(encoding="utf-8")
-CHECK = block("python", "import CausalSelfAttention")
+CHECK = block("python", "from model_mine import")
+QKNORM_CHECK = block("python", "from model_qknorm import")
 
 
 @pytest.fixture
@@ -49,14 +55,19 @@ def alibi_source():
 
 
 @pytest.fixture
-def import_mine(tmp_path, monkeypatch):
-    """Return a function that makes a text importable as model_mine, and imports it."""
+def qknorm_source():
+    return apply_diff(BASE, block("diff", "QK-norm"))
 
-    def import_text(text):
-        (tmp_path / "model_mine.py").write_text(text, encoding="utf-8")
-        monkeypatch.delitem(sys.modules, "model_mine", raising=False)
-        module = importlib.import_module("model_mine")
-        monkeypatch.setitem(sys.modules, "model_mine", module)
+
+@pytest.fixture
+def import_mine(tmp_path, monkeypatch):
+    """Return a function that makes a text importable under a name, and imports it."""
+
+    def import_text(text, name="model_mine"):
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        module = importlib.import_module(name)
+        monkeypatch.setitem(sys.modules, name, module)
         return module
 
     monkeypatch.syspath_prepend(tmp_path)
@@ -69,20 +80,27 @@ def alibi(alibi_source, import_mine):
     return import_mine(alibi_source)
 
 
-# The diff -------------------------------------------------------------------------------------
+@pytest.fixture
+def qknorm(qknorm_source, import_mine):
+    return import_mine(qknorm_source, "model_qknorm")
+
+
+# ALiBi: the diff ------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(shutil.which("patch") is None, reason="needs patch")
-def test_the_command_of_the_page_makes_the_model_file(alibi_source, tmp_path):
+@pytest.mark.parametrize("name, source", [("mine", "alibi_source"), ("qknorm", "qknorm_source")])
+def test_the_command_of_the_page_makes_the_model_file(name, source, tmp_path, request):
     shutil.copy(ROOT / "model.py", tmp_path)
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs/YOUR_OWN_VARIANT.md", tmp_path / "docs")
-    command = block("", "| patch -o model_mine.py")
+    command = block("", f"| patch -o model_{name}.py")
     done = subprocess.run(
         command, shell=True, cwd=tmp_path, check=True, capture_output=True, text=True
     )
     assert "Hunk" not in done.stdout + done.stderr  # printed if an offset or fuzz was needed
-    assert (tmp_path / "model_mine.py").read_text(encoding="utf-8") == alibi_source
+    made = (tmp_path / f"model_{name}.py").read_text(encoding="utf-8")
+    assert made == request.getfixturevalue(source)
 
 
 def test_the_model_has_no_wpe_and_no_buffers(alibi):
@@ -123,7 +141,7 @@ def test_the_model_takes_sequences_longer_than_block_size(alibi):
     assert model(x, x).isfinite()
 
 
-# The brute-force check ------------------------------------------------------------------------
+# ALiBi: the brute-force check -----------------------------------------------------------------
 
 
 def test_the_check_accepts_the_model(alibi):
@@ -153,6 +171,115 @@ def test_the_check_refuses_a_wrong_idea(name, alibi_source, import_mine):
 @pytest.mark.parametrize("name", ["sign flipped", "bias 0", "slopes without n_head"])
 def test_a_wrong_idea_agrees_with_its_own_full_forward_passes(name, alibi_source, import_mine):
     model, x = make_vivid(import_mine(alibi_source.replace(*MUTANTS[name]))), tokens(2, 16)
+    cached = feed(model, model.make_cache(2), x[:, :5], x[:, 5:9], *x[:, 9:].split(1, dim=1))
+    close(cached[:, 1:], last_logits(model, x)[:, 8:])  # so that pytest -k cannot notice it
+
+
+# QK-norm --------------------------------------------------------------------------------------
+
+GAINS = [f"transformer.h.{i}.attn.{name}_norm.weight" for i in range(3) for name in "qk"]
+
+
+def test_qk_norm_adds_two_gains_of_one_dimension_to_each_block(qknorm):
+    model = make(qknorm)
+    head_dim = model.config.n_embd // model.config.n_head
+    names_of_base = {name for name, _ in make(model_base).named_parameters()}
+    added = {
+        name: (tuple(p.shape), p.unique().tolist())
+        for name, p in model.named_parameters()
+        if name not in names_of_base
+    }
+    assert added == {name: ((head_dim,), [1]) for name in GAINS}
+    assert list(model.buffers()) == []
+
+
+def test_a_model_with_qk_norm_is_not_refused_by_training(qknorm):
+    check_model(make(qknorm), TrainConfig(model="model_qknorm", optimizer="muon", fsdp=True))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_gains_of_qk_norm_get_no_weight_decay_and_no_muon(optimizer, qknorm):
+    model = make(qknorm)
+    gains = {p for name, p in model.named_parameters() if name in GAINS}
+    assert gains.isdisjoint(hidden_matrices(model))
+    optimizers = make_optimizer(model, TrainConfig(optimizer=optimizer, weight_decay=0.1))
+    adamw = optimizers.adamw if optimizer == "muon" else optimizers
+    decay = {p: group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+    assert {decay[p] for p in gains} == {0}
+
+
+def test_the_scores_of_qk_norm_do_not_grow_with_the_weights(qknorm):
+    attention = make(qknorm).transformer.h[0].attn
+    large = copy.deepcopy(attention)
+    C = attention.c_proj.in_features
+    with torch.no_grad():
+        attention.c_attn.weight[: 2 * C] *= 50  # q and k; eps is then too small to matter
+        large.c_attn.weight[: 2 * C] *= 5000
+    x = torch.randn(2, 7, C)
+    close(large(x), attention(x))
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 15])
+def test_qk_norm_decodes_the_logits_of_full_forward_passes(qknorm, prompt):
+    model, x = make_vivid(qknorm), tokens(2, 16)
+    cached = feed(model, model.make_cache(2), x[:, :prompt], *x[:, prompt:].split(1, dim=1))
+    close(cached, last_logits(model, x)[:, prompt - 1 :])
+
+
+def test_the_check_of_qk_norm_accepts_the_model(qknorm):
+    exec(QKNORM_CHECK, {})
+
+
+NORM_OF_K = "self.k_norm(k)"
+QKNORM_MUTANTS = {
+    "missing on q": {"self.q_norm(q)": "q + 0 * self.q_norm(q)"},
+    "missing on k": {NORM_OF_K: f"k + 0 * {NORM_OF_K}"},
+    "over all heads of a token": {
+        NORM_OF_K: "self.k_norm.weight * k / (k.square().mean((1, 3), True) + 1e-5).sqrt()"
+    },
+    "over the tokens": {
+        NORM_OF_K: "self.k_norm.weight * k / (k.square().mean(2, True) + 1e-5).sqrt()"
+    },
+    "centered": {NORM_OF_K: "F.layer_norm(k, k.shape[3:], self.k_norm.weight)"},
+    "to length 1": {NORM_OF_K: "self.k_norm.weight * F.normalize(k, dim=3)"},
+    "without the gain": {NORM_OF_K: "F.rms_norm(k, k.shape[3:], eps=1e-5)"},
+    "the gain of q on k": {NORM_OF_K: "self.q_norm(k)"},
+    "on v": {NORM_OF_K: f"{NORM_OF_K}; v = self.k_norm(v)"},
+    "missing with a cache": {NORM_OF_K: f"k if cache is not None else {NORM_OF_K}"},
+    "missing in decode": {NORM_OF_K: f"k if T == 1 else {NORM_OF_K}"},
+    "missing in a chunk": {
+        NORM_OF_K: f"k if T > 1 and cache is not None and cache.pos > 0 else {NORM_OF_K}"
+    },
+    "behind the cache only": {
+        NORM_OF_K: "k",
+        "(self.layer, k, v)": "(self.layer, k, v); k = self.k_norm(k)",
+    },
+    "before and behind the cache": {"(self.layer, k, v)": "(self.layer, k, v); k = self.k_norm(k)"},
+    "behind the cache": {
+        NORM_OF_K: "k",
+        "y = self.attend(q, k, v)": "y = self.attend(q, self.k_norm(k), v)",
+    },
+}
+
+
+def mutate(text, changes):
+    for old, new in changes.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    return text
+
+
+@pytest.mark.parametrize("name", QKNORM_MUTANTS)
+def test_the_check_of_qk_norm_refuses_a_wrong_idea(name, qknorm_source, import_mine):
+    import_mine(mutate(qknorm_source, QKNORM_MUTANTS[name]), "model_qknorm")
+    with pytest.raises(AssertionError):
+        exec(QKNORM_CHECK, {})
+
+
+@pytest.mark.parametrize("name", ["missing on k", "over all heads of a token", "on v"])
+def test_a_wrong_norm_agrees_with_its_own_full_forward_passes(name, qknorm_source, import_mine):
+    text = mutate(qknorm_source, QKNORM_MUTANTS[name])
+    model, x = make_vivid(import_mine(text, "model_qknorm")), tokens(2, 16)
     cached = feed(model, model.make_cache(2), x[:, :5], x[:, 5:9], *x[:, 9:].split(1, dim=1))
     close(cached[:, 1:], last_logits(model, x)[:, 8:])  # so that pytest -k cannot notice it
 
