@@ -13,6 +13,7 @@ A JSON file is a list of runs. A run has these keys, all but argv optional:
     saving         true: it is SIGKILL, sent while the rank saves a checkpoint
     restarts       it is sent after so many restarts of the workers, 0 by default
     measure_bytes  true: the bytes of tensors are recorded
+    events         true: what the rank computes and sends is recorded
     spoil          {"what", "value", "step", "rank"}: arguments of spoiled() of spoiled.py
     unused         shape of a parameter `unused` that each block of model.py gets and does not use
     no_compiler    ranks on which torch.compile fails; on the others it runs the graphs as they are
@@ -24,6 +25,7 @@ FILE.RANK then holds the list of what the rank recorded, for each run:
     step_bytes     the bytes of all its tensors before each optimizer step
     saving_bytes   the same while it saved a checkpoint
     kept_bytes     the bytes of the gradients that it keeps from one step to the next, for each step
+    events         what it computed and sent in its last step
     graphs         the number of graphs that it has compiled
     digests        of its weights and optimizer state, before and after the spoiled step
 """
@@ -41,6 +43,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from collectives import recorded_events
 from spoiled import spoiled
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -122,7 +125,10 @@ def do_run(run):
         record["kept_bytes"].append(gradient_bytes(state.model))
         if sends_signal and state.step == run.get("step"):
             signal.raise_signal(getattr(signal, run["signal"]))
-        return train_step(state)
+        if not run.get("events"):
+            return train_step(state)
+        with recorded_events(state.model) as record["events"]:
+            return train_step(state)
 
     def recording_save(*args, **kwargs):
         if measures_bytes:
