@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # many ranks 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.models import model_module
-from experiments.drawings import group_heads
+from experiments.drawing_data import group_heads
 from tools import estimate_memory
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ import torch
 from documents import ROOT
 
 import model_swa
-from experiments import drawings, explorer, look, probes
+from experiments import drawing_data, explorer, look, probes
 
 TEXT = (ROOT / "docs" / "explorer.html").read_text(encoding="utf-8")
 PAGE = explorer.read_block(TEXT)
@@ -141,22 +141,22 @@ def test_a_mistake_whose_text_has_gone_is_an_error():
 
 @pytest.mark.parametrize("window", [1, 3, 9])
 def test_a_probed_mask_is_the_rule(window):
-    assert torch.equal(probes.attention_mask(9, 0, window), drawings.window_mask(9, window))
+    assert torch.equal(probes.attention_mask(9, 0, window), drawing_data.window_mask(9, window))
     # A later chunk has the last rows of the mask of the whole sequence.
     later = probes.attention_mask(4, 5, window)
-    assert torch.equal(later, drawings.window_mask(9, window)[5:])
+    assert torch.equal(later, drawing_data.window_mask(9, window)[5:])
 
 
 def test_probed_slots_are_those_of_the_drawing():
     states = probes.ring_after(4, [3] + [1] * 8)
-    assert [state["slots"] for state in states] == drawings.ring_slots(4, 3, 8)
+    assert [state["slots"] for state in states] == drawing_data.ring_steps(4, [3] + [1] * 8)[0]
 
 
 @pytest.mark.parametrize("tokens, window", [(1024, 16), (1024, 256), (1024, 400), (333, 70)])
 def test_probed_blocks_are_those_of_the_drawing(tokens, window):
     blocks = probes.computed_blocks(tokens, window)
     for block, (queries, keys) in zip(
-        blocks, drawings.computed_blocks(tokens, window), strict=True
+        blocks, drawing_data.computed_blocks(tokens, window), strict=True
     ):
         assert (block["firstQuery"], block["queries"]) == (queries[0], len(queries))
         assert (block["firstKey"], block["keys"]) == (keys[0], len(keys))
@@ -171,8 +171,8 @@ def test_the_last_probed_field_is_the_receptive_field_of_the_model():
 
 def test_a_probed_score_is_a_product_of_rotated_vectors():
     q, k = explorer.vector(8, 1), explorer.vector(8, 2)
-    query = drawings.rotate_vector(torch.tensor(q), torch.tensor([9]))[0]
-    key = drawings.rotate_vector(torch.tensor(k), torch.tensor([2]))[0]
+    query = drawing_data.rotate_vector(torch.tensor(q), torch.tensor([9]))[0]
+    key = drawing_data.rotate_vector(torch.tensor(k), torch.tensor([2]))[0]
     expected = (query @ key).item() / 8**0.5
     assert probes.score(q, k, 9, 2, 10000) == pytest.approx(expected, abs=1e-5)
 
