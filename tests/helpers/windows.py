@@ -1,6 +1,7 @@
 """Attention in a sliding window: that of model_swa.py, and a second way to compute it."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model_swa import CausalSelfAttention, GPTConfig
 
@@ -20,3 +21,16 @@ def attention(window, dropout=0.0):
     """Return an attention layer of two heads, in training mode if it has dropout."""
     config = GPTConfig(n_head=2, n_embd=8, window=window, dropout=dropout)
     return CausalSelfAttention(config, layer=0).train(dropout > 0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Record the number of elements of the largest tensor that an operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self.numel = max(self.numel, leaf.numel())
+        return output

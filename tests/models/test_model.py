@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import copy_of_gpt2, gpt2, in_our_orientation
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import model as model_py
 from model import GPT, GPTConfig
 
 
@@ -78,62 +80,23 @@ SIZES = [
 ]
 
 
-def oracle(n_layer, n_head, n_embd, block_size, vocab_size, attention="eager"):
-    """Return transformers' GPT-2 with every parameter random, without dropout."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=n_layer,
-        n_head=n_head,
-        n_embd=n_embd,
-        n_positions=block_size,
-        vocab_size=vocab_size,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        attn_implementation=attention,
-    )
-    model = GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1)
-    return model
-
-
-def ours(name, tensor):
-    """Return a tensor of transformers' GPT-2 in model.py's orientation.
-
-    A Conv1D weight is (in, out), a Linear weight (out, in).
-    """
-    is_conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-    return tensor.T if is_conv1d else tensor
-
-
-def copy_of(theirs):
-    """Return model.py's model with the weights of transformers' GPT-2."""
-    c = theirs.config
-    config = GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
-    with torch.device("meta"):
-        model = GPT(config)
-    weights = {name: ours(name, p.detach().clone()) for name, p in theirs.named_parameters()}
-    model.load_state_dict(weights, assign=True)
-    return model
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_logits_equal_those_of_transformers(size, attention):
     *shape, T = size
-    theirs = oracle(*shape, attention=attention)
+    theirs = gpt2(*shape, attention=attention)
     x = tokens(3, T, vocab_size=theirs.config.vocab_size)
     with torch.no_grad():
-        torch.testing.assert_close(copy_of(theirs)(x), theirs(x).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            copy_of_gpt2(theirs, model_py)(x), theirs(x).logits, atol=1e-4, rtol=0
+        )
 
 
 @pytest.mark.parametrize("size", SIZES[:3], ids=str)
 def test_loss_and_gradients_equal_those_of_transformers(size):
     *shape, T = size
-    theirs = oracle(*shape)
-    model = copy_of(theirs)
+    theirs = gpt2(*shape)
+    model = copy_of_gpt2(theirs, model_py)
     text = tokens(3, T, vocab_size=theirs.config.vocab_size)
     x, y = text[:, :-1], text[:, 1:].clone()
     y[0, 2] = -1
@@ -144,12 +107,14 @@ def test_loss_and_gradients_equal_those_of_transformers(size):
     torch.testing.assert_close(loss, expected)
     gradients = dict(model.named_parameters())
     for name, p in theirs.named_parameters():
-        torch.testing.assert_close(gradients[name].grad, ours(name, p.grad), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            gradients[name].grad, in_our_orientation(name, p.grad), atol=1e-5, rtol=1e-4
+        )
 
 
 def test_cached_logits_equal_those_of_transformers():
-    theirs = oracle(2, 3, 24, 17, 61)
-    model = copy_of(theirs)
+    theirs = gpt2(2, 3, 24, 17, 61)
+    model = copy_of_gpt2(theirs, model_py)
     x = tokens(2, 17, vocab_size=61)
     cache = model.make_cache(2)
     chunks = x.split([6, 4, 1, 1, 5], dim=1)
@@ -164,4 +129,6 @@ def test_logits_at_the_size_of_gpt2_small_equal_those_of_transformers():
     theirs = GPT2LMHeadModel(GPT2Config(attn_implementation="sdpa")).eval()
     x = tokens(1, 19, vocab_size=50257)
     with torch.no_grad():
-        torch.testing.assert_close(copy_of(theirs)(x), theirs(x).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            copy_of_gpt2(theirs, model_py)(x), theirs(x).logits, atol=1e-4, rtol=0
+        )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+from oracles import copy_of_gpt_bigcode, gpt_bigcode
 from variants import close, feed, make_vivid, tokens
 
 import model
@@ -20,41 +20,6 @@ SHAPES = [
 ]
 
 
-def gpt_bigcode(n_layer, n_head, n_embd, block_size, vocab_size, attention="eager"):
-    """Return transformers' GPTBigCode: one KV head, large random parameters, no dropout."""
-    torch.manual_seed(0)
-    config = GPTBigCodeConfig(
-        n_layer=n_layer,
-        n_head=n_head,
-        n_embd=n_embd,
-        n_positions=block_size,
-        vocab_size=vocab_size,
-        multi_query=True,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=None,
-        eos_token_id=None,
-        attn_implementation=attention,
-    )
-    theirs = GPTBigCodeForCausalLM(config).eval()
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2)
-    return theirs
-
-
-def copy_of(theirs):
-    """Return model_gqa.py's model with GPTBigCode's weights, which have the same names."""
-    c = theirs.config
-    config = model_gqa.GPTConfig(
-        c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, n_kv_head=1
-    )
-    ours = model_gqa.GPT(config).eval()
-    ours.load_state_dict({name: p.detach().clone() for name, p in theirs.named_parameters()})
-    return ours
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_logits_with_one_kv_head_equal_those_of_transformers(shape, attention):
@@ -62,14 +27,16 @@ def test_logits_with_one_kv_head_equal_those_of_transformers(shape, attention):
     theirs = gpt_bigcode(*shape, attention=attention)
     x = tokens(3, T, vocab_size=shape[-1])
     with torch.no_grad():
-        torch.testing.assert_close(copy_of(theirs)(x), theirs(x).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            copy_of_gpt_bigcode(theirs, model_gqa)(x), theirs(x).logits, atol=1e-4, rtol=0
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_gradients_with_one_kv_head_equal_those_of_transformers(shape):
     *shape, T = shape
     theirs = gpt_bigcode(*shape)
-    ours = copy_of(theirs)
+    ours = copy_of_gpt_bigcode(theirs, model_gqa)
     text = tokens(3, T, vocab_size=shape[-1])
     x, y = text[:, :-1], text[:, 1:]
     ours(x, y).backward()
@@ -81,7 +48,7 @@ def test_gradients_with_one_kv_head_equal_those_of_transformers(shape):
 
 def test_cached_logits_with_one_kv_head_equal_those_of_transformers():
     theirs, x = gpt_bigcode(2, 3, 24, 17, 61), tokens(2, 17)
-    ours = copy_of(theirs)
+    ours = copy_of_gpt_bigcode(theirs, model_gqa)
     cached = feed(ours, ours.make_cache(2), *x.split([6, 4, 1, 1, 5], dim=1))
     with torch.no_grad():
         expected = theirs(x).logits[:, [5, 9, 10, 11, 16]]

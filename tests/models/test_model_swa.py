@@ -5,9 +5,8 @@ import random
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from variants import close, feed, make_vivid, tokens
-from windows import attention, by_brute_force
+from windows import LargestTensor, attention, by_brute_force
 
 import model
 import model_swa
@@ -213,19 +212,6 @@ def test_chunks_computed_in_blocks_give_the_logits_of_a_full_forward(window):
 
 
 # Memory ---------------------------------------------------------------------------------------
-
-
-class LargestTensor(TorchDispatchMode):
-    """Record the number of elements of the largest tensor that an operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        for leaf in torch.utils._pytree.tree_leaves(output):
-            if isinstance(leaf, torch.Tensor):
-                self.numel = max(self.numel, leaf.numel())
-        return output
 
 
 def largest_tensor(T, window):
