@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from exercises import missing, version_fixture
-from probes import check_equal, check_mask, check_shape, random_qkv
+from probes import check_equal, check_mask, check_shape, random_qkv, with_shapes
 from windows import LargestTensor, by_brute_force
 
 module = version_fixture("blocks")
@@ -42,7 +42,7 @@ def in_blocks(module, q, k, v, window, record=None):
 
     original = module.with_earlier_blocks
     with mock.patch.object(module, "with_earlier_blocks", with_earlier_blocks):
-        y = module.attend_blocks(attend_dense, q, k, v, window)
+        y = with_shapes(module.attend_blocks)(attend_dense, q, k, v, window)
     check_shape(f"{case}: the result of attend_blocks", y, "(B, H, T, D)", tuple(q.shape))
     return y
 

@@ -6,12 +6,14 @@ from exercises import missing, version_fixture
 from oracles import copy_of_gpt_bigcode, gpt_bigcode
 from probes import (
     by_loops,
+    check_device,
     check_dropout,
     check_equal,
     check_mask,
     check_scale,
     check_shape,
     random_qkv,
+    with_shapes,
 )
 from variants import feed, last_logits, make_vivid, tokens
 
@@ -25,30 +27,12 @@ each_case = pytest.mark.parametrize("case", CASES)
 def make(module, dropout=0.0):
     """Return an attention layer of 6 query heads and 2 KV heads, in evaluation mode."""
     config = module.GPTConfig(n_head=H, n_embd=C, n_kv_head=G, dropout=dropout)
-    return module.CausalSelfAttention(config, layer=1).eval()
+    layer = module.CausalSelfAttention(config, layer=1).eval()
+    layer.attend, layer.forward = with_shapes(layer.attend), with_shapes(layer.forward)
+    return layer
 
 
 # attend ---------------------------------------------------------------------------------------
-
-
-@each_case
-def test_each_query_head_uses_the_values_of_its_group(module, case):
-    T, S = CASES[case]
-    v = torch.arange(G).view(1, G, 1, 1).expand(1, G, S, D).float()  # the number of the KV head
-    y = make(module).attend(torch.zeros(1, H, T, D), torch.zeros(1, G, S, D), v)
-    check_shape(f"{case}: the result of attend", y, "(B, H, T, D)", (1, H, T, D))
-    check_groups(case, "values", y[0, :, -1, 0])
-
-
-@each_case
-def test_each_query_head_uses_the_keys_of_its_group(module, case):
-    T, S = CASES[case]
-    k = torch.zeros(1, G, S, D)
-    for group in range(G):
-        k[0, group, group] = 100.0  # KV head 0 attends to position 0, KV head 1 to position 1
-    v = torch.arange(S).view(1, 1, S, 1).expand(1, G, S, D).float()  # the position
-    y = make(module).attend(torch.ones(1, H, T, D), k, v)
-    check_groups(case, "keys", y[0, :, -1, 0])
 
 
 def check_groups(case, what, used):
@@ -64,8 +48,28 @@ def check_groups(case, what, used):
 
 
 @each_case
+def test_each_query_head_uses_the_values_of_its_group(module, case):
+    T, S = CASES[case]
+    v = torch.arange(G).view(1, G, 1, 1).expand(1, G, S, D).float()  # the number of the KV head
+    y = make(module).attend(torch.zeros(1, H, T, D), torch.zeros(1, G, S, D), v)
+    check_shape(f"{case}: the result of attend", y, "(B, H, T, D)", (1, H, T, D))
+    check_groups(case, "values", y[0, :, -1, 0])
+
+
+@each_case
 def test_each_query_attends_to_its_own_key_and_those_before_it(module, case):
-    check_mask(make(module).attend, (H, G), *CASES[case])
+    check_mask(make(module).attend, (H, G), *CASES[case], case=f"{case}: ")
+
+
+@each_case
+def test_each_query_head_uses_the_keys_of_its_group(module, case):
+    T, S = CASES[case]
+    k = torch.zeros(1, G, S, D)
+    for group in range(G):
+        k[0, group, group] = 100.0  # KV head 0 attends to position 0, KV head 1 to position 1
+    v = torch.arange(S).view(1, 1, S, 1).expand(1, G, S, D).float()  # the position
+    y = make(module).attend(torch.ones(1, H, T, D), k, v)
+    check_groups(case, "keys", y[0, :, -1, 0])
 
 
 @each_case
@@ -92,6 +96,11 @@ def test_scores_are_divided_by_the_root_of_the_head_dim(module, case):
 def test_probabilities_are_dropped_in_training_only(module, case):
     attention = make(module, dropout=0.5)
     check_dropout(attention, attention.attend, (H, G), *CASES[case])
+
+
+@each_case
+def test_masks_are_on_the_device_of_the_queries(module, case):
+    check_device(make(module).attend, *random_qkv((H, G), *CASES[case]))
 
 
 @each_case

@@ -72,7 +72,7 @@ PLANTED = {
             "cos of rope_angles must be (T, D/2) = (3, 4), but is (3, 8)",
         ),
         ("angles.cos(), angles.sin()", "angles.sin(), angles.cos()", "must return cos, then sin"),
-        ("device=positions.device, ", "", "must be made with device=positions.device"),
+        ("device=positions.device, ", "", "rope_angles makes a tensor on the CPU"),
     ],
     "gqa": [
         (
@@ -126,6 +126,7 @@ PLANTED = {
             "0.0",
             "attention drops no probability in training",
         ),
+        ("torch.arange(S, device=q.device)", "torch.arange(S)", "attend makes a tensor on the CPU"),
         # a cache that stores repeated heads
         (
             "k, v = cache.extend(self.layer, k, v)",
@@ -175,6 +176,11 @@ PLANTED = {
             "dropout = self.dropout if self.training else 0.0\n        if T == S",
             "dropout = 0.0\n        if T == S",
             "with 3 queries and 3 keys attention drops no probability in training",
+        ),
+        (
+            "torch.arange(S, device=q.device)",
+            "torch.arange(S)",
+            "attend_dense makes a tensor on the CPU",
         ),
     ],
     "ring": [

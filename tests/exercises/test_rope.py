@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from exercises import missing, version_fixture
-from probes import check_equal, check_pair, check_shape, name_of
+from probes import check_device, check_equal, check_pair, check_shape, name_of, with_shapes
 from starcoder2 import loaded, starcoder2
 from variants import feed, last_logits, make_vivid, tokens
 
@@ -27,14 +27,20 @@ def one_channel(channel):
     return torch.eye(D)[channel].view(1, 1, 1, D)
 
 
+def rotate(module, x, cos, sin):
+    """Return the result of rotate; fail with a sentence unless it has the shape of x."""
+    rotated = with_shapes(module.rotate)(x, cos, sin)
+    check_shape("the result of rotate", rotated, "(B, H, T, D)", tuple(x.shape), dtype=None)
+    return rotated
+
+
 def test_the_result_has_the_shape_of_x(module):
-    rotated = module.rotate(torch.ones(2, 3, 1, D), *tables([0, 0, 0, 0]))
-    check_shape("the result of rotate", rotated, "(B, H, T, D)", (2, 3, 1, D))
+    rotate(module, torch.ones(2, 3, 1, D), *tables([0, 0, 0, 0]))
 
 
 @pytest.mark.parametrize("channel", range(D))
 def test_a_pair_is_channels_i_and_i_plus_half(module, channel):
-    rotated = module.rotate(one_channel(channel), *tables([90, 90, 90, 90])).flatten()
+    rotated = rotate(module, one_channel(channel), *tables([90, 90, 90, 90])).flatten()
     partner, sign = (channel + 4, 1) if channel < 4 else (channel - 4, -1)
     to = int(rotated.abs().argmax())
     rule = f"channels i and i + D/2 are a pair (a, b), here {channel % 4} and {channel % 4 + 4}"
@@ -49,14 +55,14 @@ def test_a_pair_is_channels_i_and_i_plus_half(module, channel):
 
 def test_an_angle_of_zero_changes_nothing(module):
     x = torch.arange(2.0 * 3 * 1 * D).view(2, 3, 1, D)
-    rotated = module.rotate(x, *tables([0, 0, 0, 0]))
+    rotated = rotate(module, x, *tables([0, 0, 0, 0]))
     check_equal("with angles of 0, rotate's result [row, head, token, channel]", rotated, x)
 
 
 def test_every_pair_is_rotated_by_its_own_angle(module):
     degrees = [10, 20, 30, 40]
     x = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0]).view(1, 1, 1, D)
-    rotated = module.rotate(x, *tables(degrees))
+    rotated = rotate(module, x, *tables(degrees))
     a, b = rotated.flatten().chunk(2)
     came = torch.atan2(b, a).rad2deg()
     for pair, (angle, expected) in enumerate(zip(came.tolist(), degrees, strict=True)):
@@ -67,8 +73,7 @@ def test_every_pair_is_rotated_by_its_own_angle(module):
 def test_every_position_is_rotated_by_its_own_angles(module):
     angles = torch.tensor([[0.0], [30.0], [60.0]]).deg2rad().expand(3, 4)  # (T, D/2)
     x = one_channel(0).expand(2, 3, 3, D)  # as many heads as positions
-    rotated = module.rotate(x, angles.cos(), angles.sin())
-    check_shape("the result of rotate", rotated, "(B, H, T, D)", (2, 3, 3, D))
+    rotated = rotate(module, x, angles.cos(), angles.sin())
     came = torch.atan2(rotated[..., 4], rotated[..., 0]).rad2deg()  # (B, H, T)
     for head in range(3):
         for t, expected in enumerate((0, 30, 60)):
@@ -80,16 +85,19 @@ def test_every_position_is_rotated_by_its_own_angles(module):
 
 
 def test_rotate_returns_the_dtype_of_its_input(module):
-    rotated = module.rotate(one_channel(0).bfloat16(), *tables([10, 20, 30, 40]))
-    what = "rotate's result for a bfloat16 x (cos and sin are float32)"
-    check_shape(what, rotated, "(B, H, T, D)", (1, 1, 1, D), torch.bfloat16)
+    rotated = rotate(module, one_channel(0).bfloat16(), *tables([10, 20, 30, 40]))
+    if rotated.dtype != torch.bfloat16:
+        missing(
+            f"rotate's result for a bfloat16 x must be bfloat16, but is {name_of(rotated.dtype)}, "
+            f"the dtype of cos and sin"
+        )
 
 
 def test_rotate_computes_in_float32(module):
     x = torch.randn(1, 2, 1, D, generator=torch.Generator().manual_seed(0)).bfloat16()
     cos, sin = tables([10, 20, 30, 40])
-    once_rounded = module.rotate(x.float(), cos, sin).bfloat16()
-    if not torch.equal(module.rotate(x, cos, sin), once_rounded):
+    once_rounded = rotate(module, x.float(), cos, sin).bfloat16()
+    if not torch.equal(rotate(module, x, cos, sin), once_rounded):
         missing(
             "rotate of a bfloat16 x must compute with the float32 cos and sin, and round the "
             "result once, but rounds before: do not convert cos and sin"
@@ -168,13 +176,7 @@ def test_angles_are_exact_at_far_positions_in_every_dtype(module, how):
 
 
 def test_angles_are_on_the_device_of_the_positions(module):
-    model, positions = make(module).to("meta"), torch.arange(3, device="meta")
-    try:
-        cos, sin = angles_of(model, positions)
-    except RuntimeError as error:
-        if "expected device meta" not in str(error):
-            raise
-        missing("every tensor of rope_angles must be made with device=positions.device")
+    cos, sin = check_device(make(module).to("meta").rope_angles, torch.arange(3))
     if not (cos.is_meta and sin.is_meta):
         missing(f"cos and sin must be on the device of positions, but are on {cos.device}")
 
@@ -185,8 +187,9 @@ def test_a_score_depends_on_the_distance_of_positions_only(module):
     q, k = torch.randn(2, 1, 1, 1, D, generator=generator)
 
     def score(m, n):
-        rotated_q = module.rotate(q, *model.rope_angles(torch.tensor([m])))
-        return (rotated_q * module.rotate(k, *model.rope_angles(torch.tensor([n])))).sum().item()
+        rotated_q = rotate(module, q, *model.rope_angles(torch.tensor([m])))
+        rotated_k = rotate(module, k, *model.rope_angles(torch.tensor([n])))
+        return (rotated_q * rotated_k).sum().item()
 
     if abs(score(7, 5) - score(102, 100)) > 1e-3:
         missing(
@@ -203,7 +206,7 @@ def test_a_score_depends_on_the_distance_of_positions_only(module):
 def test_rotation_equals_a_loop_over_pairs(module):
     x = torch.randn(2, 3, 5, D, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([0, 1, 2, 300, 1000])
-    rotated = module.rotate(x, *make(module).rope_angles(positions))
+    rotated = rotate(module, x, *make(module).rope_angles(positions))
     expected = torch.empty_like(x)
     for t, position in enumerate(positions.tolist()):
         for i in range(D // 2):

@@ -7,12 +7,14 @@ from foreign import random_gpt_neo
 from oracles import copy_of_gpt_neo
 from probes import (
     by_loops,
+    check_device,
     check_dropout,
     check_equal,
     check_mask,
     check_scale,
     check_shape,
     random_qkv,
+    with_shapes,
 )
 from variants import make_vivid, tokens
 
@@ -23,7 +25,9 @@ HEADS = 2, 2  # query and KV heads
 def make(module, window, dropout=0.0):
     """Return an attention layer of two heads, in evaluation mode."""
     config = module.GPTConfig(n_head=2, n_embd=8, window=window, dropout=dropout)
-    return module.CausalSelfAttention(config, layer=0).eval()
+    layer = module.CausalSelfAttention(config, layer=0).eval()
+    layer.attend_dense = with_shapes(layer.attend_dense)
+    return layer
 
 
 def test_the_result_has_the_shape_of_the_queries(module):
@@ -52,6 +56,11 @@ def test_scores_are_divided_by_the_root_of_the_head_dim(module, T, S):
 def test_probabilities_are_dropped_in_training_only(module, T, S):
     attention = make(module, 4, dropout=0.5)
     check_dropout(attention, attention.attend_dense, HEADS, T, S)
+
+
+@pytest.mark.parametrize(("T", "S"), [(3, 3), (7, 7), (2, 4)])
+def test_masks_are_on_the_device_of_the_queries(module, T, S):
+    check_device(make(module, 4).attend_dense, *random_qkv(HEADS, T, S))
 
 
 @pytest.mark.parametrize("window", [1, 3, 9])

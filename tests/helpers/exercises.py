@@ -10,10 +10,15 @@ from tools.exercise import EXERCISES, file_name
 WRITTEN = []  # the modules of the reader's files that pytest -k names
 
 
-def choose(keyword):
-    """Add the reader's files to those tested if pytest's -k names one: it holds "my_"."""
-    if "my_" not in keyword:
+def choose(option):
+    """Add the reader's files to those tested if pytest's -k names one: it holds "my_".
+
+    option   pytest's options
+    """
+    if "my_" not in option.keyword:
         return
+    if option.tbstyle == "auto":
+        option.tbstyle = "short"  # the lines of a traceback, without the numbers of all tensors
     names = [file_name(name).removesuffix(".py") for name in EXERCISES]
     WRITTEN.extend(name for name in names if (ROOT / f"{name}.py").exists())
     MODELS.extend(name for name in WRITTEN if name.startswith("model_my_"))
@@ -38,4 +43,4 @@ def version_fixture(name):
 
 def missing(sentence):
     """Fail a test with one sentence that says which property is missing."""
-    pytest.fail(sentence, pytrace=False)
+    raise pytest.fail.Exception(sentence, pytrace=False) from None

@@ -4,22 +4,48 @@ With queries of 0 all scores are equal, and with one-hot values the output of a 
 that it attends to. Keys that are the number of their position show which ones a cache stores.
 """
 
+import functools
+import inspect
 import itertools
 
 import torch
 from exercises import missing
 
-# Results --------------------------------------------------------------------------------------
+__tracebackhide__ = True  # pytest shows the reader's lines and those of the test alone
+
+# Calls and results ----------------------------------------------------------------------------
+
+
+def with_shapes(function):
+    """Return the function; if it raises an exception, the message ends with the shapes it got."""
+
+    @functools.wraps(function)
+    def call(*arguments):
+        try:
+            return function(*arguments)
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            names = inspect.signature(function).parameters
+            shapes = [
+                f"{name} {written(value.shape)}"
+                for name, value in zip(names, arguments, strict=False)
+                if torch.is_tensor(value)
+            ]
+            error.args = (f"{error}\n{function.__name__} got {', '.join(shapes)}",)
+            raise
+
+    return call
 
 
 def check_shape(what, value, letters, shape, dtype=torch.float32):
-    """Fail with a sentence unless a value is a tensor of a shape and a dtype; None: any size."""
+    """Fail with a sentence unless a value is a tensor of a shape and a dtype; None: any."""
     if not torch.is_tensor(value):
         missing(f"{what} must be a tensor, but is {kind(value)}")
     sizes = zip(value.shape, shape, strict=False)
     if value.dim() != len(shape) or any(size not in (own, None) for own, size in sizes):
         missing(f"{what} must be {letters} = {written(shape)}, but is {written(value.shape)}")
-    if value.dtype != dtype:
+    if dtype not in (None, value.dtype):
         missing(f"{what} must be {name_of(dtype)}, but is {name_of(value.dtype)}")
 
 
@@ -37,6 +63,21 @@ def check_equal(what, value, expected, tolerance=1e-4):
         index = wrong.nonzero()[0].tolist()
         came, correct = value[tuple(index)].item(), expected[tuple(index)].item()
         missing(f"{what}: {index} must be {correct:.4f}, but is {came:.4f}")
+
+
+def check_device(function, *arguments):
+    """Fail with a sentence if a function makes tensors on another device than its arguments'.
+
+    The device meta stands for a GPU: its tensors have no values.
+    """
+    try:
+        return function(*(x.to("meta") if torch.is_tensor(x) else x for x in arguments))
+    except NotImplementedError:
+        raise
+    except RuntimeError as error:
+        if "meta" not in str(error):
+            raise
+        missing(f"{function.__name__} makes a tensor on the CPU: give it device= of its arguments")
 
 
 def kind(value):
@@ -85,7 +126,8 @@ def check_mask(attend, heads, T, S, window=None, case=""):
         if S > T:
             query += f", after {S - T} cached tokens,"
         if expected[t, j]:
-            place = f" (the queries are at the last {T} of the {S} positions)"
+            queries = "query is" if T == 1 else "queries are"
+            place = f" (the {queries} at the last {T if T > 1 else 'one'} of the {S} positions)"
             is_misplaced = S > T and j < i
             missing(
                 f"{query} does not attend to key {j}, but must attend to {keys}"
@@ -164,9 +206,10 @@ def extend(cache, first, T, layer=0, B=2):
     cache.pos is set to `first`, as GPT.forward sets it.
     """
     cache.pos = first
-    pair = check_pair("extend", cache.extend(layer, *numbered(first, T, B)))
+    pair = check_pair("extend", with_shapes(cache.extend)(layer, *numbered(first, T, B)))
     for name, x in zip(("keys", "values"), pair, strict=True):
-        check_shape(f"the tensor of {name} of extend", x, "(B, H, S, D)", (B, 2, None, 4))
+        what = f"the tensor of {name} that extend returns for a batch of {B}"
+        check_shape(what, x, "(B, H, S, D)", (B, 2, None, 4))
     if cache.pos != first:
         missing(
             f"extend changed pos from {first} to {cache.pos}: the other layers still need it, "
@@ -208,17 +251,19 @@ def check_full(cache, first, T, needed):
     before = cache.k.clone(), cache.v.clone()
     cache.pos = first
     case = f"{T} tokens at pos = {first} do not fit into max_len = {cache.max_len}"
+    error = None
     try:
         cache.extend(0, *numbered(first, T))
-    except ValueError as error:
-        numbers = str(cache.max_len), str(needed)
-        if not all(number in str(error) for number in numbers):
-            missing(f"{case}: the message of ValueError must have both {' and '.join(numbers)}")
     except NotImplementedError:
         raise
-    except (RuntimeError, IndexError) as error:
-        missing(f"{case}: extend must raise ValueError, but {type(error).__name__} came from torch")
-    else:
+    except Exception as raised:
+        error = raised
+    if error is None:
         missing(f"{case}: extend must raise ValueError, but accepts them")
+    if not isinstance(error, ValueError):
+        missing(f"{case}: extend must raise ValueError, but torch raises {type(error).__name__}")
+    numbers = str(cache.max_len), str(needed)
+    if not all(number in str(error) for number in numbers):
+        missing(f"{case}: the message of ValueError must have both {' and '.join(numbers)}")
     if not (torch.equal(cache.k, before[0]) and torch.equal(cache.v, before[1])):
         missing(f"{case}: extend must raise ValueError before it changes the cache")
