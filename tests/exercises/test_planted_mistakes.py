@@ -38,6 +38,7 @@ PLANTED = {
             "torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)",
             "must make channel 4 +1 times channel 0, but make it -1 times that",
         ),
+        ("return rotated.to", "rotated.to", "must be a tensor, but is None: a return is missing"),
         ("rotated.to(x.dtype)", "rotated", "must be bfloat16, but is float32"),
         (
             "a, b = x.chunk(2, dim=-1)",
