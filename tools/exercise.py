@@ -38,8 +38,9 @@ EXERCISES = {
         "store keys and values, and return all so far",
         {
             "KVCache.extend": [
+                "First raise ValueError, with both numbers of tokens, if they exceed self.max_len.",
                 "Write k and v into self.k[layer] and self.v[layer] from position self.pos on.",
-                "self.k[layer] is (batch_size, H, max_len, D). Check first that they fit.",
+                "self.k[layer] is (batch_size, H, max_len, D); return (B, H, S, D) of k and of v.",
                 "Do not change self.pos: the other layers need it, and GPT.forward advances it.",
             ],
         },
@@ -72,7 +73,8 @@ EXERCISES = {
                 "q is (B, H, T, D), k and v are (B, G, S, D); return (B, H, T, D).",
                 "Query heads 0 to H/G - 1 share KV head 0, the next H/G share KV head 1, ...",
                 "There are three masks: T == 1, T == S, and a chunk with S > T.",
-                "F.scaled_dot_product_attention(q, k, v, dropout_p=, is_causal=, attn_mask=)",
+                "F.scaled_dot_product_attention(q, k, v, dropout_p=, is_causal=, attn_mask=) takes",
+                "one mask; dropout_p is self.dropout in training, and 0 otherwise.",
             ],
         },
     ),
@@ -83,7 +85,7 @@ EXERCISES = {
             "CausalSelfAttention.attend_dense": [
                 "q is (B, H, T, D), k and v are (B, H, S, D); return (B, H, T, D). The queries",
                 "have the last T of the S positions. attn_mask is a bool tensor (T, S): True where",
-                "a query attends to a key. In training, use self.dropout as dropout_p.",
+                "a query attends to a key. dropout_p is self.dropout in training, and 0 otherwise.",
             ],
         },
     ),
@@ -92,12 +94,12 @@ EXERCISES = {
         "a KV cache that keeps the last `window` tokens",
         {
             "KVCache.extend": [
+                "First raise ValueError, with both numbers of tokens, if they exceed self.max_len.",
                 "self.k[layer] and self.v[layer] are (batch_size, H, slots, D). Position p is in",
                 "slot p % slots, and pos is the position of the first new token.",
                 "One token: store it; return the slots in use, in any order.",
                 "A chunk: return the keys of the slots - 1 positions before it, as far as there",
                 "are any, then its own, in the order of positions; store the last `slots` of them.",
-                "Check first that the tokens fit into max_len.",
             ],
         },
     ),
