@@ -18,8 +18,9 @@ from probes import (
 from variants import feed, last_logits, make_vivid, tokens
 
 module = version_fixture("gqa")
-H, G, D = HEADS = 6, 2, 4
+H, G, D = 6, 2, 4  # query heads, KV heads, channels of a head
 C = H * D
+HEADS = H, G
 CASES = {"training": (6, 6), "decode": (1, 6), "a chunk after cached tokens": (2, 6)}  # T, S
 each_case = pytest.mark.parametrize("case", CASES)
 
@@ -58,7 +59,7 @@ def test_each_query_head_uses_the_values_of_its_group(module, case):
 
 @each_case
 def test_each_query_attends_to_its_own_key_and_those_before_it(module, case):
-    check_mask(make(module).attend, (H, G), *CASES[case], case=f"{case}: ")
+    check_mask(make(module).attend, HEADS, *CASES[case], case=f"{case}: ")
 
 
 @each_case
@@ -89,23 +90,23 @@ def test_the_result_of_each_query_head_is_in_its_own_place(module, case):
 
 @each_case
 def test_scores_are_divided_by_the_root_of_the_head_dim(module, case):
-    check_scale(make(module).attend, (H, G), *CASES[case])
+    check_scale(make(module).attend, HEADS, *CASES[case])
 
 
 @each_case
 def test_probabilities_are_dropped_in_training_only(module, case):
     attention = make(module, dropout=0.5)
-    check_dropout(attention, attention.attend, (H, G), *CASES[case])
+    check_dropout(attention, attention.attend, HEADS, *CASES[case])
 
 
 @each_case
 def test_masks_are_on_the_device_of_the_queries(module, case):
-    check_device(make(module).attend, *random_qkv((H, G), *CASES[case]))
+    check_device(make(module).attend, *random_qkv(HEADS, *CASES[case]))
 
 
 @each_case
 def test_attention_equals_a_loop_over_heads_and_queries(module, case):
-    q, k, v = random_qkv((H, G), *CASES[case])
+    q, k, v = random_qkv(HEADS, *CASES[case])
     y = make(module).attend(q, k, v)
     check_equal(f"{case}: attend's result [row, head, query, channel]", y, by_loops(q, k, v))
 

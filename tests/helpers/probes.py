@@ -181,13 +181,13 @@ def by_loops(q, k, v, window=None):
     """Compute attention one query at a time, in float64."""
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     y = torch.empty(B, H, T, D, dtype=torch.float64)
-    for b, h, t in itertools.product(range(B), range(H), range(T)):
+    for row, head, t in itertools.product(range(B), range(H), range(T)):
         i = S - T + t
-        first = 0 if window is None else max(0, i - window + 1)
-        group = h // (H // G)
-        keys, values = k[b, group, first : i + 1].double(), v[b, group, first : i + 1].double()
-        scores = keys @ q[b, h, t].double() / D**0.5
-        y[b, h, t] = scores.softmax(dim=0) @ values
+        attended = slice(max(0, i + 1 - (window or S)), i + 1)
+        group = head // (H // G)
+        keys, values = k[row, group, attended].double(), v[row, group, attended].double()
+        scores = keys @ q[row, head, t].double() / D**0.5
+        y[row, head, t] = scores.softmax(dim=0) @ values
     return y.float()
 
 
