@@ -90,10 +90,10 @@ def test_a_first_chunk_is_returned_as_a_whole(module, T):
 )
 def test_a_later_chunk_is_returned_with_the_positions_before_it(module, first, T, expected):
     cache = decode(make(module), first)
-    past = ", ".join(expected.split()[:-T])
+    past = " and ".join(expected.split()[:-T])
     reason = (
-        f"its first query attends to {past}, too (of 3 slots at most 2 positions before a chunk; "
-        f"read them before they are replaced)"
+        f"its first query also attends to {past} (with 3 slots, to at most 2 positions before "
+        f"the chunk: read them before they are replaced)"
     )
     what = f"extend with a chunk of {T} at position {first}"
     check_positions(what, *extend(cache, first, T), expected, reason)
