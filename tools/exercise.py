@@ -218,7 +218,8 @@ def small_file(exercise, ours, lines):
     function = next(iter(exercise.blanks)).split(".")[0]
     used = {node.id for node in ast.walk(find(ours, function)) if isinstance(node, ast.Name)}
     module = exercise.source.removesuffix(".py").replace("/", ".")
-    header = [f'"""Exercise: {exercise.task}. Ours is {function} in {exercise.source}."""', ""]
+    header = [f'"""Exercise: {exercise.task}.', "", f"Ours is {function} in {exercise.source}."]
+    header += ['"""', ""]
     defined = []
     for node in ours.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -249,7 +250,10 @@ def main(argv):
         raise UserError(f"{file} exists: rename or delete it to begin again") from error
     print(f"{file}: write {' and '.join(exercise.blanks)}")
     print(f"test it:     pytest -x -k my_{config.name}")
-    print(f"compare it:  diff {file} {exercise.source}")
+    if exercise.source.startswith("model"):
+        print(f"compare it:  diff {file} {exercise.source}")
+    else:
+        print(f"compare it:  with {' and '.join(exercise.blanks)} in {exercise.source}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The exercises about training: the first test that fails names a mistake; no test hangs.
 
 The tests of an idea run in their order on the file of an exercise with our lines and one change.
+Most changes are made by `pytest -m slow` only.
 """
 
 import multiprocessing
@@ -27,6 +28,7 @@ BLOCKS = """\
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
 """
+CAST = "cast_forward_inputs=False"
 ROOT_GROUP = "    fully_shard(model, mesh=mesh, mp_policy=policy)\n"
 # exercise: what is replaced, by what, and a part of the sentence of the first test that fails
 PLANTED = {
@@ -64,7 +66,7 @@ PLANTED = {
         (BLOCKS, "", "block 0 is not sharded by itself, so all 3 blocks"),
         (ROOT_GROUP, "", "61 of the 61 rows of wte.weight, but must hold 31: the blocks"),
         ("param_dtype=dtype, ", "", "block 0 computes with torch.float32 parameters"),
-        ("cast_forward_inputs=False", "", "angles reach block 0 in torch.bfloat16"),
+        (CAST, "", "angles reach block 0 in torch.bfloat16"),
         ("reduce_dtype=torch.float32", "reduce_dtype=dtype", "reduced in bfloat16"),
         (ROOT_GROUP, "    fully_shard(model, mesh=mesh)\n", "float32 from the embedding"),
         (BLOCKS, BLOCKS[:-2] + ", reshard_after_forward=False)\n", "still holds all"),
@@ -73,6 +75,19 @@ PLANTED = {
     ],
 }
 ROWS = [(name, *row) for name, rows in PLANTED.items() for row in rows]
+IN_EVERY_RUN = (
+    " / micro_steps",
+    f"{UNDER_DDP} and not enabled",
+    BLOCKS,
+    "cast_forward_inputs=False",
+)
+
+
+def as_case(number, row):
+    """Return a row of ROWS as a case of a test, slow unless its text is one of IN_EVERY_RUN."""
+    _, old, _, _ = row
+    marks = () if old in IN_EVERY_RUN else pytest.mark.slow
+    return pytest.param(*row, id=f"{row[0]}-{number}", marks=marks)
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -83,7 +98,7 @@ def test_without_our_lines_each_test_fails_with_not_implemented_error(name, work
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new", "sentence"), ROWS, ids=[f"{row[0]}-{i}" for i, row in enumerate(ROWS)]
+    ("name", "old", "new", "sentence"), [as_case(number, row) for number, row in enumerate(ROWS)]
 )
 def test_the_first_failing_test_names_the_mistake(name, old, new, sentence, workdir):
     text = solved(name)
