@@ -287,7 +287,7 @@ def test_the_mask_has_a_blue_cell_for_each_key_of_a_window(explorer, T, window):
 def test_a_cell_under_the_pointer_is_explained(explorer):
     svg = explorer.page.locator("#mask-training")
     svg.hover(position={"x": 30 + 36 * 1.5, "y": 18 + 36 * 5.5})
-    assert "Query 5 does not attend to key 1: distance 4" in explorer.text("mask-says")
+    assert "key 1: distance 4 is not less than window 4" in explorer.text("mask-says")
 
 
 @browser_test
@@ -465,7 +465,7 @@ def test_a_shift_of_both_positions_leaves_the_scores(explorer, shift):
 
 
 @browser_test
-@pytest.mark.parametrize("position", [200, 300, 1003, 8000])
+@pytest.mark.parametrize("position", [200, 300, 302, 1003, 8000])
 def test_neighbors_that_bfloat16_makes_equal_are_named(explorer, position):
     explorer.set(position=position)
     near = torch.arange(position - 4, position + 5)
@@ -473,6 +473,7 @@ def test_neighbors_that_bfloat16_makes_equal_are_named(explorer, position):
     sentence = explorer.text("rounding-says")
     assert all(str(other) in sentence for other in same)
     assert ("become the same number" in sentence) == (len(same) > 1)
+    assert ("enough for these" in sentence) == bool((near.bfloat16().long() == near).all())
 
 
 # (e) A training step --------------------------------------------------------------------------
@@ -537,7 +538,7 @@ MISTAKES = [
         "heads-says",
         "KV head 1 % 4 = 1 in training",
     ),
-    ("interleaved", "conventions", "conventions-caption", "(0, 1) and (2, 3)"),
+    ("interleaved", "conventions", "conventions-says", "(0, 1) and (2, 3)"),
     ("bfloat16Angles", "curve", "curve-says", "they depend on where"),
     ("restart", "curve", "curve-says", "they depend on where"),
     ("noSync", "ranks-drawing", "event-says", "the copies now differ"),
