@@ -313,6 +313,13 @@ def test_the_counted_scores_are_those_of_the_report(explorer, T, window, needed,
 
 
 @browser_test
+def test_a_window_of_the_whole_sequence_needs_one_block_of_all_tokens(explorer):
+    explorer.set(T=1024, window=1024)
+    assert explorer.count("scores-blocks", "polygon.waste") == 1
+    assert "leaves nothing out" in explorer.text("scores-says")
+
+
+@browser_test
 def test_an_example_draws_the_rectangles_of_blocks(explorer):
     assert explorer.count("scores-blocks", "polygon.waste") == 1
     explorer.page.get_by_role("button", name="T 1,024, window 256").click()
