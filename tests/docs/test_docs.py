@@ -30,7 +30,7 @@ import train
 from common import pretrained
 from common.models import models_with_option
 from configurator import configure, configure_with_model
-from experiments import drawings, explorer, look, report, study
+from experiments import drawings, explorer, look, probes, report, study
 from tools import estimate_memory, exercise, export, plot_loss
 from tools.bench import __main__ as bench
 
@@ -365,3 +365,21 @@ def test_a_step_runs_the_test_of_the_edit_that_it_names(step):
     for number in re.findall(r"\*\*Break\*\*\s+row\s+(\d+)", step):
         *_, test = EDITS[number]
         assert test in step
+
+
+# docs/explorer.html, which tests/docs/test_explorer_page.py opens in a browser ------------------
+
+EXPLORER_TEXT = (ROOT / "docs" / "explorer.html").read_text(encoding="utf-8")
+
+
+def test_every_test_that_the_explorer_names_exists():
+    files = (ROOT / "tests").rglob("test_*.py")
+    tests = "".join(path.read_text(encoding="utf-8") for path in files)
+    named = set(re.findall(r"<code>(test_\w+)", EXPLORER_TEXT))
+    assert named
+    assert not {name for name in named if f"def {name}(" not in tests}
+
+
+def test_the_explorer_has_a_switch_and_a_text_for_every_mistake():
+    assert set(re.findall(r'data-mistake="(\w+)"', EXPLORER_TEXT)) == set(probes.MISTAKES)
+    assert set(re.findall(r'data-follows="(\w+)"', EXPLORER_TEXT)) == set(probes.MISTAKES)

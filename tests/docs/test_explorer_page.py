@@ -21,21 +21,21 @@ from documents import ROOT
 from experiments import probes
 
 PAGE = ROOT / "docs" / "explorer.html"
-TEXT = PAGE.read_text(encoding="utf-8")
 PANELS = ("mask", "field", "cache", "rotary", "training")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-browser_test = pytest.mark.browser
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+if CHROMIUM is None:
+    pytest.skip("no chromium: install one, or set CHROMIUM", allow_module_level=True)
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        pytest.skip("no chromium: install one, or set CHROMIUM to its path")
     options = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=options)
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
         yield started
         started.close()
 
@@ -105,33 +105,15 @@ def explorer(open_page):
     return open_page()
 
 
-# The file -------------------------------------------------------------------------------------
-
-
-def test_every_test_that_the_page_names_exists():
-    files = (ROOT / "tests").rglob("test_*.py")
-    tests = "".join(path.read_text(encoding="utf-8") for path in files)
-    named = set(re.findall(r"<code>(test_\w+)", TEXT))
-    assert named
-    assert not {name for name in named if f"def {name}(" not in tests}
-
-
-def test_the_page_has_a_switch_and_a_text_for_every_mistake():
-    assert set(re.findall(r'data-mistake="(\w+)"', TEXT)) == set(probes.MISTAKES)
-    assert set(re.findall(r'data-follows="(\w+)"', TEXT)) == set(probes.MISTAKES)
-
-
 # The whole page -------------------------------------------------------------------------------
 
 
-@browser_test
 def test_the_footer_says_that_all_cases_pass(explorer):
     passed, total = re.match(r"(\d+) of (\d+) results", explorer.text("cases")).groups()
     assert passed == total
     assert int(total) >= 200
 
 
-@browser_test
 def test_no_control_causes_an_error_or_a_request(explorer):
     page = explorer.page
     explorer.set()
@@ -150,7 +132,6 @@ def test_no_control_causes_an_error_or_a_request(explorer):
     assert explorer.requests == [PAGE.as_uri()]
 
 
-@browser_test
 @pytest.mark.parametrize("width", [400, 800, 1200])
 def test_the_page_does_not_scroll_sideways(open_page, width):
     explorer = open_page(width).set(size="gpt2-xl", T=8192, window=8192)
@@ -174,7 +155,6 @@ FIND_BAD_TEXTS = """svg => {
 }"""
 
 
-@browser_test
 @pytest.mark.parametrize(
     "settings", [{}, {"T": 32, "heads": 32}, LARGE], ids=["first", "32", "large"]
 )
@@ -186,7 +166,6 @@ def test_no_text_of_a_drawing_is_cut_off_or_covered_by_another(open_page, width,
     assert {name: texts for name, texts in bad.items() if texts} == {}
 
 
-@browser_test
 def test_a_theme_follows_the_system_and_the_button_overrides_it(open_page):
     def background(explorer):
         return explorer.page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -199,7 +178,6 @@ def test_a_theme_follows_the_system_and_the_button_overrides_it(open_page):
     assert (background(light), background(dark)) == (dark_color, light_color)
 
 
-@browser_test
 @pytest.mark.parametrize("width", [400, 1200])
 def test_every_control_has_a_name_and_32_pixels(open_page, width):
     explorer = open_page(width).set()
@@ -216,7 +194,6 @@ def test_every_control_has_a_name_and_32_pixels(open_page, width):
         assert target >= 32, name
 
 
-@browser_test
 def test_a_value_out_of_range_is_clamped_with_a_note(explorer):
     explorer.set(T=99999)
     assert explorer.page.locator("#T").input_value() == "8192"
@@ -226,14 +203,12 @@ def test_a_value_out_of_range_is_clamped_with_a_note(explorer):
     assert explorer.page.locator("#T").input_value() == "12"
 
 
-@browser_test
 def test_kv_heads_that_do_not_divide_the_query_heads_become_fewer_with_a_note(explorer):
     explorer.set(heads=12, kvHeads=5)
     assert explorer.page.locator("#kvHeads").input_value() == "4"
     assert "KV heads" in explorer.text("note")
 
 
-@browser_test
 def test_a_size_of_gpt2_sets_layers_heads_and_head_dim(explorer):
     explorer.set(size="gpt2-large")
     values = [explorer.page.locator(f"#{name}").input_value() for name in ("layers", "heads")]
@@ -242,13 +217,11 @@ def test_a_size_of_gpt2_sets_layers_heads_and_head_dim(explorer):
     assert explorer.page.locator("#size").input_value() == "custom"
 
 
-@browser_test
 def test_the_settings_are_closed_on_a_phone_and_open_on_a_wide_screen(open_page):
     assert not open_page(400).page.evaluate("document.getElementById('settings').open")
     assert open_page(1200).page.evaluate("document.getElementById('settings').open")
 
 
-@browser_test
 def test_the_keyboard_alone_reaches_the_cache_and_steps_it(explorer):
     def tab_to(condition):
         for _ in range(60):
@@ -271,7 +244,6 @@ def test_the_keyboard_alone_reaches_the_cache_and_steps_it(explorer):
 # (a) The mask ---------------------------------------------------------------------------------
 
 
-@browser_test
 @pytest.mark.parametrize("T, window", [(12, 4), (12, 1), (9, 9), (32, 5)])
 def test_the_mask_has_a_blue_cell_for_each_key_of_a_window(explorer, T, window):
     explorer.set(T=T, window=window, chunk=3)
@@ -283,14 +255,12 @@ def test_the_mask_has_a_blue_cell_for_each_key_of_a_window(explorer, T, window):
     assert explorer.count("mask-decode", ".gone") == dropped
 
 
-@browser_test
 def test_a_cell_under_the_pointer_is_explained(explorer):
     svg = explorer.page.locator("#mask-training")
     svg.hover(position={"x": 30 + 36 * 1.5, "y": 18 + 36 * 5.5})
     assert "key 1: distance 4 is not less than window 4" in explorer.text("mask-says")
 
 
-@browser_test
 def test_arrow_keys_choose_a_query_and_a_key(explorer):
     explorer.page.locator("#mask-chunk").focus()
     explorer.page.keyboard.press("ArrowUp")
@@ -299,7 +269,6 @@ def test_arrow_keys_choose_a_query_and_a_key(explorer):
     assert "Query 10 attends to key 9: distance 1 < window 4" in explorer.text("mask-says")
 
 
-@browser_test
 @pytest.mark.parametrize(  # from the table of docs/REPORT.md
     "T, window, needed, blocks",
     [(1024, 256, 229_504, 458_752), (1024, 5, 5_110, 126_976), (8192, 256, 2_064_512, 4_128_768)],
@@ -312,14 +281,12 @@ def test_the_counted_scores_are_those_of_the_report(explorer, T, window, needed,
     assert f"all {T * T:,} scores are computed" in explorer.text("scores-says")
 
 
-@browser_test
 def test_a_window_of_the_whole_sequence_needs_one_block_of_all_tokens(explorer):
     explorer.set(T=1024, window=1024)
     assert explorer.count("scores-blocks", "polygon.waste") == 1
     assert "leaves nothing out" in explorer.text("scores-says")
 
 
-@browser_test
 def test_an_example_draws_the_rectangles_of_blocks(explorer):
     assert explorer.count("scores-blocks", "polygon.waste") == 1
     explorer.page.get_by_role("button", name="T 1,024, window 256").click()
@@ -330,27 +297,23 @@ def test_an_example_draws_the_rectangles_of_blocks(explorer):
 # (b) The receptive field ----------------------------------------------------------------------
 
 
-@browser_test
 def test_three_layers_with_window_4_reach_9_tokens_back(explorer):
     assert "3 × (4 − 1) = 9 tokens back" in explorer.text("field-says")
     assert "tokens 2 to 11" in explorer.text("field-says")
     assert explorer.count("field-drawing", "circle.key") == 4 + 7 + 10
 
 
-@browser_test
 def test_another_output_has_another_receptive_field(explorer):
     explorer.set(output=5)
     assert "tokens 0 to 5" in explorer.text("field-says")
     assert explorer.count("field-drawing", "circle.key") == 4 + 6 + 6
 
 
-@browser_test
 def test_a_click_on_a_column_chooses_the_output(explorer):
     explorer.page.locator("#field-drawing").click(position={"x": 96 + 64 * 7.5, "y": 12})
     assert "Output 7 depends on" in explorer.text("field-says")
 
 
-@browser_test
 def test_a_full_layer_reaches_every_token(explorer):
     explorer.set(fullEvery=2)
     assert "Layer 2 of 3 attends to all earlier positions" in explorer.text("field-says")
@@ -365,7 +328,6 @@ def slots_of(explorer, name):
     return explorer.page.locator(f"#{name} text:is(.strong, .on-key):not(.old)").all_text_contents()
 
 
-@browser_test
 def test_position_9_is_in_slot_1_of_4_and_replaces_position_5(explorer):
     sentence = explorer.text("cache-says")
     assert "Position 9 is in slot 9 % 4 = 1, where it replaces position 5" in sentence
@@ -374,7 +336,6 @@ def test_position_9_is_in_slot_1_of_4_and_replaces_position_5(explorer):
     assert slots_of(explorer, "plain")[:10] == [str(position) for position in range(10)]
 
 
-@browser_test
 def test_back_and_next_step_through_the_tokens(explorer):
     following = explorer.page.locator("[data-slider=cacheStep][data-by='1']")
     explorer.page.locator("[data-slider=cacheStep][data-by='-1']").click()
@@ -384,7 +345,6 @@ def test_back_and_next_step_through_the_tokens(explorer):
     assert slots_of(explorer, "ring") == ["8", "9", "10", "7"]
 
 
-@browser_test
 def test_a_chunk_that_wraps_continues_at_slot_0(explorer):
     explorer.set(plan="wrap", cacheStep=1)
     assert "position 4 is in slot 4 % 4 = 0" in explorer.text("cache-says")
@@ -392,14 +352,12 @@ def test_a_chunk_that_wraps_continues_at_slot_0(explorer):
     assert slots_of(explorer, "returned") == ["0", "1", "2", "3", "4", "5"]
 
 
-@browser_test
 def test_of_a_chunk_longer_than_the_ring_the_last_positions_stay(explorer):
     explorer.set(plan="long", cacheStep=1)
     assert "only 5 to 8 stay" in explorer.text("cache-says")
     assert slots_of(explorer, "ring") == ["8", "5", "6", "7"]
 
 
-@browser_test
 def test_a_line_leads_from_each_query_head_to_its_kv_head(explorer):
     explorer.set(heads=6, kvHeads=2)
     assert explorer.count("heads-drawing", "polyline") == 6
@@ -408,7 +366,6 @@ def test_a_line_leads_from_each_query_head_to_its_kv_head(explorer):
     assert "MQA" in explorer.text("heads-says")
 
 
-@browser_test
 @pytest.mark.parametrize("dtype, itemsize", [("float32", 4), ("bfloat16", 2)])
 def test_the_bytes_of_a_cache_have_their_product_written_out(explorer, dtype, itemsize):
     explorer.set(dtype=dtype)
@@ -420,13 +377,11 @@ def test_the_bytes_of_a_cache_have_their_product_written_out(explorer, dtype, it
     assert f"2 × 12 layers × 12 KV heads × 64 × 256 tokens (of 1,023) × {itemsize} bytes" in table
 
 
-@browser_test
 def test_a_loss_within_the_interval_of_another_has_a_warning(explorer):
     warned = explorer.page.locator("#bytes tr:has(.unsure) th").all_text_contents()
     assert warned == ["RoPE + SWA", "all three"]  # as the comparisons of docs/REPORT.md
 
 
-@browser_test
 def test_a_size_whose_heads_cannot_be_halved_says_so(explorer):
     explorer.set(cacheSize="gpt2-xl")
     assert "25 query heads are not a multiple of 2" in explorer.text("bytes")
@@ -444,7 +399,6 @@ def hands_of(explorer):
     return angles
 
 
-@browser_test
 @pytest.mark.parametrize("position, theta", [(5, 10000), (3, 100)])
 def test_the_hands_have_the_angles_of_rope(explorer, position, theta):
     explorer.set(position=position, theta=theta)
@@ -463,7 +417,6 @@ def distance_of_dots_from_line(explorer):
     return max(map(abs, offsets))
 
 
-@browser_test
 @pytest.mark.parametrize("shift", [50, 1000, 8000])
 def test_a_shift_of_both_positions_leaves_the_scores(explorer, shift):
     explorer.set(shift=shift)
@@ -471,7 +424,6 @@ def test_a_shift_of_both_positions_leaves_the_scores(explorer, shift):
     assert "only the distance counts" in explorer.text("curve-says")
 
 
-@browser_test
 @pytest.mark.parametrize("position", [200, 300, 302, 1003, 8000])
 def test_neighbors_that_bfloat16_makes_equal_are_named(explorer, position):
     explorer.set(position=position)
@@ -486,7 +438,6 @@ def test_neighbors_that_bfloat16_makes_equal_are_named(explorer, position):
 # (e) A training step --------------------------------------------------------------------------
 
 
-@browser_test
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_every_rank_has_a_row(explorer, ranks):
     explorer.set(ranks=ranks)
@@ -496,7 +447,6 @@ def test_every_rank_has_a_row(explorer, ranks):
     assert [text for text in explorer.texts("ranks-drawing") if "rank" in text] == ["rank 0"]
 
 
-@browser_test
 def test_fsdp_gathers_a_block_and_frees_it(explorer):
     explorer.set(event=2)
     assert "all-gather: Every rank receives all shards of block 0" in explorer.text("event-says")
@@ -506,7 +456,6 @@ def test_fsdp_gathers_a_block_and_frees_it(explorer):
     assert explorer.count("ranks-drawing", ".gathered") == 4
 
 
-@browser_test
 def test_ddp_ends_with_averaged_gradients_on_every_rank(explorer):
     explorer.choose_mode("ddp")
     explorer.set(event=8)
@@ -516,7 +465,6 @@ def test_ddp_ends_with_averaged_gradients_on_every_rank(explorer):
     assert explorer.count("ranks-drawing", ".gathered") == 0
 
 
-@browser_test
 def test_micro_steps_add_events(explorer):
     before = explorer.text("event-label")
     explorer.set(microSteps=2)
@@ -524,7 +472,6 @@ def test_micro_steps_add_events(explorer):
     assert "unsharded gradients" in explorer.text("totals")
 
 
-@browser_test
 def test_the_totals_are_16_bytes_per_parameter(explorer):
     assert f"16 × 124,439,808 = {16 * 124_439_808:,} bytes" in explorer.text("totals-says")
     assert "497.8" in explorer.text("totals")  # MB of parameters in one process
@@ -553,7 +500,6 @@ MISTAKES = [
 ]
 
 
-@browser_test
 @pytest.mark.parametrize("mistake, drawing, sentence, part", MISTAKES)
 def test_a_mistake_changes_its_drawing_and_its_sentence(explorer, mistake, drawing, sentence, part):
     before = explorer.drawing(drawing)
@@ -571,7 +517,6 @@ def test_a_mistake_changes_its_drawing_and_its_sentence(explorer, mistake, drawi
 # Screenshots ----------------------------------------------------------------------------------
 
 
-@browser_test
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1200])
 def test_screenshots_of_all_panels(open_page, tmp_path, width, theme):
