@@ -38,7 +38,8 @@ EXERCISES = {
         "store keys and values, and return all so far",
         {
             "KVCache.extend": [
-                "First raise ValueError, with both numbers of tokens, if they exceed self.max_len.",
+                "First raise ValueError if there would be more than self.max_len tokens; the",
+                "message has both numbers.",
                 "Write k and v into self.k[layer] and self.v[layer] from position self.pos on.",
                 "self.k[layer] is (batch_size, H, max_len, D); return (B, H, S, D) of k and of v.",
                 "Do not change self.pos: the other layers need it, and GPT.forward advances it.",
@@ -94,12 +95,13 @@ EXERCISES = {
         "a KV cache that keeps the last `window` tokens",
         {
             "KVCache.extend": [
-                "First raise ValueError, with both numbers of tokens, if they exceed self.max_len.",
+                "First raise ValueError if there would be more than self.max_len tokens; the",
+                "message has both numbers.",
                 "self.k[layer] and self.v[layer] are (batch_size, H, slots, D). Position p is in",
                 "slot p % slots, and pos is the position of the first new token.",
                 "One token: store it; return the slots in use, in any order.",
-                "A chunk: return the keys of the slots - 1 positions before it, as far as there",
-                "are any, then its own, in the order of positions; store the last `slots` of them.",
+                "A chunk: return keys and values of the slots - 1 positions before it, as far as",
+                "there are any, then its own, in the order of positions; store the last `slots`.",
             ],
         },
     ),
@@ -249,7 +251,7 @@ def main(argv):
     except FileExistsError as error:
         raise UserError(f"{file} exists: rename or delete it to begin again") from error
     print(f"{file}: write {' and '.join(exercise.blanks)}")
-    print(f"test it:     pytest -x -k my_{config.name}")
+    print(f"test it:     pytest -x -k my_{config.name}   (a minute, once the idea is right)")
     if exercise.source.startswith("model"):
         print(f"compare it:  diff {file} {exercise.source}")
     else:

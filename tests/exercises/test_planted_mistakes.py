@@ -214,7 +214,7 @@ PLANTED = {
         (
             "self.pos - slots + 1)",
             "self.pos - slots)",
-            "positions 0 1 2 3 4, but must be those of 1 2 3 4: its first query also attends to 1",
+            "positions 0 1 2 3 4, but must be those of 1 2 3 4: in this order, since its first",
         ),
         (
             "past % slots",

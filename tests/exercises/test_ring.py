@@ -92,8 +92,8 @@ def test_a_later_chunk_is_returned_with_the_positions_before_it(module, first, T
     cache = decode(make(module), first)
     past = " and ".join(expected.split()[:-T])
     reason = (
-        f"its first query also attends to {past} (with 3 slots, to at most 2 positions before "
-        f"the chunk: read them before they are replaced)"
+        f"in this order, since its first query also attends to {past} (with 3 slots, to at most 2 "
+        f"positions before the chunk: read them before they are replaced)"
     )
     what = f"extend with a chunk of {T} at position {first}"
     check_positions(what, *extend(cache, first, T), expected, reason)

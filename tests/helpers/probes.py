@@ -77,7 +77,8 @@ def check_device(function, *arguments):
     except RuntimeError as error:
         if "meta" not in str(error):
             raise
-        missing(f"{function.__name__} makes a tensor on the CPU: give it device= of its arguments")
+        name = next(iter(inspect.signature(function).parameters))
+        missing(f"{function.__name__} makes a tensor on the CPU: give it device={name}.device")
 
 
 def kind(value):
@@ -240,9 +241,10 @@ def check_positions(what, keys, values, expected, reason, any_order=False):
     for name, came in (("keys", positions(keys)), ("values", positions(-values))):
         is_equal = sorted(came.split()) == expected.split() if any_order else came == expected
         if not is_equal:
+            empty = " (- stands for an empty slot)" if "-" in came + expected else ""
             missing(
-                f"{what}: the {name} are those of positions {came}, "
-                f"but must be those of {expected}: {reason}"
+                f"{what}: the {name} are those of positions {came or 'none'}, "
+                f"but must be those of {expected}: {reason}{empty}"
             )
 
 
