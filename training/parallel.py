@@ -141,6 +141,7 @@ def checkpoint_activations(block):
 def shard_model(model, group, device, dtype, shard_degree):
     """Shard a model's parameters with FSDP2, in place (Zhao et al. 2023; ZeRO stage 3).
 
+    group          the ProcessGroup
     shard_degree   ranks that hold one copy of the model together; 0: all ranks. With fewer than
                    world_size ranks per copy there are several replicas (HSDP).
     """
@@ -318,8 +319,8 @@ def gradient_sync(wrapped, enabled):
     wrapped   the model, under DDP wrapped by it
 
     With several micro-steps per optimizer step only the last one communicates. Under FSDP the
-    gradients of the others stay unsharded, in full size on every rank: docs/DISTRIBUTED.md has
-    their memory.
+    gradients of the others stay unsharded, in full size on every rank: docs/DISTRIBUTED.md says
+    how much memory that takes.
     """
     if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(enabled)

@@ -18,7 +18,7 @@ def make(module, rows=2, max_len=6):
 
 def test_the_first_tokens_are_returned_as_they_are(module):
     keys, values = extend(make(module), 0, 3)
-    check_positions("extend returns 3 new tokens", keys, values, "0 1 2", "the cache was empty")
+    check_positions("extend with 3 tokens", keys, values, "0 1 2", "the cache was empty")
 
 
 def test_the_first_tokens_are_stored_at_the_first_positions(module):

@@ -157,11 +157,12 @@ def mesh_of_rank(module):
 
 def test_shard_degree_is_the_number_of_ranks_that_hold_one_copy(module):
     mesh, rows, held = on_ranks(2, mesh_of_rank, module, case="shard_degree=1 on two ranks")[0]
-    if mesh != [[0], [1]] or held != rows:
+    replicas = "shard_degree=1 on two ranks makes two replicas, of one shard each"
+    if mesh != [[0], [1]]:
+        missing(f"{replicas}: the mesh must be [[0], [1]], not {mesh}")
+    if held != rows:
         missing(
-            "shard_degree=1 on two ranks makes two replicas, of one shard each: the mesh must be "
-            f"[[0], [1]], not {mesh}, and rank 0 must hold {rows} of the {rows} rows of "
-            f"c_attn.weight, not {held}"
+            f"{replicas}: rank 0 must hold {rows} of the {rows} rows of c_attn.weight, not {held}"
         )
 
 

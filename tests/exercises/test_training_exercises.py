@@ -70,7 +70,7 @@ PLANTED = {
         ("reduce_dtype=torch.float32", "reduce_dtype=dtype", "reduced in bfloat16"),
         (ROOT_GROUP, "    fully_shard(model, mesh=mesh)\n", "float32 from the embedding"),
         (BLOCKS, BLOCKS[:-2] + ", reshard_after_forward=False)\n", "still holds all"),
-        ("shard_degree = shard_degree or", "shard_degree = 0 or", "not [0, 1], and"),
+        ("shard_degree = shard_degree or", "shard_degree = 0 or", "not [0, 1]"),
         ("(replicas, shard_degree), ", "(shard_degree, replicas), ", "must have both ranks in its"),
     ],
 }

@@ -167,7 +167,9 @@ def check_dropout(attention, attend, heads, T, S):
         missing(f"{case} attention drops probabilities in evaluation: use dropout in training only")
     attention.train()
     if torch.allclose(attend(q, k, v), torch.ones(8, H, T, 4)):
-        missing(f"{case} attention drops no probability in training: dropout_p must be 0.5")
+        missing(
+            f"{case} attention drops no probability in training: dropout_p must be self.dropout"
+        )
 
 
 def random_qkv(heads, T, S, D=4):
@@ -207,7 +209,15 @@ def extend(cache, first, T, layer=0, B=2):
     cache.pos is set to `first`, as GPT.forward sets it.
     """
     cache.pos = first
-    pair = check_pair("extend", with_shapes(cache.extend)(layer, *numbered(first, T, B)))
+    try:
+        pair = with_shapes(cache.extend)(layer, *numbered(first, T, B))
+    except ValueError as error:
+        said = str(error).partition("\n")[0]
+        missing(
+            f"{T} tokens at pos = {first} fit into max_len = {cache.max_len}, but extend raises "
+            f"ValueError: {said}"
+        )
+    check_pair("extend", pair)
     for name, x in zip(("keys", "values"), pair, strict=True):
         what = f"the tensor of {name} that extend returns for a batch of {B}"
         check_shape(what, x, "(B, H, S, D)", (B, 2, None, 4))
