@@ -26,6 +26,9 @@ from tools.results.plot import COLORS
 BLACK, ORANGE, BLUE, VERMILION, LIGHT_BLUE, GREEN, PINK, GRAY = COLORS
 WHITE = "#FFFFFF"
 PALE = "#E6E6E6"
+# In a training step, as in docs/explorer.html; pale: not what the rank keeps.
+PALE_GREEN = "#8CD2BC"
+PALE_PINK = "#F0CFE0"
 
 # Pieces ---------------------------------------------------------------------------------------
 
@@ -282,11 +285,11 @@ def draw_step(frame, ddp, fsdp, timeline):
     add_legend(
         ddp,
         {
-            "parameters that the rank keeps": BLUE,
-            "parameters, gathered": LIGHT_BLUE,
+            "parameters that the rank keeps": GREEN,
+            "parameters, gathered": PALE_GREEN,
             "AdamW's state": GRAY,
-            "gradient of the rank's sequences": PINK,
-            "mean gradient of the ranks": GREEN,
+            "gradient of the rank's sequences": PALE_PINK,
+            "mean gradient of the ranks": PINK,
             "gradient, zeros": PALE,
         },
         fontsize="small",
@@ -298,13 +301,13 @@ def draw_rank(panel, moment, rank, shards):
     top = RANK_1 * rank
     for x, part in enumerate(PARTS):
         full = [WHITE, WHITE, WHITE]  # colors of the full tensors of the three rows
-        kept = [BLUE, WHITE, GRAY]  # colors of what the rank keeps: under FSDP a half of them
+        kept = [GREEN, WHITE, GRAY]  # colors of what the rank keeps: under FSDP a half of them
         if part in moment.gathered:
-            full[0] = LIGHT_BLUE
+            full[0] = PALE_GREEN
         if part in moment.own:
-            full[1] = kept[1] = PINK
+            full[1] = kept[1] = PALE_PINK
         elif part in moment.mean:
-            kept[1] = GREEN
+            kept[1] = PINK
         elif not shards:
             kept[1] = PALE
         for row in range(3):
