@@ -362,9 +362,10 @@ def test_arrow_keys_choose_a_query_and_a_key(explorer):
 )
 def test_the_counted_scores_are_those_of_the_report(explorer, T, window, needed, blocks):
     explorer.set(T=T, window=window)
-    bars = explorer.text("scores")
-    for number in (needed, blocks, T * T, T * (T + 1) // 2):
-        assert f"{number:,}" in bars
+    assert f"need {needed:,} scores" in explorer.text("scores-says")
+    counted = {"dense": T * T, "causal": T * (T + 1) // 2, "blocks": blocks}
+    for name, number in counted.items():
+        assert f": {number:,} (" in explorer.text(f"{name}-caption")
     assert f"all {T * T:,} scores are computed" in explorer.text("scores-says")
 
 
@@ -394,11 +395,6 @@ def test_another_output_has_another_receptive_field(explorer):
     explorer.set(output=5)
     assert "tokens 0 to 5" in explorer.text("field-says")
     assert explorer.count("field-drawing", "circle.key") == 4 + 6 + 6
-
-
-def test_a_click_on_a_column_chooses_the_output(explorer):
-    explorer.page.locator("#field-drawing").click(position={"x": 96 + 64 * 7.5, "y": 12})
-    assert "Output 7 depends on" in explorer.text("field-says")
 
 
 def test_a_full_layer_reaches_every_token(explorer):
