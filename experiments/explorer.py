@@ -31,7 +31,7 @@ from tools import estimate_memory
 PAGE = Path("docs/explorer.html")
 BLOCK = re.compile(r'(<script type="application/json" id="data">\n).*?(</script>)', re.DOTALL)
 IN_FLOAT32 = ("angle", "rotate", "score")  # by the model files; the page computes in float64
-QUALITY = ("cpu", "cpu_long", "cpu_long_gcide")  # presets of experiments/quality.py
+QUALITY = ("cpu", "cpu_long")  # presets of experiments/quality.py
 CONFIGS = {  # of GPT-2's sizes
     "gpt2": "config/gpt2.py",
     "gpt2-medium": "config/gpt2_medium.py",
@@ -327,7 +327,7 @@ def quality(preset):
     kvHeadFraction    KV heads of the variant over query heads
     windowFraction    window of the variant over the sequence length
     """
-    result, path = read_experiment("quality", preset)
+    result, _ = read_experiment("quality", preset)
     run = result["config"]["run"]
     H, T = run["n_head"], run["block_size"]
     final = final_losses(result)
@@ -349,8 +349,6 @@ def quality(preset):
             }
         )
     return {
-        "file": path.name,
-        "dataset": run["dataset"],
         "layers": run["n_layer"],
         "heads": H,
         "channels": run["n_embd"],
