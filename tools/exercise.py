@@ -31,6 +31,11 @@ class Exercise:
     task: str  # for the list
     blanks: dict  # {function, CLASS.METHOD, or FUNCTION.VARIABLE of a loop: lines of hints}
 
+    @property
+    def is_model(self):
+        """Whether the exercise is a complete model file, not a single function."""
+        return self.source.startswith("model")
+
 
 EXERCISES = {
     "cache": Exercise(
@@ -171,8 +176,7 @@ class ExerciseConfig:
 
 def file_name(name):
     """Return the name of the file of an exercise."""
-    is_model = EXERCISES[name].source.startswith("model")
-    return f"model_my_{name}.py" if is_model else f"my_{name}.py"
+    return f"model_my_{name}.py" if EXERCISES[name].is_model else f"my_{name}.py"
 
 
 def find(tree, path):
@@ -211,7 +215,7 @@ def exercise_text(exercise):
     tree = ast.parse(text)
     for path in reversed(exercise.blanks):  # from the end, so that the line numbers stay right
         blank(lines, find(tree, path), exercise.blanks[path])
-    if not exercise.source.startswith("model"):
+    if not exercise.is_model:
         lines = small_file(exercise, tree, lines)
     return "\n".join(lines) + "\n"
 
@@ -256,7 +260,7 @@ def main(argv):
         raise UserError(f"{file} exists: rename or delete it to begin again") from error
     print(f"{file}: write {' and '.join(exercise.blanks)}")
     print(f"test it:     pytest -x -k my_{config.name}   (a minute, once the idea is right)")
-    if exercise.source.startswith("model"):
+    if exercise.is_model:
         print(f"compare it:  diff {file} {exercise.source}")
     else:
         print(f"compare it:  with {' and '.join(exercise.blanks)} in {exercise.source}")

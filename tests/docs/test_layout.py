@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from variants import MODELS
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"train", "sample", "prepare_data"}
-MODELS = {path.stem for path in ROOT.glob("model*.py") if "_my_" not in path.stem}
 # The modules of this repository that a kind of file may import:
 # experiments -> tools -> programs -> training -> common. A model imports none.
 ALLOWED = {

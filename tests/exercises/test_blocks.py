@@ -4,8 +4,8 @@ from unittest import mock
 
 import pytest
 import torch
+from checks import check_equal, check_mask, check_shape, random_qkv, with_shapes
 from exercises import missing, version_fixture
-from probes import check_equal, check_mask, check_shape, random_qkv, with_shapes
 from windows import LargestTensor, by_brute_force
 
 module = version_fixture("blocks")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from checks import check_equal, check_full, check_positions, extend
 from exercises import missing, version_fixture
 from oracles import copy_of_gpt2, gpt2
-from probes import check_equal, check_full, check_positions, extend
 from variants import feed, last_logits, make_vivid, tokens
 
 module = version_fixture("cache")

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from exercises import missing, version_fixture
-from oracles import copy_of_gpt_bigcode, gpt_bigcode
-from probes import (
+from checks import (
     by_loops,
     check_device,
     check_dropout,
@@ -15,6 +13,8 @@ from probes import (
     random_qkv,
     with_shapes,
 )
+from exercises import missing, version_fixture
+from oracles import copy_of_gpt_bigcode, gpt_bigcode
 from variants import feed, last_logits, make_vivid, tokens
 
 module = version_fixture("gqa")

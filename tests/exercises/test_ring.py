@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
+from checks import check_equal, check_full, check_positions, extend
 from exercises import missing, version_fixture
 from foreign import random_gpt_neo
 from oracles import copy_of_gpt_neo
-from probes import check_equal, check_full, check_positions, extend
 from variants import feed, last_logits, make_vivid, tokens
 
 module = version_fixture("ring")

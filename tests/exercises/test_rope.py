@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from checks import check_device, check_equal, check_pair, check_shape, name_of, with_shapes
 from exercises import missing, version_fixture
-from probes import check_device, check_equal, check_pair, check_shape, name_of, with_shapes
 from starcoder2 import loaded, starcoder2
 from variants import feed, last_logits, make_vivid, tokens
 

@@ -134,7 +134,7 @@ def failure_of_ranks(function):
     return str(failure.value)
 
 
-def test_a_rank_that_waits_in_vain_ends_with_the_lines_of_both(monkeypatch):
+def test_a_rank_that_hangs_in_a_collective_ends_with_the_lines_of_both(monkeypatch):
     monkeypatch.setattr(forked, "LONGEST_WAIT", 0.5)
     message = failure_of_ranks(reduce_on_rank_0)
     assert message.startswith("a test: rank 0 waits for the other ranks in line")

@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-from exercises import missing, version_fixture
-from foreign import random_gpt_neo
-from oracles import copy_of_gpt_neo
-from probes import (
+from checks import (
     by_loops,
     check_device,
     check_dropout,
@@ -16,6 +13,9 @@ from probes import (
     random_qkv,
     with_shapes,
 )
+from exercises import missing, version_fixture
+from foreign import random_gpt_neo
+from oracles import copy_of_gpt_neo
 from variants import make_vivid, tokens
 
 module = version_fixture("window")

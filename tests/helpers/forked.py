@@ -1,7 +1,7 @@
 """Call a function of a test on several ranks, which are forked from the process of the tests.
 
-A rank that fails ends the others. Ranks that wait for each other in vain end after some seconds;
-the test then fails with one sentence, which says in which line each rank is.
+A rank that fails ends the others. If a rank waits in a collective that another does not call, both
+are ended after some seconds, and the test fails with one sentence: the line of each rank.
 """
 
 import faulthandler
@@ -25,7 +25,7 @@ import torch._dynamo  # torch would import it in the first optimizer step of eac
 from common.distributed import describe_lost_rank
 
 ROOT = Path(__file__).parents[2]
-LONGEST_WAIT = 10  # seconds without computing until a rank counts as waiting in vain
+LONGEST_WAIT = 10  # seconds without computing until a rank counts as hung in a collective
 LONGEST_CALL = 300  # seconds until a rank counts as hung that computes, on a busy machine
 LAST_WORDS = 2  # seconds in which the other ranks say where they are
 
