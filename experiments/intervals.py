@@ -1,4 +1,4 @@
-"""Paired differences between models, with 95 % confidence intervals.
+"""Paired differences between models: 95 % intervals, a sign test, and how many seeds they need.
 
 Two models are compared seed by seed: runs with the same seed see the same batches in the same
 order, so what one seed changes for both cancels out in the difference. The interval is that of a
@@ -8,22 +8,14 @@ The words of the tables follow the interval: "better" or "worse" if it excludes 
 "within +-x", where x is the largest difference that the interval leaves possible.
 """
 
+import functools
+import itertools
 import math
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-# Quantiles 0.975 of Student's t distribution, by degrees of freedom.
-T_975 = {
-    1: 12.706,
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    5: 2.571,
-    6: 2.447,
-    7: 2.365,
-    8: 2.306,
-    9: 2.262,
-}
+CONFIDENCE = 0.95
+POWER = 0.8  # probability with which enough_seeds() lets a study show a difference
 
 
 @dataclass
@@ -50,11 +42,12 @@ class Interval:
 
 
 def interval_of(values):
-    """Return the Interval of the mean of independent values, one for each seed (at most 10)."""
+    """Return the Interval of the mean of independent values, one for each seed."""
     n = len(values)
     if n == 1:
         return Interval(values[0], math.inf)
-    return Interval(mean(values), T_975[n - 1] * stdev(values) / math.sqrt(n))
+    t = t_quantile((1 + CONFIDENCE) / 2, degrees=n - 1)
+    return Interval(mean(values), t * stdev(values) / math.sqrt(n))
 
 
 def paired_difference(values, reference):
@@ -89,3 +82,69 @@ def verdict(values, reference, digits=4):
     if interval.low > 0:
         return "worse"
     return f"within ±{max(-interval.low, interval.high):.{digits}f}"
+
+
+def signs(values, reference):
+    """Return how many seeds agree on the sign of the difference, and the sign test's p: text.
+
+    p is the probability that so many or more of n seeds agree by chance. It takes no normal
+    distribution, but many seeds: with four, it is never below 2 / 2^4 = 0.125. Equal losses do not
+    count. "" without a reference.
+    """
+    if reference is None:
+        return ""
+    lower = sum(a < b for a, b in zip(values, reference, strict=True))
+    higher = sum(a > b for a, b in zip(values, reference, strict=True))
+    n, most = lower + higher, max(lower, higher)
+    ways = sum(math.comb(n, k) for k in range(most, n + 1))
+    p = min(1.0, 2 * ways / 2**n)
+    return f"{most} of {n} {'lower' if lower > higher else 'higher'}, p = {p:.3g}"
+
+
+def enough_seeds(values, reference, difference):
+    """Return how many seeds a study needs to show a difference of two losses with POWER.
+
+    The smallest n for which difference >= (t_0.975 + t_0.8) stdev / sqrt(n), where the t are
+    quantiles with n - 1 degrees of freedom and stdev is that of the paired differences seen.
+    """
+    spread = stdev(a - b for a, b in zip(values, reference, strict=True))
+    for n in itertools.count(2):
+        t = t_quantile((1 + CONFIDENCE) / 2, n - 1) + t_quantile(POWER, n - 1)
+        if difference >= t * spread / math.sqrt(n):
+            return n
+
+
+# Student's t distribution ---------------------------------------------------------------------
+
+
+@functools.cache
+def t_quantile(p, degrees):
+    """Return the t below which Student's t distribution has the probability p, for 0.5 < p < 1."""
+    low, high = 0.0, 1.0
+    while t_probability(high, degrees) < p:
+        high *= 2
+    for _ in range(60):  # each halves the error
+        middle = (low + high) / 2
+        if t_probability(middle, degrees) < p:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def t_probability(t, degrees):
+    """Return the probability that Student's t distribution gives the values below t.
+
+    A finite sum for a whole number of degrees (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4).
+    """
+    angle = math.atan(t / math.sqrt(degrees))
+    is_odd = degrees % 2
+    term = math.cos(angle) if is_odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for i in range(2 + is_odd, degrees - 1, 2):
+        term *= math.cos(angle) ** 2 * (i - 1) / i
+        total += term
+    total *= math.sin(angle)
+    if is_odd:
+        total = 2 / math.pi * (angle + total)
+    return (1 + total) / 2

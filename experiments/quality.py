@@ -10,11 +10,18 @@ for most come first: a long study can be stopped, and the same command resumes i
 """
 
 import sys
-from statistics import mean
+from statistics import mean, stdev
 
 from common.errors import run_program
 from configurator import configure
-from experiments.intervals import format_difference, format_mean, paired_difference, verdict
+from experiments.intervals import (
+    enough_seeds,
+    format_difference,
+    format_mean,
+    paired_difference,
+    signs,
+    verdict,
+)
 from experiments.runs import PRESETS, train_variant, val_losses, variants
 from experiments.steps import cache_bytes
 from experiments.study import Study, StudyConfig, complete_rows
@@ -37,6 +44,7 @@ LOOKS = {
     "SWA 1/4": ("SWA, window 1/4 of training length", COLORS[3], "^"),
     "SWA 1/16": ("SWA, window 1/16 of training length", "#7A3500", "^"),
 }
+DIFFERENCES = (0.01, 0.02, 0.05)  # whose number of seeds is computed
 # What is compared with another variant than the base.
 COMPARISONS = (
     ("GQA 1/4", "GQA 1/2"),
@@ -85,9 +93,29 @@ def losses(result):
         if name != "base":
             row.append(format_difference(final[name], final.get("base")))
             row.append(verdict(final[name], final.get("base")))
+            row.append(signs(final[name], final.get("base")))
         rows.append(row)
     header = ["", "validation loss", "bits per byte", "difference from the base", "verdict"]
-    return markdown_table(header, rows)
+    return markdown_table([*header, "sign test"], rows)
+
+
+def seeds(result):
+    """Return a table: how much the differences from the base vary, and what that asks for.
+
+    The columns of numbers are the standard deviations over the seeds, of the losses and of the
+    paired differences, and how many seeds show a difference with a probability of 80 %.
+    """
+    final = final_losses(result)
+    rows = []
+    for name, values in final.items():
+        row = [name, f"{stdev(values):.4f}" if len(values) > 1 else ""]
+        if name != "base" and "base" in final and len(values) > 1:
+            pairs = zip(values, final["base"], strict=True)
+            row.append(f"{stdev(a - b for a, b in pairs):.4f}")
+            row += [enough_seeds(values, final["base"], size) for size in DIFFERENCES]
+        rows.append(row)
+    needed = [f"seeds for {size}" for size in DIFFERENCES]
+    return markdown_table(["", "stdev of the loss", "of the difference", *needed], rows)
 
 
 def differences_over_steps(result):
@@ -154,7 +182,7 @@ def draw(result, differences, caches):
 def main(argv):
     study = Study("quality", configure(StudyConfig, argv, __doc__), PRESETS)
     study.add_seeds(variants(study.config.run), measure_quality)
-    study.run(losses, comparisons, draw=draw)
+    study.run(losses, comparisons, seeds, draw=draw)
 
 
 if __name__ == "__main__":

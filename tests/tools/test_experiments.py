@@ -22,7 +22,9 @@ from experiments import (
     convergence,
     costs,
     curves,
+    extension,
     full_layers,
+    heads,
     length,
     long_sequences,
     look,
@@ -41,7 +43,7 @@ from tools.results.turns import run_in_new_process
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = (
     "quality costs convergence length uptraining samples recall long_sequences look curves "
-    "optimizers associative full_layers"
+    "optimizers associative full_layers heads extension"
 ).split()
 WITHOUT_PLOT = ("samples", "look", "costs")  # their results are texts or a table
 SHAPE = {"n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": 32}
@@ -439,6 +441,75 @@ def test_loss_by_position_is_the_loss_of_the_windows(tiny):
     loss = F.cross_entropy(logits.flatten(0, 1), y[:, -2:].flatten(), ignore_index=-1)
     assert len(parts) == 4 * length.PARTS
     assert parts[-1] == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_a_remedy_changes_the_loss_of_the_rope_model_beyond_T_without_training(tiny):
+    run_experiment("extension", "--seeds=1")
+    values = result_file.read_result("out/experiments/extension_cpu.json")["values"]
+    plain = values["RoPE, seed 1"]["before"]
+    cpu = torch.device("cpu")
+    config = runs.PRESETS["cpu"]
+    assert plain == length.measure_loss_by_position(config, "RoPE", 1, cpu)
+    for name in extension.REMEDIES:
+        assert values[f"{name}, seed 1"]["before"] != plain
+
+
+def test_further_training_is_on_longer_sequences_with_the_angles_of_the_remedy(tiny):
+    run_experiment("extension", "--seeds=1")
+    values = result_file.read_result("out/experiments/extension_cpu.json")["values"]
+    after = {name: values[f"{name}, seed 1"]["after"] for name in extension.NAMES}
+    assert after.pop("base") is None
+    assert len({tuple(parts) for parts in after.values()}) == len(after)  # no two are equal
+    for name in extension.REMEDIES:
+        out_dir = extension.train_to_4T(runs.PRESETS["cpu"], name, 1)
+        model, _ = load_model(out_dir)
+        assert model.config.block_size == 4 * RUN["block_size"]
+
+
+def test_a_span_is_the_mean_of_its_parts():
+    parts = [1.0] * 8 + [2.0] * 8 + [3.0] * 8 + [5.0] * 8
+    values = [{"before": parts, "after": None}, {"before": parts[:8], "after": None}]
+    assert extension.spans_of(values[:1], "before") == {
+        "up to T": [1.0],
+        "T to 2T": [2.0],
+        "2T to 4T": [4.0],
+    }
+    assert extension.spans_of(values[1:], "before") == {"up to T": [1.0]}
+    assert extension.spans_of(values, "after") == {}
+
+
+def test_heads_compares_each_rope_model_with_the_base_of_as_many_heads(tiny):
+    run_experiment("heads")
+    result = published("heads")
+    rows = heads.rope_rows(result)
+    assert list(rows) == [
+        "RoPE, 4 heads of 8",
+        "RoPE, 1 heads of 32",
+        "RoPE, 2 heads of 16",
+        "RoPE, 1/2 of the channels",
+        "RoPE, 1/4 of the channels",
+    ]
+    base = {key: value for key, value in result["values"].items() if key.startswith("base")}
+    assert rows["RoPE, 1 heads of 32"][1][0] == base["base, 1 heads of 32, seed 1"]
+    assert rows["RoPE, 1/4 of the channels"][1][1] == base["base, 4 heads of 8, seed 2"]
+    finals = [curves[0][-1][1] for curves, _ in rows.values()]
+    assert len(set(finals)) == len(finals)  # each is another model
+
+
+def test_an_effect_of_heads_is_a_difference_of_differences_from_the_base():
+    run = runs.PRESETS["cpu_long"].run
+    last = {"base, 8 heads of 16": (5, 6), "RoPE, 8 heads of 16": (4, 6)}
+    last |= {"base, 2 heads of 64": (3, 4), "RoPE, 2 heads of 64": (2.5, 2.5)}
+    values = {
+        f"{name}, seed {seed}": [[0, 9.0], [100, losses[seed - 1]]]
+        for name, losses in last.items()
+        for seed in (1, 2)
+    }
+    result = {"config": {"run": run, "seeds": [1, 2]}, "values": values}
+    [row] = heads.effects(result).splitlines()[2:]
+    assert row.startswith("| RoPE, 2 heads of 64 | -0.5000 ±")  # (-0.5 + 1 + -1.5 - 0) / 2
+    [plain, large] = heads.losses(result).splitlines()[2:]
+    assert "| -0.5000 ±" in plain and "| -1.0000 ±" in large
 
 
 def test_the_only_token_to_recall_is_the_target_from_its_position_on():

@@ -1,5 +1,6 @@
-"""experiments/intervals.py: the quantiles, the intervals, and the words that follow from them."""
+"""experiments/intervals.py: intervals, the words that follow from them, signs, enough seeds."""
 
+import itertools
 import math
 import re
 
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 
 from experiments.intervals import (
-    T_975,
+    enough_seeds,
     format_difference,
     format_mean,
     interval_of,
     paired_difference,
+    signs,
+    t_quantile,
     verdict,
 )
 
@@ -25,9 +28,11 @@ def t_distribution_between(low, high, degrees):
     return float(((density[1:] + density[:-1]) / 2 * np.diff(t)).sum())  # the trapezoidal rule
 
 
-@pytest.mark.parametrize("degrees, quantile", T_975.items())
-def test_a_quantile_leaves_2_5_percent_above_it(degrees, quantile):
-    assert t_distribution_between(0, quantile, degrees) == pytest.approx(0.475, abs=2e-5)
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 8, 30])
+@pytest.mark.parametrize("p", [0.8, 0.975])
+def test_a_quantile_has_its_probability_below_it(degrees, p):
+    quantile = t_quantile(p, degrees)
+    assert t_distribution_between(0, quantile, degrees) == pytest.approx(p - 0.5, abs=1e-6)
 
 
 def test_95_percent_of_the_intervals_hold_the_true_mean():
@@ -41,7 +46,7 @@ def test_95_percent_of_the_intervals_hold_the_true_mean():
 def test_the_interval_of_four_values_by_hand():
     interval = interval_of([1.0, 2.0, 3.0, 4.0])  # standard deviation 1.29099
     assert interval.mean == 2.5
-    assert interval.half_width == pytest.approx(3.182 * 1.29099 / 2, rel=1e-4)
+    assert interval.half_width == pytest.approx(3.18245 * 1.29099 / 2, rel=1e-5)
 
 
 def test_what_a_seed_does_to_both_models_cancels_out():
@@ -82,3 +87,34 @@ def test_one_seed_has_no_interval():
     assert format_mean([1.5]) == "1.5000"
     assert format_difference([1.5], [1.0]) == "+0.5000"
     assert verdict([1.5], [1.0]) == "one seed"
+
+
+def test_the_sign_test_counts_the_ways_in_which_as_many_signs_agree():
+    for differences in itertools.product([-0.5, 0.5], repeat=5):
+        at_least_as_many = [
+            other
+            for other in itertools.product([-1, 1], repeat=5)
+            if abs(sum(other)) >= abs(2 * sum(differences))
+        ]
+        (p,) = re.findall(r"p = (.*)", signs(differences, [0.0] * 5))
+        assert float(p) == pytest.approx(len(at_least_as_many) / 2**5, rel=0.01)
+
+
+def test_the_sign_test_says_how_many_seeds_agree_and_leaves_equal_losses_out():
+    assert signs([1.0, 2.0, 3.0], [1.5, 2.5, 2.5]).startswith("2 of 3 lower")
+    assert signs([1.0, 2.0, 3.0], [0.5, 1.5, 3.0]).startswith("2 of 2 higher")
+    assert signs([1.0], None) == ""
+
+
+@pytest.mark.parametrize("difference", [1.0, 1.5, 3.0])
+def test_enough_seeds_show_a_difference_in_four_of_five_studies(difference):
+    spread = [-1.0, 1.0, -1.0, 1.0]
+    n = enough_seeds(spread, [0.0] * 4, difference)
+    generator = np.random.default_rng(0)
+    shown = {n: 0, n - 1: 0}  # studies of a model that is worse by the difference
+    for seeds in shown:
+        if seeds > 1:
+            studies = generator.normal(difference, np.std(spread, ddof=1), size=(1000, seeds))
+            shown[seeds] = np.mean([interval_of(study.tolist()).low > 0 for study in studies])
+    assert shown[n] > 0.77  # the formula takes another spread for the true one: about 0.8
+    assert shown[n - 1] < shown[n]
