@@ -1,10 +1,14 @@
-"""Which changes learn faster? Validation loss over steps and over time.
+"""Which changes learn faster? Validation loss over steps and over time, and in equal time.
 
     python -m experiments.convergence --preset=cpu
 
 The runs are those of experiments.quality. A run's time is its steps times the median time of a
 step, measured while the models take turns: the speed of a machine changes between one run and the
-next.
+next, so the seconds in their logs cannot be compared.
+
+In equal time a model takes as many steps as the base's time allows. These are runs of their own,
+whose learning rate decays over their last steps: the loss of a longer run at that step is that of
+a higher rate.
 """
 
 import itertools
@@ -12,13 +16,22 @@ import sys
 
 from common.errors import run_program
 from configurator import configure
-from experiments.intervals import format_mean
-from experiments.runs import PRESETS, mean_curve, shape_of_run, train_variant, val_losses, variants
+from experiments.intervals import format_difference, format_mean, signs, verdict
+from experiments.runs import (
+    PRESETS,
+    mean_curve,
+    shape_of_run,
+    train_model,
+    train_variant,
+    val_losses,
+    variants,
+)
 from experiments.steps import time_steps
 from experiments.study import Study, StudyConfig, complete_rows
 from tools.results.plot import COLORS, draw_line
 from tools.results.table import markdown_table
 
+IN_EQUAL_TIME = " in the base's time"  # ends the row of a model that takes other steps
 SHOWN = ("base", "RoPE", "GQA 1/4", "SWA 1/4", "all three")  # in the plot
 
 
@@ -32,9 +45,23 @@ def measure_step_seconds(config, device, dtype):
     B, T = config.run["batch_size"], config.run["block_size"]
     shape = shape_of_run(config.run)
     shapes = {name: shape | options for name, options in variants(config.run).items()}
-    seconds = time_steps(shapes, B, 10 * config.rounds, device, dtype)
+    optimizer = {"optimizer": config.run["optimizer"]}
+    seconds = time_steps(shapes, B, 10 * config.rounds, device, dtype, **optimizer)
     micro_steps = config.run["total_batch_size"] // (B * T)
     return {name: micro_steps * seconds[name] for name in seconds}
+
+
+def measure_in_equal_time(config, row, seed, values):
+    """Train a variant for as many steps as take the base's time; return them and the last loss.
+
+    values   of the study, with step_seconds
+    """
+    name = row.removesuffix(IN_EQUAL_TIME)
+    seconds = values["step_seconds"]
+    steps = round(config.run["max_steps"] * seconds["base"] / seconds[name])
+    options = variants(config.run)[name] | {"max_steps": steps}
+    out_dir = train_model(config, f"{name}-{steps}-steps", options, seed)
+    return {"steps": steps, "val_loss": val_losses(out_dir)[-1][1]}
 
 
 def step_of_loss(curve, loss):
@@ -83,6 +110,25 @@ def losses(result):
     return markdown_table(header, rows)
 
 
+def equal_time(result):
+    """Return a table of the differences from the base after as many tokens and in as much time."""
+    names = variants(result["config"]["run"])
+    curves = complete_rows(result, names)
+    in_time = complete_rows(result, [name + IN_EQUAL_TIME for name in names])
+    rows = []
+    for name in names:
+        values = in_time.get(name + IN_EQUAL_TIME)
+        if values and name in curves and "base" in curves:
+            base = [curve[-1][1] for curve in curves["base"]]
+            with_tokens = [curve[-1][1] for curve in curves[name]]
+            with_time = [value["val_loss"] for value in values]
+            row = [name, format_difference(with_tokens, base), values[0]["steps"]]
+            row += [format_mean(with_time), format_difference(with_time, base)]
+            rows.append([*row, verdict(with_time, base), signs(with_time, base)])
+    header = ["minus the base", "with its tokens", "steps in its time", "loss in its time"]
+    return markdown_table([*header, "with its time", "verdict", "sign test"], rows)
+
+
 def draw(result, over_steps, over_time):
     """Plot the mean validation loss over steps and over time, a line for each model."""
     draw_curves(result, over_steps, dict.fromkeys(SHOWN, 1))
@@ -106,10 +152,12 @@ def draw_curves(result, panel, step_widths):
 def main(argv):
     study = Study("convergence", configure(StudyConfig, argv, __doc__), PRESETS)
     config = study.config
-    study.add_seeds(variants(config.run), measure_curve)
     speed = (measure_step_seconds, config, study.device, study.dtype)
     study.add("step_seconds", "step_seconds", *speed)
-    study.run(losses, draw=draw)
+    study.add_seeds(variants(config.run), measure_curve)
+    rows = [name + IN_EQUAL_TIME for name in variants(config.run) if name != "base"]
+    study.add_seeds(rows, measure_in_equal_time, study.result["values"])
+    study.run(losses, equal_time, draw=draw)
 
 
 if __name__ == "__main__":

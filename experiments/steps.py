@@ -80,12 +80,15 @@ def train_to_end(run):
         take_step(run)
 
 
-def time_steps(shapes, B, rounds, device, dtype):
-    """Return the median seconds of a training step of each of {name: shape}; they take turns."""
+def time_steps(shapes, B, rounds, device, dtype, **options):
+    """Return the median seconds of a training step of each of {name: shape}; they take turns.
+
+    options   further options of train.py
+    """
     steps = {}
     with ExitStack() as stack:
         for name, shape in shapes.items():
-            run = stack.enter_context(open_run(shape, B, device, dtype))
+            run = stack.enter_context(open_run(shape, B, device, dtype, **options))
             steps[name] = partial(take_step, run)
         return take_turns(rounds, device, steps)
 

@@ -634,6 +634,33 @@ def test_the_step_of_a_loss_is_interpolated_between_evaluations():
     assert convergence.step_of_loss([[0, 5.0], [10, 4.0]], 3.0) is None  # it is never reached
 
 
+def test_in_equal_time_a_slower_model_takes_fewer_steps_with_a_schedule_of_their_own(tiny):
+    config = runs.PRESETS["cpu"]
+    values = {"step_seconds": {"base": 1.0, "RoPE": 2.0, "MQA": 0.8}}
+    slow = convergence.measure_in_equal_time(config, "RoPE in the base's time", 1, values)
+    fast = convergence.measure_in_equal_time(config, "MQA in the base's time", 1, values)
+    assert (slow["steps"], fast["steps"]) == (5, 12)  # of 10
+    curve = convergence.measure_curve(config, "RoPE", 1)
+    assert curve[1][0] == 5
+    assert slow["val_loss"] != curve[1][1]  # there the rate has not decayed
+
+
+def test_equal_time_compares_a_seed_with_the_same_seed_of_the_base():
+    run = runs.PRESETS["cpu"].run
+    values = {
+        f"{name}, seed {seed}": [[0, 9.0], [500, loss + seed]]
+        for name, loss in {"base": 1.0, "RoPE": 0.5}.items()
+        for seed in (1, 2)
+    }
+    for seed, lead in ((1, 0.2), (2, 0.4)):
+        key = f"RoPE in the base's time, seed {seed}"
+        values[key] = {"steps": 450, "val_loss": 1.0 + seed - lead}
+    result = {"config": {"run": run, "seeds": [1, 2]}, "values": values}
+    [row] = convergence.equal_time(result).splitlines()[2:]
+    assert row.startswith("| RoPE | -0.5000 ± 0.0000 | 450 | 2.2000 ± ")
+    assert "| -0.3000 ± " in row and "2 of 2 lower" in row
+
+
 # The report -----------------------------------------------------------------------------------
 
 
