@@ -3,7 +3,8 @@
 Each point is stored in out/experiments/NAME_PRESET.json as soon as it is measured, so the same
 command resumes an interrupted study. The file of a finished study is copied to docs/experiments/,
 where its plot is drawn beside it; so is that of an unfinished one after each row, unless docs have
-more points. With --only or --seeds nothing is written into docs.
+more points. With --only or --seeds nothing is written into docs. Processes with different --seeds
+or --only can measure one study at the same time.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from common.device import keep_freed_memory, pick_device, pick_dtype
 from common.errors import UserError
+from common.files import lock
 from tools.results.plot import save_lines
 from tools.results.result_file import describe, read_result, write_result
 
@@ -62,8 +64,11 @@ class Study:
         self.points = []
         self.result = self._describe(name)
         self.path = OUT / f"{file_stem(self.result)}.json"
-        if self.path.exists() and not options.overwrite:
-            self._load_values()
+        if options.overwrite:
+            self.path.unlink(missing_ok=True)
+        else:
+            self._report_stored()
+            self._add_stored()
 
     def _describe(self, name):
         """Return the result of the study, without values."""
@@ -78,26 +83,40 @@ class Study:
         result |= {"values": {}, "commits": {}, "seconds": {}}
         return json.loads(json.dumps(result))  # as a file has it: tuples become lists
 
-    def _load_values(self):
-        """Load the stored values, unless they were measured with another config or elsewhere.
-
-        Values of another commit are kept, because a long study takes many days.
-        """
-        stored = read_result(self.path)
+    def _changes(self, stored):
+        """Return what of the config and the machine is another one in the stored result."""
         changed = [key for key in ("config", "versions") if stored[key] != self.result[key]]
         for key in ("device", "cpu", "threads", "dtype"):
             if stored["machine"].get(key) != self.result["machine"][key]:
                 changed.append(key)
+        return changed
+
+    def _report_stored(self):
+        """Print whether the stored points are of another config, machine or commit."""
+        if not self.path.exists():
+            return
+        stored = read_result(self.path)
+        changed = self._changes(stored)
         if changed:
             names = " and ".join(changed)
             print(f"{self.path} was measured with another {names}: measuring all points again")
             return
-        for key in ("values", "commits", "seconds"):
-            self.result[key] = stored[key]
-        others = set(self.result["commits"].values()) - {self.result["commit"]}
+        others = set(stored["commits"].values()) - {self.result["commit"]}
         if others:
             names = ", ".join(sorted(commit[:10] for commit in others))
             print(f"{self.path} has points of commit {names}: --overwrite=True measures them again")
+
+    def _add_stored(self):
+        """Add the stored points, unless they were measured with another config or elsewhere.
+
+        Points of another commit are kept, because a long study takes many days.
+        """
+        if self.path.exists():
+            stored = read_result(self.path)
+            if not self._changes(stored):
+                for key in ("values", "commits", "seconds"):
+                    for point, value in stored[key].items():
+                        self.result[key].setdefault(point, value)
 
     def add(self, row, key, measure, *arguments):
         """Add a point to measure."""
@@ -156,7 +175,9 @@ class Study:
         self.result["values"][point.key] = value
         self.result["seconds"][point.key] = time.perf_counter() - start
         self.result["commits"][point.key] = self.result["commit"]
-        write_result(self.path, self.result)
+        with lock(self.path.with_suffix(".lock"), on_busy=lambda: None):
+            self._add_stored()  # another process may have stored points in the meantime
+            write_result(self.path, self.result)
         print(f"{point.key}: {json.dumps(value)}"[:300], flush=True)
 
     def _is_published_further(self):

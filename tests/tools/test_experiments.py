@@ -338,6 +338,21 @@ def test_an_unfinished_study_does_not_replace_a_published_one_with_more_points(t
     assert published("some")["values"] == before
 
 
+def test_two_processes_with_other_seeds_store_their_points_in_one_file(tiny):
+    measured_keys("j", overwrite=True, seeds="1")
+
+    def measure_the_second_seed(config, row, seed):
+        measured_keys("j", seeds="2")  # another process, while this one measures
+        return "first"
+
+    presets = {"cpu": runs.Config("tiny", run={}, seeds=(1, 2))}
+    first = study.Study("some", study.StudyConfig(overwrite=True, seeds="1"), presets)
+    first.add_seeds("j", measure_the_second_seed)
+    first.run()
+    values = result_file.read_result("out/experiments/some_cpu.json")["values"]
+    assert values == {"j, seed 1": "first", "j, seed 2": 2}
+
+
 @pytest.mark.parametrize("options, named", [({"only": "z"}, "only=z"), ({"seeds": "1,3"}, "1,3")])
 def test_a_row_or_a_seed_that_the_study_lacks_is_refused(tiny, options, named):
     with pytest.raises(UserError, match=named):
