@@ -41,18 +41,24 @@ class Interval:
         return f"{text} ± {self.half_width:.{digits}f}"
 
 
-def interval_of(values):
-    """Return the Interval of the mean of independent values, one for each seed."""
+def interval_of(values, comparisons=1):
+    """Return the Interval of the mean of independent values, one for each seed.
+
+    comparisons   whose intervals are all to hold their true values with a probability of 95 % or
+                  more: each is made wider (Bonferroni's correction)
+    """
     n = len(values)
     if n == 1:
         return Interval(values[0], math.inf)
-    t = t_quantile((1 + CONFIDENCE) / 2, degrees=n - 1)
+    outside = (1 - CONFIDENCE) / comparisons
+    t = t_quantile(1 - outside / 2, degrees=n - 1)
     return Interval(mean(values), t * stdev(values) / math.sqrt(n))
 
 
-def paired_difference(values, reference):
+def paired_difference(values, reference, comparisons=1):
     """Return the Interval of values - reference; both have one value per seed, in one order."""
-    return interval_of([a - b for a, b in zip(values, reference, strict=True)])
+    differences = [a - b for a, b in zip(values, reference, strict=True)]
+    return interval_of(differences, comparisons)
 
 
 def format_mean(values, digits=4):

@@ -43,6 +43,16 @@ def test_95_percent_of_the_intervals_hold_the_true_mean():
     assert np.mean(held) == pytest.approx(0.95, abs=0.015)
 
 
+def test_95_percent_of_nine_corrected_intervals_hold_all_true_means():
+    generator = np.random.default_rng(0)
+    studies = generator.normal(3.0, 2.0, size=(1000, 9, 4))
+    held = []
+    for study in studies:
+        intervals = [interval_of(sample.tolist(), comparisons=9) for sample in study]
+        held.append(all(interval.low < 3.0 < interval.high for interval in intervals))
+    assert np.mean(held) == pytest.approx(0.955, abs=0.015)  # (1 - 0.05 / 9)^9 = 0.951, or more
+
+
 def test_the_interval_of_four_values_by_hand():
     interval = interval_of([1.0, 2.0, 3.0, 4.0])  # standard deviation 1.29099
     assert interval.mean == 2.5
