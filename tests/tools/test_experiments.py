@@ -709,6 +709,11 @@ def test_the_table_of_times_sums_the_seconds_of_all_points(tiny):
     assert row.split("|")[-2].strip() == f"{count * 3 / 60:.1f}"
 
 
+def test_the_table_of_times_has_the_longest_point(tiny):
+    row, _ = times_of_quality(**{"MQA, seed 2": 90.0})
+    assert row.split("|")[-3].strip() == "1.5"
+
+
 def test_the_table_of_times_says_which_times_are_unknown(tiny):
     row, _ = times_of_quality(**{"base, seed 1": None})
     assert "not recorded" in row
