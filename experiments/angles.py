@@ -46,9 +46,10 @@ def ntk_aware(model, positions):
 
 
 def yarn(model, positions, T):
-    """Divide the frequencies of pairs that turned at most once in training, keep those of 32 turns.
+    """Divide the frequencies of slow pairs by 4 and keep those of fast ones.
 
-    In between, the pair's number of turns decides how much of each. The factor of cos and sin
+    Slow pairs turned at most once in the T positions of training, fast ones at least 32 times; in
+    between, the two frequencies are mixed by the number of turns. The factor of cos and sin
     multiplies all scores by its square, which is 1 / temperature in the paper.
     """
     D = model.config.n_embd // model.config.n_head

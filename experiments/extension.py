@@ -38,6 +38,7 @@ REMEDIES = {
 LARGER_THETA = "RoPE, theta 1e5"
 NAMES = ("base", "RoPE", *REMEDIES, LARGER_THETA, "RoPE + SWA", "all three")
 STEPS_DIVISOR = 10  # the further training takes 1 / 10 of the steps
+LINE_COLORS = (*COLORS, "#7A3500")  # of NAMES, and of a model of the reader's
 PARTS = 8  # of T, each with a mean loss
 SPANS = {"up to T": (0, 1), "T to 2T": (1, 2), "2T to 4T": (2, 4)}  # in multiples of T
 
@@ -79,7 +80,7 @@ def train_to_4T(config, name, seed):
 def measure_both(config, name, seed, device):
     """Return the loss by position before and after the further training.
 
-    "after" is None for the base, which has no positions beyond T.
+    "after" is None for a model with learned positions, which has none beyond T.
     """
     T = config.run["block_size"]
     with ExitStack() as stack:
@@ -88,7 +89,7 @@ def measure_both(config, name, seed, device):
             stack.enter_context(replaced_angles(REMEDIES[name], **arguments))
         values = {"before": loss_by_position(config, train_to_T(config, name, seed), device)}
         values["after"] = None
-        if name != "base":
+        if len(values["before"]) > PARTS:
             values["after"] = loss_by_position(config, train_to_4T(config, name, seed), device)
     return values
 
@@ -174,7 +175,7 @@ def draw(result, before, after):
     measured = complete_rows(result, NAMES)
     for panel, when in ((before, "before"), (after, "after")):
         ends = []
-        for name, color in zip(NAMES, COLORS, strict=True):
+        for name, color in zip(NAMES, LINE_COLORS, strict=False):
             values = [value[when] for value in measured.get(name, []) if value[when]]
             if values:
                 y = np.mean(values, axis=0)

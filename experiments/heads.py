@@ -111,9 +111,9 @@ def differences_over_steps(result):
 
 
 def effects(result):
-    """Return a table: how much lower RoPE's difference from its base is than with the first row's.
+    """Return a table of RoPE's differences from its base, minus that of the first row.
 
-    A difference of differences, paired by seed.
+    These are differences of differences, paired by seed.
     """
     leads = {}
     for name, (curves, base_curves) in rope_rows(result).items():
@@ -125,7 +125,7 @@ def effects(result):
         for name in others:
             pair = (leads[name], leads[first])
             rows.append([name, format_difference(*pair), verdict(*pair), signs(*pair)])
-    header = ["RoPE minus the base, over that of the first row", "difference", "verdict"]
+    header = ["RoPE minus the base, minus that of the first row", "difference", "verdict"]
     return markdown_table([*header, "sign test"], rows)
 
 

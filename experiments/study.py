@@ -84,7 +84,7 @@ class Study:
         return json.loads(json.dumps(result))  # as a file has it: tuples become lists
 
     def _changes(self, stored):
-        """Return what of the config and the machine is another one in the stored result."""
+        """Return the names of what differs in the stored result: config, versions, machine."""
         changed = [key for key in ("config", "versions") if stored[key] != self.result[key]]
         for key in ("device", "cpu", "threads", "dtype"):
             if stored["machine"].get(key) != self.result["machine"][key]:

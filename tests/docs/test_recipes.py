@@ -21,10 +21,9 @@ import prepare_data
 import train
 from common.pretrained import load_model
 from common.tokenizer import get_tokenizer
-from experiments import length, runs
+from experiments import extension, runs
 from sample import generate_text
 from tools.export import export
-from tools.results.plot import COLORS
 from train import TrainConfig
 from training.optimizer import OPTIMIZERS, hidden_matrices, make_optimizer
 from training.parallel import check_model
@@ -458,4 +457,5 @@ def test_the_csv_of_pandas_has_the_values_of_the_log(quickstart):
 
 def test_the_names_to_extend_for_the_experiments_exist():
     assert "base" in runs.variants(runs.PRESETS["cpu"].run)
-    assert len(length.NAMES) < len(COLORS)  # a model of the reader's needs one, too
+    # a model of the reader's needs a color, too
+    assert len(extension.NAMES) < len(extension.LINE_COLORS)

@@ -25,7 +25,6 @@ from experiments import (
     extension,
     full_layers,
     heads,
-    length,
     long_sequences,
     look,
     optimizers,
@@ -42,7 +41,7 @@ from tools.results.turns import run_in_new_process
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = (
-    "quality costs convergence length uptraining samples recall long_sequences look curves "
+    "quality costs convergence uptraining samples recall long_sequences look curves "
     "optimizers associative full_layers heads extension"
 ).split()
 WITHOUT_PLOT = ("samples", "look", "costs")  # their results are texts or a table
@@ -448,13 +447,14 @@ def test_loss_by_position_is_the_loss_of_the_windows(tiny):
     config = runs.PRESETS["cpu"]
     T = config.run["block_size"]
     cpu = torch.device("cpu")
-    parts = length.measure_loss_by_position(config, "RoPE", 1, cpu)
-    model, _ = load_model(runs.train_variant(config, "RoPE", 1))
+    out_dir = runs.train_variant(config, "RoPE", 1)
+    parts = extension.loss_by_position(config, out_dir, cpu)
+    model, _ = load_model(out_dir)
     loader = Loader(Path("data/tiny"), 4 * T, vocab_size=257, seed=0)
     x, y = next(loader.val_batches(config.run["eval_tokens"], 100))
     logits = model.eval()(x)[:, -2:]  # the last part is two positions
     loss = F.cross_entropy(logits.flatten(0, 1), y[:, -2:].flatten(), ignore_index=-1)
-    assert len(parts) == 4 * length.PARTS
+    assert len(parts) == 4 * extension.PARTS
     assert parts[-1] == pytest.approx(loss.item(), abs=1e-5)
 
 
@@ -464,7 +464,7 @@ def test_a_remedy_changes_the_loss_of_the_rope_model_beyond_T_without_training(t
     plain = values["RoPE, seed 1"]["before"]
     cpu = torch.device("cpu")
     config = runs.PRESETS["cpu"]
-    assert plain == length.measure_loss_by_position(config, "RoPE", 1, cpu)
+    assert plain == extension.loss_by_position(config, runs.train_variant(config, "RoPE", 1), cpu)
     for name in extension.REMEDIES:
         assert values[f"{name}, seed 1"]["before"] != plain
 
